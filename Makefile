@@ -1,0 +1,88 @@
+# Every command of the project, for a fresh machine: each target makes the virtual environment .venv when it is missing.
+# Variables: PYTHON=python3.12  TORCH=cpu  RECIPE=recipes/x.yaml  ARGS="--optim.lr 2e-3"  CONFIG_FILE=x.yaml  EXTRAS=wandb
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup doctor quickstart overnight test test-all lint
+
+PYTHON ?= python3
+TORCH ?=
+RECIPE ?=
+ARGS ?=
+CONFIG_FILE ?=
+EXTRAS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+BASE := $(VENV)/.installed-base
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+# Of pip's long report only what takes time is shown: the large downloads, and the unpacking. The whole of it is kept.
+PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
+LOG := $(VENV)/install.log
+SHOW := awk '/^ *Downloading .*[0-9][0-9] MB\)/ {print "  " $$1, $$2, $$3, $$4} /^Installing collected/ {print "  unpacking " NF - 3 " packages"} {fflush()}'
+install = $(PIP) $(1) 2>&1 | tee $(LOG) | $(SHOW) || { tail -n 25 $(LOG) >&2; exit 1; }
+HOW_TO_ACTIVATE = @echo; echo "The environment stands in $(VENV); to type commands in it yourself:  source $(VENV)/bin/activate"
+
+help: ## this list
+	@echo "Overnight: pretrain a small GPT-2 on one GPU in one night. Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "PYTHON=python3.12 picks the interpreter; TORCH=cpu takes PyTorch's CPU build (a machine without an NVIDIA GPU)."
+
+setup: $(BASE) ## the environment alone; EXTRAS=tensorboard,trackio,wandb adds trackers
+ifneq ($(EXTRAS),)
+	@echo "Installing the extras $(EXTRAS)"
+	@$(call install,--editable ".[$(EXTRAS)]")
+endif
+	$(HOW_TO_ACTIVATE)
+
+doctor: $(BASE) ## what this machine has and lacks for a run, one line each, with the command that mends it
+	@$(RUN) -m overnight.doctor $(RECIPE) $(ARGS)
+	$(HOW_TO_ACTIVATE)
+
+quickstart: RECIPE := recipes/quickstart.yaml
+quickstart: ## the whole pipeline on the embedded corpus, minutes on two CPU cores
+overnight: ## the whole night in one command: RECIPE=recipes/fineweb_edu_40m.yaml ARGS="--schedule.max_iters 10000"
+
+quickstart overnight: $(BASE)
+	@exec $(RUN) -m overnight.night $(if $(CONFIG_FILE),--config_file $(CONFIG_FILE)) $(RECIPE) $(ARGS)
+	$(HOW_TO_ACTIVATE)
+
+test: $(VENV)/.installed-test ## one test of each promise
+	@$(RUN) -m pytest -q -m "not slow" $(ARGS)
+	$(HOW_TO_ACTIVATE)
+
+test-all: $(VENV)/.installed-test ## every test
+	@$(RUN) -m pytest -q $(ARGS)
+	$(HOW_TO_ACTIVATE)
+
+lint: $(VENV)/.installed-dev ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+	$(HOW_TO_ACTIVATE)
+
+$(RUN):
+	@command -v $(PYTHON) > /dev/null || { echo "There is no '$(PYTHON)' here. Install Python 3.11 or newer, or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; 3.11 or newer is needed (transformers needs it). Name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "$(PYTHON) cannot make virtual environments. On Debian, Ubuntu and WSL: sudo apt install python3-venv (or python3.12-venv for python3.12)" >&2; exit 1; }
+	@echo "Making the virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# PyTorch comes apart from the rest and without its dependencies, so that nothing else is taken from PyTorch's own index.
+$(BASE): pyproject.toml constraints.txt | $(RUN)
+ifeq ($(TORCH),cpu)
+	@echo "Installing PyTorch's CPU build"
+	@$(call install,--no-deps --index-url $(CPU_WHEELS) torch)
+else
+	@$(RUN) -c 'import torch' 2> /dev/null || command -v nvidia-smi > /dev/null || echo "No NVIDIA driver is to be seen here: 'make TORCH=cpu ...' would install PyTorch's much smaller CPU build."
+endif
+	@echo "Installing what training needs ($(if $(filter cpu,$(TORCH)),1.5 GB on disk,about 6 GB on disk with CUDA and 3 GB to download; 1.5 GB with a CPU build))"
+	@$(call install,--editable .)
+	@touch $@
+
+$(VENV)/.installed-%: $(BASE) pyproject.toml constraints.txt
+	@echo "Installing what '$*' adds"
+	@$(call install,--editable ".[$*]")
+	@touch $@

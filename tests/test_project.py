@@ -1,0 +1,101 @@
+"""The project's own files hold together: pins, the names of scripts, the accelerate configuration, no private hosts."""
+
+import importlib.machinery
+import itertools
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from overnight.doctor import pins
+
+
+def project(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+def tracked(root: Path) -> list[Path]:
+    """Files that git has or would take; without git, everything that is not hidden."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode == 0 and listed.stdout:
+        return [path for name in listed.stdout.split("\0") if name and (path := root / name).is_file()]
+    made = re.compile(r"(runs|data|build|dist|\.(?!ci/).*/|.*\.egg-info/|.*__pycache__)")
+    return [path for path in root.rglob("*") if path.is_file() and not made.match(str(path.relative_to(root)))]
+
+
+def test_constraints_pin_every_direct_dependency_and_every_extra(root: Path):
+    pinned = pins((root / "constraints.txt").read_text())
+    extras = project(root)["optional-dependencies"].values()
+    wanted = [*project(root)["dependencies"], *itertools.chain.from_iterable(extras)]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9._-]", line)[0]).lower() for line in wanted}
+    assert names - set(pinned) == {"overnight"}  # an extra that includes another
+    assert not any("+" in version for version in pinned.values()), "a local build is on nobody else's index"
+
+
+def test_no_script_hides_a_package_that_could_be_imported(root: Path):
+    scripts = {path.stem for path in (root / "recipes").glob("*.py")}
+    assert scripts
+    # Without the current folder and recipes/ itself, as a library that one of the scripts imports would look.
+    places = [*sysconfig.get_paths().values()]
+    hidden = {name for name in scripts if importlib.machinery.PathFinder.find_spec(name, places)}
+    assert not hidden | (scripts & set(sys.stdlib_module_names))
+
+
+def test_accelerate_accepts_every_key_of_its_configuration(root: Path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = root / "accelerate_config.yaml"
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_processes == 1
+    owned_by_the_recipe = {"mixed_precision", "dynamo_config", "downcast_bf16", "gradient_accumulation_steps"}
+    assert not owned_by_the_recipe & set(yaml.safe_load(path.read_text()))
+
+
+def test_accelerate_launches_under_its_configuration_without_a_warning(root: Path, tmp_path: Path):
+    script = tmp_path / "hello.py"
+    script.write_text("print('started')")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", script]
+    child = subprocess.run(launch, cwd=root, capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stdout, child.stderr) == (0, "started\n", "")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?:^|[^A-Za-z0-9_.~}])/(?:home|root|work|Users)/\w",
+        r"https?://[\w.-]*(?:py" + r"pi|python" + r"hosted|npm" + r"js|deb" + r"ian)[\w.-]*/",
+    ],
+    ids=["paths of one machine", "hosts of a package index"],
+)
+def test_no_file_names(root: Path, pattern: str):
+    found = []
+    for path in tracked(root):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found += [f"{path.relative_to(root)}: {hit.group(0)}" for hit in re.finditer(pattern, text, re.MULTILINE)]
+    assert not found
+
+
+def test_make_lists_its_targets(root: Path):
+    listed = subprocess.run(
+        ["make", "--no-print-directory"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    for target in ("setup", "doctor", "quickstart", "overnight", "test", "test-all", "lint"):
+        assert re.search(rf"^  make {target} ", listed, re.MULTILINE), target
+
+
+def test_make_says_what_is_wrong_with_an_old_or_missing_python(root: Path, tmp_path: Path):
+    old = tmp_path / "old-python"
+    old.write_text('#!/bin/sh\necho "old-python is Python 3.8; 3.11 or newer is needed" >&2\nexit 1\n')
+    old.chmod(0o755)
+    for python, said in ((str(old), "3.11 or newer is needed"), ("no-such-python", "make PYTHON=")):
+        command = ["make", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}", "setup"]
+        child = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        assert child.returncode == 2
+        assert said in child.stderr
+        assert not (tmp_path / "venv").exists()
