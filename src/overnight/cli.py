@@ -1,0 +1,60 @@
+"""The command line that the scripts in recipes/ share: a recipe file first, then dotted overrides."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from overnight.recipe import DamagedData, InputError, Recipe, leaves
+from overnight.recipe_file import load
+
+EXIT_INPUT, EXIT_DAMAGED, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 4, 75
+
+
+def recipe_command(
+    description: str,
+    run: Callable[[Recipe, argparse.Namespace], int],
+    *,
+    default: Callable[[], Path] | None = None,
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """Parse the command line, load the recipe, call `run`, and turn errors into one message and an exit code.
+
+    `default` says which recipe is meant when none is named; `options` adds what the script knows beside overrides.
+    """
+    arguments = sys.argv[1:]
+    named = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s " + ("[RECIPE]" if default else "RECIPE") + " [options] [--section.key VALUE ...]",
+        description=description,
+        epilog="keys of a recipe, each of which `--section.key VALUE` overrides:\n\n" + key_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and all derived numbers; change nothing"
+    )
+    options(parser)
+    chosen, overrides = parser.parse_known_args(arguments)
+    try:
+        if not named and default is None:
+            raise InputError(f"no recipe was named; `{parser.prog} recipes/quickstart.yaml` would work")
+        path = Path(named[0]) if named else default()  # type: ignore[misc]  # one of the two is there
+        return run(load(path, overrides), chosen)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":  # the processes of a run all find the same
+            print("\n".join(error.problems), file=sys.stderr)
+        return EXIT_DAMAGED if isinstance(error, DamagedData) else EXIT_INPUT
+
+
+def key_help() -> str:
+    """Every key of a recipe with its default and docstring."""
+    lines = []
+    for key, field in leaves():
+        lines.append(f"  --{key}  (default: {field.default})")
+        lines += textwrap.wrap(field.description or "", 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""The models of a recipe, which says everything that gives a run its meaning; recipe_file.py reads one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+
+class InputError(Exception):
+    """What a user gave cannot be used; carries every problem found. Scripts print it and end with exit code 2."""
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DamagedData(InputError):
+    """A file differs from what its manifest or checksum says. Scripts print it and end with exit code 3."""
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Strict types, unknown keys refused, the attribute docstrings become the help."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """Where the text comes from and where its token shards lie."""
+
+    source: Literal["embedded", "files", "datasets"] = "embedded"
+    """`embedded`: the documentation installed with the project; `files`: local files; `datasets`: a Hub name."""
+    path: str | None = None
+    """For `files` a path or glob of .txt, .jsonl or .parquet files; for `datasets` the dataset's name."""
+    files: str | None = None
+    """For `datasets`: a glob inside the dataset's repository that picks its files."""
+    revision: str | None = None
+    """For `datasets`: the commit to read; pin it, or the data may change between two nights."""
+    text_column: str = "text"
+    """The column or JSON field that holds the text."""
+    licence: str | None = None
+    """The licence of the text, for the manifest and the model card."""
+    download_gb: float | None = None
+    """Size of the download in GB, said before it starts."""
+    tokenizer: str = "openai-community/gpt2"
+    """A tokenizer's Hub name or folder, or `trained`: a byte-level BPE of `model.vocab_size` trained on this text."""
+    dir: str = "data/embedded"
+    """Folder of the token shards."""
+    val_tokens: PositiveInt = 10_485_760
+    """Tokens of the fixed validation set."""
+    train_tokens: PositiveInt | None = None
+    """Unique training tokens; the set is cut there. Empty: all there are."""
+    reserved_fraction: Fraction = 0.02
+    """Share of the documents, by the hash of their text, that never trains: validation is taken from these."""
+
+
+class Model(Section):
+    """The shape of the GPT-2, in the names of transformers' GPT2Config."""
+
+    n_layer: PositiveInt = 12
+    """Transformer blocks."""
+    n_head: PositiveInt = 6
+    """Attention heads; `n_embd / n_head` is the size of one."""
+    n_embd: PositiveInt = 384
+    """Width of the residual stream."""
+    n_positions: PositiveInt = 1024
+    """Longest context the model can be given."""
+    vocab_size: PositiveInt = 50_257
+    """Tokens of the exported model; equal to the tokenizer's. In training it is padded to a multiple of 64."""
+    dropout: Below1 = 0.0
+    """Probability of all three of GPT-2's dropouts."""
+    attention: Literal["flash", "sdpa"] = "flash"
+    """`flash`: refuse to start unless SDPA dispatches its flash kernel; `sdpa`: take any kernel, and say which."""
+
+
+class Batch(Section):
+    """How many tokens make one update, and how they are cut up."""
+
+    tokens_per_iter: PositiveInt = 524_288
+    """Tokens of one optimizer update, over all micro-batches and processes."""
+    sequence_length: PositiveInt = 1024
+    """Tokens of one training row."""
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Rows that go through the model at once on one device: speed and memory, never the result."""
+
+
+class Optim(Section):
+    """The optimizer; the learning rate over time is the schedule's."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """`muon`: Muon on the hidden matrices, AdamW on the rest; `adamw`: AdamW on everything."""
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate of AdamW, and of Muon, whose update is scaled to the size of AdamW's."""
+    betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's decay rates of the first and second moment."""
+    momentum: Below1 = 0.95
+    """Muon's Nesterov momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of the matrices; norms, biases and positions have none."""
+    grad_clip: PositiveFloat = 1.0
+    """The gradient's global norm is cut to this."""
+
+
+class Schedule(Section):
+    """The length of the run and the learning rate along it."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    """`wsd`: warmup, constant, linear to zero; `cosine`: warmup, cosine to `final_lr_fraction`."""
+    max_iters: PositiveInt = 20_000
+    """Iterations of the run."""
+    warmup_iters: NonNegativeInt = 250
+    """Iterations over which the learning rate rises linearly."""
+    decay_fraction: Fraction = 0.2
+    """For `wsd`: the share of the run, at its end, in which the learning rate falls to zero."""
+    final_lr_fraction: Fraction = 0.1
+    """For `cosine`: the learning rate at the end, as a share of the peak."""
+
+
+class Validation(Section):
+    """Measurements on the fixed validation set during the run."""
+
+    every: PositiveInt = 500
+    """Iterations between two validations; the last iteration is always validated."""
+    prompts: list[str] = ["The mitochondria"]
+    """Continued at every validation, to see the model learn."""
+    sample_tokens: NonNegativeInt = 48
+    """Tokens that are sampled for each prompt."""
+    ngram_baselines: bool = False
+    """Print what unigram and bigram models of the same training tokens reach on the validation set."""
+
+
+class Checkpoint(Section):
+    """The exact training state, for going on after an interruption."""
+
+    every: PositiveInt = 500
+    """Iterations between two checkpoints."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """How many to keep: at least two, since the newest may be found damaged."""
+
+
+class Logging(Section):
+    """What is written down while the run goes on."""
+
+    every: PositiveInt = 10
+    """Iterations between two lines."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Accelerate trackers that get the same numbers; each needs its extra installed."""
+
+
+class Recipe(Section):
+    """Everything that gives a run its meaning."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)] = "unnamed"
+    """The run's folder under `runs/`; by default the recipe file's own name."""
+    seed: NonNegativeInt = 1337
+    """Decides initial weights, the order of the data, and dropout."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 where the CUDA device has it, otherwise float32."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile of the transformer's body; `auto`: on CUDA."""
+    threads: PositiveInt | Literal["auto"] = "auto"
+    """CPU threads of a process; `auto`: all cores shared by the processes of this machine. Equal counts, equal bits."""
+    data: Data = Data()
+    model: Model = Model()
+    batch: Batch = Batch()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    _file: Path = PrivateAttr(Path("RECIPE"))
+
+    @property
+    def file(self) -> Path:
+        """Where the recipe was read from, for commands that are suggested to the user."""
+        return self._file
+
+
+def leaves(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a recipe with its pydantic FieldInfo, dotted, in the order of the file."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, Section):
+            yield from leaves(type(field.default), f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
+    """Settings that do not fit together: the keys involved, and what to write instead."""
+    model, batch, schedule, data = recipe.model, recipe.batch, recipe.schedule, recipe.data
+    if model.n_embd % model.n_head:
+        works = max(h for h in range(1, model.n_head + 1) if model.n_embd % h == 0)
+        yield (
+            {"model.n_embd", "model.n_head"},
+            f"`model.n_embd` {model.n_embd} is no multiple of `model.n_head` {model.n_head}; {works} heads would work",
+        )
+    if batch.sequence_length > model.n_positions:
+        yield (
+            {"batch.sequence_length", "model.n_positions"},
+            f"`batch.sequence_length` {batch.sequence_length} is longer than `model.n_positions` {model.n_positions};"
+            f" {model.n_positions} would work",
+        )
+    if batch.tokens_per_iter % batch.sequence_length:
+        works = max(1, round(batch.tokens_per_iter / batch.sequence_length)) * batch.sequence_length
+        yield (
+            {"batch.tokens_per_iter", "batch.sequence_length"},
+            f"`batch.tokens_per_iter` {batch.tokens_per_iter} does not divide into rows of `batch.sequence_length`"
+            f" {batch.sequence_length}; {works} would work",
+        )
+    elif batch.micro_batch != "auto" and (rows := batch.tokens_per_iter // batch.sequence_length) % batch.micro_batch:
+        works = math.gcd(rows, batch.micro_batch)
+        yield (
+            {"batch.tokens_per_iter", "batch.sequence_length", "batch.micro_batch"},
+            f"`batch.micro_batch` {batch.micro_batch} does not divide an iteration of {rows} rows; {works} would work",
+        )
+    if schedule.warmup_iters + decay_iters(schedule) > schedule.max_iters:
+        works = schedule.max_iters - decay_iters(schedule)
+        yield (
+            {"schedule.warmup_iters", "schedule.max_iters", "schedule.decay_fraction"},
+            f"`schedule.warmup_iters` {schedule.warmup_iters} and the decay of {decay_iters(schedule)} iterations do"
+            f" not fit into `schedule.max_iters` {schedule.max_iters}; at most {works} would work",
+        )
+    if (data.source == "embedded") == (data.path is not None):
+        needed = "has no use with" if data.path else "is needed with"
+        yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
+
+
+def decay_iters(schedule: Schedule) -> int:
+    """Iterations at the end of a WSD run in which the learning rate falls; 0 under cosine."""
+    return round(schedule.max_iters * schedule.decay_fraction) if schedule.kind == "wsd" else 0
+
+
+def meaning(recipe: Recipe) -> dict[str, Any]:
+    """The keys that decide what a run computes, dotted; a run can only be resumed while these stay as they were.
+
+    Left out are names, intervals of saving and printing, what changes speed alone (micro-batch, threads, compile), and
+    the data section, for which the shards' own fingerprint stands.
+    """
+    chosen = recipe.model_dump(include={"seed", "model", "batch", "optim", "schedule"})
+    del chosen["batch"]["micro_batch"], chosen["model"]["attention"]
+    return flat(chosen)
+
+
+def flat(nested: dict, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

@@ -1,0 +1,195 @@
+"""How a YAML file and dotted overrides become a recipe, and how everything wrong with them is said at once.
+
+`load` reports every problem it finds in one `InputError`, each with its key, the value found and a value that would
+work; nothing is written before a recipe is whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from overnight.recipe import InputError, Recipe, conflicts, leaves
+
+# What other tools call the same thing. The answer to an unknown key is the key, or the habit, that takes its place.
+DIALECTS = {
+    "batch_size": "batch.micro_batch",
+    "per_device_train_batch_size": "batch.micro_batch",
+    "auto_find_batch_size": "batch.micro_batch: auto",
+    "gradient_accumulation_steps": "batch.tokens_per_iter (the accumulation follows from it)",
+    "block_size": "batch.sequence_length",
+    "max_iters": "schedule.max_iters",
+    "lr_decay_iters": "schedule.max_iters",
+    "max_steps": "schedule.max_iters",
+    "num_train_epochs": "schedule.max_iters (the table at the start says how many epochs that is)",
+    "warmup_iters": "schedule.warmup_iters",
+    "warmup_steps": "schedule.warmup_iters",
+    "lr_scheduler_type": "schedule.kind",
+    "learning_rate": "optim.lr",
+    "lr": "optim.lr",
+    "min_lr": "schedule.final_lr_fraction",
+    "weight_decay": "optim.weight_decay",
+    "beta1": "optim.betas",
+    "beta2": "optim.betas",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "grad_clip": "optim.grad_clip",
+    "max_grad_norm": "optim.grad_clip",
+    "eval_interval": "validation.every",
+    "eval_steps": "validation.every",
+    "eval_iters": "data.val_tokens (the whole fixed set is read every time)",
+    "log_interval": "logging.every",
+    "logging_steps": "logging.every",
+    "report_to": "logging.trackers",
+    "wandb_log": "logging.trackers: [wandb]",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "out_dir": "name (the run is runs/NAME)",
+    "output_dir": "name (the run is runs/NAME)",
+    "run_name": "name",
+    "dtype": "precision",
+    "bf16": "precision: bf16",
+    "fp16": "precision (bf16 or fp32; fp16 is not offered)",
+    "mixed_precision": "precision",
+    "torch_compile": "compile",
+    "n_layers": "model.n_layer",
+    "num_hidden_layers": "model.n_layer",
+    "hidden_size": "model.n_embd",
+    "num_attention_heads": "model.n_head",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "resume_from_checkpoint": "nothing: the same command again resumes",
+    "init_from": "nothing: the same command again resumes",
+    "overwrite_output_dir": "nothing: another --name starts another run",
+    "push_to_hub": "nothing: `hf upload REPO runs/NAME/models/iter-...` sends a finished model",
+    "hub_model_id": "nothing: `hf upload REPO runs/NAME/models/iter-...` sends a finished model",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with `1e-3` as a number, as YAML 1.2 has it, and without silently dropped duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise InputError(
+                    f"{key_node.start_mark.name} line {key_node.start_mark.line + 1}: `{key}` stands twice"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at `path` with dotted `overrides` (`["--optim.lr", "2e-3"]`) on top.
+
+    Raises `InputError` with every problem found: unreadable YAML, unknown keys, wrong types or ranges, and settings
+    that do not fit together.
+    """
+    data = _read_yaml(path)
+    problems: list[str] = []
+    data.setdefault("name", path.stem)
+    for key, value in pairs(overrides, problems):
+        _place(data, key.split("."), value, problems)
+    recipe, broken = _validate(data, problems)
+    problems += [text for keys, text in conflicts(recipe) if not broken.intersection(keys)]
+    if problems:
+        raise InputError([f"{path}: {problem}" for problem in problems])
+    recipe._file = path
+    return recipe
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        known = sorted(str(other) for other in path.parent.glob("*.yaml")) or ["recipes/quickstart.yaml"]
+        raise InputError(f"{path}: there is no such recipe; there are {', '.join(known)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable YAML file: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds {type(data).__name__}, where a recipe is `key: value` lines")
+    return data
+
+
+def pairs(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """`--key value` and `--key=value`, each value read as YAML; what has no value is added to `problems`."""
+    rest = list(overrides)
+    while rest:
+        option = rest.pop(0)
+        key, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not key:
+            problems.append(f"`{option}` is not an override; they look like `--optim.lr 2e-3`")
+        elif not equals and (not rest or rest[0].startswith("--")):
+            yield key, True
+        else:
+            yield key, yaml.load(value if equals else rest.pop(0), Loader=_Loader)
+
+
+def _place(data: dict, keys: list[str], value: Any, problems: list[str]) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            problems.append(f"`{'.'.join(keys)}`: `{key}` holds {inner!r}, where a section is needed")
+            return
+        data = inner
+    data[keys[-1]] = value
+
+
+def _validate(data: dict, problems: list[str]) -> tuple[Recipe, set[str]]:
+    """The recipe, with defaults where a value was refused, and the keys that were; adds to `problems`."""
+    broken: set[str] = set()
+    while True:
+        try:
+            return Recipe.model_validate(data), broken
+        except ValidationError as error:
+            found: dict[str, tuple[list[str], Any]] = {}
+            for item in error.errors(include_url=False):
+                keys = _path_in_recipe(data, item["loc"])
+                reasons, _ = found.setdefault(".".join(keys), ([], item["input"]))
+                reasons.append("unknown" if item["type"] == "extra_forbidden" else item["msg"])
+            for key, (reasons, value) in found.items():
+                broken.add(key)
+                problems.append(_problem(key, reasons, value))
+                _drop(data, key.split("."))
+
+
+def _path_in_recipe(data: Any, location: tuple) -> list[str]:
+    """The part of pydantic's location that names keys of the file (a union adds the names of its branches)."""
+    keys: list[str] = []
+    for part in location:
+        if not isinstance(data, dict) or part not in data:
+            break
+        keys.append(str(part))
+        data = data[part]
+    return keys
+
+
+def _drop(data: dict, keys: list[str]) -> None:
+    for key in keys[:-1]:
+        data = data[key]
+    del data[keys[-1]]
+
+
+def _problem(key: str, reasons: list[str], value: Any) -> str:
+    known = dict(leaves())
+    if "unknown" in reasons:
+        last = key.split(".")[-1]
+        close = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == last]
+        meant = DIALECTS.get(last) or (close[0] if close else None)
+        return f"`{key}` is not a key of a recipe" + (f"; here that is `{meant}`" if meant else "; --help lists them")
+    works = known[key].default if key in known else "key: value lines"
+    wanted = " or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
+    return f"`{key}` is {value!r}: {wanted}; {works!r} would work"

@@ -1,0 +1,98 @@
+"""A recipe is read strictly, and everything wrong with it is said at once."""
+
+from pathlib import Path
+
+import pytest
+
+from overnight.recipe import InputError
+from overnight.recipe_file import load
+
+ROOT = Path(__file__).parents[1]
+
+
+def recipe_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        load(path, list(overrides))
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_loads_under_its_own_name(path):
+    assert load(path, []).name == path.stem
+
+
+def test_three_problems_make_one_message_with_the_three(tmp_path):
+    path = recipe_file(tmp_path, "speed: fast\noptim: {lr: high}\nbatch: {tokens_per_iter: 1000}\n")
+    found = problems(path)
+    assert len(found) == 3
+    assert any("`speed` is not a key" in problem for problem in found)
+    assert any("`optim.lr` is 'high'" in problem and "0.003 would work" in problem for problem in found)
+    assert any("tokens_per_iter` 1000" in problem and "1024 would work" in problem for problem in found)
+    assert all(str(path) in problem for problem in found)
+
+
+def test_a_number_may_be_written_with_an_exponent_but_a_truth_value_is_no_number(tmp_path):
+    assert load(recipe_file(tmp_path, "optim: {lr: 1e-3}"), ["--optim.weight_decay=2E-1"]).optim.lr == 1e-3
+    (found,) = problems(recipe_file(tmp_path, "schedule: {max_iters: true}"))
+    assert "`schedule.max_iters` is True" in found
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    (found,) = problems(recipe_file(tmp_path, "seed: 1\noptim:\n  lr: 1e-3\n  lr: 2e-3\n"))
+    assert "line 4" in found and "`lr` stands twice" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "ours"),
+    [
+        ("--batch_size=12", "batch.micro_batch"),
+        ("--max_iters=40", "schedule.max_iters"),
+        ("--output_dir=x", "name"),
+        ("--per_device_train_batch_size=8", "batch.micro_batch"),
+        ("--resume_from_checkpoint=x", "the same command again resumes"),
+        ("--push_to_hub", "hf upload"),
+        ("--optim.learning_rate=1", "optim.lr"),
+        ("--schedule.max_itres=40", "schedule.max_iters"),
+    ],
+)
+def test_the_keys_of_other_tools_are_answered_with_ours(override, ours):
+    (found,) = problems(ROOT / "recipes" / "quickstart.yaml", override)
+    assert "is not a key of a recipe" in found and ours in found
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs", "a b", "a\nb", ".hidden", ""])
+def test_a_name_that_could_leave_the_runs_folder_is_refused(name):
+    (found,) = problems(ROOT / "recipes" / "quickstart.yaml", f"--name={name!r}")
+    assert "`name`" in found
+
+
+def test_a_missing_recipe_is_answered_with_the_ones_that_are_there():
+    (found,) = problems(ROOT / "recipes" / "quikstart.yaml")
+    assert "recipes/quickstart.yaml" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--model.n_head=5", "is no multiple of `model.n_head` 5"),
+        ("--batch.sequence_length=512", "longer than `model.n_positions` 256"),
+        ("--batch.micro_batch=3", "does not divide an iteration of 16 rows"),
+        ("--schedule.warmup_iters=400", "do not fit into `schedule.max_iters`"),
+        ("--data.path=x.txt", "no use with `data.source: embedded`"),
+        ("--checkpoint.keep=1", "greater than or equal to 2"),
+        ("--model", "`model` is True"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_a_way_out(override, said):
+    assert any(said in problem for problem in problems(ROOT / "recipes" / "quickstart.yaml", override))
+
+
+def test_yaml_that_would_build_python_objects_is_refused(tmp_path):
+    (found,) = problems(recipe_file(tmp_path, "seed: !!python/object/apply:os.getcwd []\n"))
+    assert "not a readable YAML file" in found
