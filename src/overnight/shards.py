@@ -1,0 +1,319 @@
+"""The token-shard format: write it, verify it, read it.
+
+A `.ds` file is raw little-endian uint16 token ids (uint32 when the vocabulary is over 65,536) and its `.ds.index` the
+cumulative document ends as little-endian uint64: what datatrove's DocumentTokenizer writes. `manifest.json` stands
+beside the `train` and `val` folders and records size and SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from overnight.recipe import DamagedData, InputError
+from overnight.tokenizer import json_fingerprint
+
+MANIFEST = "manifest.json"
+TOKENS_PER_FILE = 100_000_000
+DType = Literal["uint16", "uint32"]
+
+
+class Record(BaseModel):
+    """Strict and closed: a manifest of another version is refused, not guessed at."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class FileRecord(Record):
+    """What a shard must be: `path` inside the folder, sizes, and the SHA-256 of the tokens and of the index."""
+
+    path: str
+    tokens: int
+    documents: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+class TokenizerRecord(Record):
+    """The tokenizer by the name the recipe gave, and `tokenizer.fingerprint` of the one saved in the folder."""
+
+    name: str
+    sha256: str
+
+
+class SourceRecord(Record):
+    """Where the text came from, and how much of it was read."""
+
+    source: str
+    path: str | None
+    files: str | None
+    revision: str | None
+    text_column: str
+    licence: str | None
+    documents: int
+    characters: int
+    bytes: int
+
+
+class SplitRule(Record):
+    """How documents came to a side, and the budgets asked for."""
+
+    rule: Literal["sha256-nfc-whitespace"] = "sha256-nfc-whitespace"
+    reserved_fraction: float
+    val_tokens: int
+    train_tokens: int | None
+
+
+class Counts(Record):
+    """What was read and written nowhere: exact duplicates, reserved documents validation did not need, whitespace
+    only, rows that are no text, and training documents after `train_tokens`."""
+
+    duplicates: int
+    reserved_unused: int
+    empty: int
+    unreadable: int
+    after_budget: int
+
+
+class Manifest(Record):
+    """The content of `manifest.json`. `corpus_sha256` is of the exact text read: of the UTF-8 length (8 bytes,
+    little-endian) and the UTF-8 of every readable document, in order."""
+
+    format: Literal[1] = 1
+    tokenizer: TokenizerRecord
+    vocab_size: int
+    eos_id: int
+    dtype: DType
+    source: SourceRecord
+    corpus_sha256: str
+    split: SplitRule
+    val: list[FileRecord]
+    train: list[FileRecord]
+    counts: Counts
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what defines the data a model sees: tokenizer and ordered files. Goes into checkpoints."""
+        defining = {"format", "vocab_size", "eos_id", "dtype", "val", "train"}
+        content = self.model_dump(include=defining) | {"tokenizer": self.tokenizer.sha256}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def dtype_for(vocab_size: int) -> DType:
+    """Return the smallest token type of the format that holds ids below `vocab_size`."""
+    return "uint16" if vocab_size <= 65_536 else "uint32"
+
+
+def little_endian(dtype: DType) -> numpy.dtype[Any]:
+    """Return the numpy type of the tokens on disk."""
+    return numpy.dtype(dtype).newbyteorder("<")
+
+
+class ShardWriter:
+    """Writes one `.ds` file and its index, under temporary names until the `with` block ends without an error.
+
+        with ShardWriter(folder / "train" / "00000.ds", vocab_size) as writer:
+            writer.write(ids)
+        writer.record  # FileRecord
+
+    The caller ends each document with the end-of-text token; the writer adds nothing.
+    """
+
+    def __init__(self, path: Path, vocab_size: int):
+        self.path, self.vocab_size, self.dtype = path, vocab_size, dtype_for(vocab_size)
+        self.tokens = 0
+        self._ends: list[int] = []
+        self._sha256 = hashlib.sha256()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = path.with_name(path.name + ".partial")
+        self._index_partial = path.with_name(path.name + ".index.partial")
+        self._file = self._partial.open("wb")
+
+    def write(self, ids: Sequence[int]) -> None:
+        """Append one document. Raises ValueError when an id is not in [0, vocab_size)."""
+        tokens = numpy.asarray(ids, dtype=numpy.int64)
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise ValueError(f"{self.path}: a document is empty or has an id outside [0, {self.vocab_size})")
+        raw = tokens.astype(little_endian(self.dtype)).tobytes()
+        self._file.write(raw)
+        self._sha256.update(raw)
+        self.tokens += len(tokens)
+        self._ends.append(self.tokens)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self._file.close()
+            self._partial.unlink()
+            return
+        index = numpy.asarray(self._ends, dtype="<u8").tobytes()
+        with self._index_partial.open("wb") as file:
+            file.write(index)
+            _sync(file)
+        _sync(self._file)
+        self._file.close()
+        self._index_partial.rename(self.path.with_name(self.path.name + ".index"))
+        self._partial.rename(self.path)  # last: where a .ds stands, its index stands
+        self.record = FileRecord(
+            path=f"{self.path.parent.name}/{self.path.name}",
+            tokens=self.tokens,
+            documents=len(self._ends),
+            bytes=self.tokens * little_endian(self.dtype).itemsize,
+            sha256=self._sha256.hexdigest(),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class SplitWriter:
+    """Writes one side of the data as numbered shards of about TOKENS_PER_FILE tokens, up to `limit` tokens.
+
+    The document that crosses the limit is cut there and then does not end with the end-of-text token.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, limit: int | None):
+        self.folder, self.vocab_size, self.limit = folder, vocab_size, limit
+        self.tokens = 0
+        self.records: list[FileRecord] = []
+        self._writer: ShardWriter | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit is reached."""
+        return self.tokens == self.limit
+
+    def write(self, ids: Sequence[int]) -> None:
+        """Append one document, as far as there is room for it; must not be called when `full`."""
+        if self.limit is not None:
+            ids = ids[: self.limit - self.tokens]
+        if self._writer is None:
+            self._writer = ShardWriter(self.folder / f"{len(self.records):05d}.ds", self.vocab_size)
+        self._writer.write(ids)
+        self.tokens += len(ids)
+        if self._writer.tokens >= TOKENS_PER_FILE:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the shard being written."""
+        if self._writer is not None:
+            self._writer.__exit__(None)
+            self.records.append(self._writer.record)
+            self._writer = None
+
+
+class Split:
+    """One side of prepared data, read by position with `os.pread`: memory does not grow, threads may share it.
+
+    `files` are the manifest's records in order and `tokens` their sum.
+    """
+
+    def __init__(self, folder: Path, files: list[FileRecord], dtype: DType):
+        self.files, self.tokens = files, sum(record.tokens for record in files)
+        self.dtype = little_endian(dtype)
+        self._paths = [folder / record.path for record in files]
+        self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
+
+    def read(self, file_index: int, start: int, count: int) -> numpy.ndarray:
+        """Return tokens [start, start + count) of one file, shape (count,), in the dtype on disk.
+
+        Raises DamagedData naming the file when it ends before that, for it was longer when it was opened.
+        """
+        size = self.dtype.itemsize
+        raw = os.pread(self._descriptors[file_index], count * size, start * size)
+        if len(raw) != count * size:
+            raise DamagedData(f"{self._paths[file_index]}: {count} tokens at {start} expected, {len(raw)} bytes found")
+        return numpy.frombuffer(raw, dtype=self.dtype)
+
+    def read_all(self) -> numpy.ndarray:
+        """Return all tokens of the side, shape (tokens,): for validation, which fits in memory."""
+        return numpy.concatenate([self.read(index, 0, record.tokens) for index, record in enumerate(self.files)])
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A prepared folder, opened; the tokenizer's files are in `folder / "tokenizer"`."""
+
+    folder: Path
+    manifest: Manifest
+    train: Split
+    val: Split
+
+
+def open_shards(folder: str | Path, *, verify: bool = True) -> Shards:
+    """Open a prepared folder, hashing every file unless `verify` is False (then only sizes are compared).
+
+    Raises InputError when the folder or its manifest is missing, and DamagedData naming each file that differs.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _check(folder, manifest, hashed=verify)
+    train, val = (Split(folder, files, manifest.dtype) for files in (manifest.train, manifest.val))
+    return Shards(folder, manifest, train, val)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json`. Raises InputError when there is none and DamagedData when it is not one."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"`data.dir` is {folder}: no {MANIFEST} there; prepare.py makes it") from None
+    except ValidationError as error:
+        raise DamagedData(f"{path} is not a manifest of format 1: {error}") from error
+
+
+def verify(folder: str | Path) -> Manifest:
+    """Hash every file of a prepared folder against its manifest, which is returned. Raises as `open_shards` does."""
+    manifest = read_manifest(Path(folder))
+    _check(Path(folder), manifest, hashed=True)
+    return manifest
+
+
+def _check(folder: Path, manifest: Manifest, *, hashed: bool) -> None:
+    problems = []
+    for record in (*manifest.val, *manifest.train):
+        index = f"{record.path}.index"
+        problems += _differences(folder / record.path, record.bytes, record.sha256 if hashed else None)
+        problems += _differences(folder / index, record.documents * 8, record.index_sha256 if hashed else None)
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    try:
+        found = json_fingerprint(tokenizer.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problems.append(f"{tokenizer}: cannot be read ({error})")
+    else:
+        if found != manifest.tokenizer.sha256:
+            problems.append(f"{tokenizer}: SHA-256 {manifest.tokenizer.sha256} expected, {found} found")
+    if problems:
+        raise DamagedData(problems)
+
+
+def _differences(path: Path, size: int, sha256: str | None) -> list[str]:
+    if not path.is_file():
+        return [f"{path}: {size} bytes expected, no file found"]
+    if path.stat().st_size != size:
+        return [f"{path}: {size} bytes expected, {path.stat().st_size} found"]
+    if sha256 is None:
+        return []
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return [] if found == sha256 else [f"{path}: SHA-256 {sha256} expected, {found} found"]

@@ -1,0 +1,83 @@
+"""The tokenizer of a recipe: loaded by name, or a GPT-2-like byte-level BPE trained on the text itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+
+from overnight.recipe import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with GPT-2's pre-tokenizer on `texts`; `<|endoftext|>` is its bos, eos and unk token.
+
+    The vocabulary has exactly `vocab_size` entries, the special token and the 256 bytes included. The same texts give
+    the same tokenizer. Raises InputError naming `model.vocab_size` when the texts do not yield that many.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    found = backend.get_vocab_size()
+    if found != vocab_size:
+        works = f"at least {found}" if found > vocab_size else f"at most {found}, or give more text"
+        raise InputError(
+            f"`model.vocab_size` is {vocab_size}, but this text gives a vocabulary of {found}: use {works}"
+        )
+    model = json.loads(backend.to_str())["model"]
+    # GPT-2's own class around it, so that every release of transformers loads what is saved.
+    merges: Any = [tuple(pair) for pair in model["merges"]]  # annotated as strings upstream, read as pairs
+    return GPT2Tokenizer(vocab=model["vocab"], merges=merges)
+
+
+def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer by Hub name or from a folder, without running code from either.
+
+    Raises InputError naming `data.tokenizer` when it cannot be had or has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
+    except Exception as error:  # the Hub client, its transport and the parsers share no base class
+        raise InputError(
+            f"`data.tokenizer` is {name_or_dir}, which cannot be loaded: {str(error).splitlines()[0]} "
+            "Check the name and the network, give a folder with a tokenizer.json, or use `trained`"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise InputError(
+            f"`data.tokenizer` is {name_or_dir}, which has no tokenizer.json or no end-of-text token; "
+            "openai-community/gpt2 has both"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each text, encoded on all cores, with no special token added.
+
+    A special token that is spelled out inside a text is encoded as plain text: a document cannot forge its own end.
+    """
+    return tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the SHA-256 of the canonical tokenizer.json: equal for tokenizers that give the same ids."""
+    return json_fingerprint(tokenizer.backend_tokenizer.to_str())
+
+
+def json_fingerprint(tokenizer_json: str) -> str:
+    """Return the fingerprint of the text of a tokenizer.json, whatever its layout and batch settings."""
+    content = json.loads(tokenizer_json)
+    content["truncation"] = content["padding"] = None  # the last caller's settings, not the tokenizer's
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

