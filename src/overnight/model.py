@@ -1,0 +1,193 @@
+"""A GPT-2 whose forward takes (ids, targets) and returns the summed loss, and the plain model that is published of it.
+
+While training the vocabulary is padded to a multiple of 64 rows, attention is SDPA without a mask, and the logits are
+made and used up chunk by chunk. `published` gives the stock GPT2LMHeadModel of the same weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+
+from overnight.recipe import InputError, Model
+
+VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
+LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # rows of logits that exist at once: a CPU's cache wants fewer than CUDA
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of the embedding while training."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Config:
+    """The GPT2Config of a recipe: padded and mask-free while training, plain when published."""
+    config = GPT2Config(
+        vocab_size=padded_vocabulary(model.vocab_size) if training else model.vocab_size,
+        n_positions=model.n_positions,
+        n_embd=model.n_embd,
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+        activation_function="gelu_pytorch_tanh",  # gelu_new as one fused operation
+        resid_pdrop=model.dropout,
+        embd_pdrop=model.dropout,
+        attn_pdrop=model.dropout,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        use_cache=not training,
+    )
+    config._attn_implementation = "causal_only" if training else "sdpa"
+    return config
+
+
+def causal_only(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention over whole packed rows; query, key and value are (batch, heads, time, head_dim).
+
+    transformers builds no mask for an attention of this name, neither in eager mode nor under torch.compile, where its
+    `sdpa` would build one and lose the flash kernel. With a key-value cache `is_causal` would be wrong: refused.
+    """
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("causal_only attends over whole rows and takes no key-value cache")
+    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    return out.transpose(1, 2), None  # (batch, time, heads, head_dim)
+
+
+AttentionInterface.register("causal_only", causal_only)
+
+
+class LanguageModel(nn.Module):
+    """What `Accelerator.prepare` receives: one forward from tokens to the loss, so that autocast and DDP see it all."""
+
+    def __init__(self, model: Model, eos_token_id: int, *, compile: bool):
+        super().__init__()
+        self.gpt2 = GPT2LMHeadModel(gpt2_config(model, eos_token_id, training=True))
+        self.eos_token_id = eos_token_id
+        self.vocab_size = model.vocab_size
+        self.training_body = torch.compile(self.body) if compile else self.body
+
+    def body(self, ids: Tensor) -> Tensor:
+        """(batch, time) token ids to (batch, time, n_embd) hidden states."""
+        return self.gpt2.transformer(ids, use_cache=False).last_hidden_state
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of `targets` given `ids`, both (batch, time) int64, summed: a float32 scalar in nats.
+
+        In evaluation mode the body is never the compiled one, so that validation's last, shorter row costs no
+        recompilation.
+        """
+        hidden = self.training_body(ids) if self.training else self.body(ids)
+        return summed_loss(hidden.flatten(0, 1), self.gpt2.transformer.wte.weight, targets.flatten(), self.vocab_size)
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Cross-entropy of `targets` (n,) under `hidden` (n, n_embd) @ `weight` (padded, n_embd).T, summed, in float32.
+
+    Columns from `vocab_size` on do not take part. The (n, padded) logits are never held whole.
+    """
+    if torch.is_grad_enabled():
+        return _ChunkedLoss.apply(hidden, weight, targets, vocab_size)
+    return _loss_and_gradients(hidden, weight, targets, vocab_size, gradients=False)[0]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss with its gradients made in the forward, while a chunk's logits are at hand: nothing is recomputed."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, vocab_size):
+        loss, *gradients = _loss_and_gradients(hidden, weight, targets, vocab_size, gradients=True)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None
+
+
+def _loss_and_gradients(hidden, weight, targets, vocab_size, *, gradients):
+    compute = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+    rows, matrix = hidden.to(compute or hidden.dtype), weight.to(compute or weight.dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden if gradients else hidden[:0])
+    grad_weight = torch.zeros_like(weight if gradients else weight[:0])
+    size = LOSS_CHUNK[hidden.device.type]
+    for start in range(0, len(rows), size):
+        chunk, target = rows[start : start + size], targets[start : start + size, None]
+        logits = (chunk @ matrix.T).float()  # (chunk, padded)
+        logits[:, vocab_size:] = -torch.inf
+        log_total = logits.logsumexp(dim=1, keepdim=True)
+        loss += (log_total - logits.gather(1, target)).sum()
+        if gradients:
+            error = logits.sub_(log_total).exp_()  # softmax, minus one at the target: the gradient of the logits
+            error.scatter_add_(1, target, error.new_full(target.shape, -1.0))
+            error = error.to(rows.dtype)
+            grad_hidden[start : start + size] = error @ matrix
+            grad_weight += error.T @ chunk
+    return loss, grad_hidden, grad_weight
+
+
+def published(model: LanguageModel, config: Model) -> GPT2LMHeadModel:
+    """The stock model over the same memory: exact vocabulary, `sdpa`, in evaluation mode; nothing is copied."""
+    state = {name: tensor.detach() for name, tensor in model.gpt2.transformer.state_dict().items()}
+    state["wte.weight"] = state["wte.weight"][: config.vocab_size]
+    with torch.device("meta"):
+        stock = GPT2LMHeadModel(gpt2_config(config, model.eos_token_id, training=False))
+    stock.transformer.load_state_dict(state, assign=True)
+    stock.tie_weights()
+    return stock.eval()
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What SDPA was given and what it ran, seen in one profiled forward and backward."""
+
+    kernels: tuple[str, ...]
+    masks: int
+    calls: int
+
+    def __str__(self) -> str:
+        mask = "no mask" if self.masks == 0 else f"a mask in {self.masks} of {self.calls} calls"
+        return f"{', '.join(self.kernels)} ({self.calls} calls, {mask})"
+
+
+def attention_report(model: nn.Module, ids: Tensor) -> AttentionReport:
+    """Profile one forward and backward of `model` on `ids` (batch, time) int64; gradients are left behind.
+
+    The profiler sees the operators that were really dispatched, in eager and in compiled code alike.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no start and stop lines on stderr
+    model(ids, ids).backward()  # compiles, if there is anything to compile
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        model(ids, ids).backward()
+    calls = [event for event in profile.events() if re.fullmatch(KERNEL_OPERATOR, event.name)]
+    masked = [event for event in calls if any(event.input_shapes[3:])]  # after query, key and value
+    return AttentionReport(
+        tuple(sorted({event.name.removeprefix("aten::") for event in calls})), len(masked), len(calls)
+    )
+
+
+KERNEL_OPERATOR = r"aten::_scaled_dot_product_(?!.*backward).*"
+
+
+def require_flash(report: AttentionReport) -> None:
+    """Raise `InputError` unless every attention call ran a flash kernel without a mask."""
+    if report.masks or not report.kernels or any("flash" not in kernel for kernel in report.kernels):
+        raise InputError(
+            f"`model.attention` is 'flash', but this device ran {report}: flash on CUDA needs bf16 and compute"
+            " capability 8.0 or newer, on a CPU no dropout; 'sdpa' would work"
+        )

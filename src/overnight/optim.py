@@ -1,0 +1,110 @@
+"""Parameter groups, Muon, AdamW, and the learning rate as a function of the iteration."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from overnight.recipe import Optim, Schedule, decay_iters
+
+
+def lr_at(iteration: int, schedule: Schedule) -> float:
+    """The learning rate of an iteration, counted from 0, as a share of the peak.
+
+    Linear warmup, then for `wsd` constant and linear to zero (Hägele et al. 2024, arXiv 2405.18392), for `cosine` half
+    a cosine down to `final_lr_fraction`.
+    """
+    if iteration < schedule.warmup_iters:
+        return (iteration + 1) / schedule.warmup_iters
+    if schedule.kind == "wsd":
+        return min(1.0, (schedule.max_iters - iteration) / max(1, decay_iters(schedule)))
+    progress = (iteration - schedule.warmup_iters) / max(1, schedule.max_iters - schedule.warmup_iters)
+    floor = schedule.final_lr_fraction
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (n, rows, columns) with their singular values pulled close to 1, the singular vectors kept.
+
+    The quintic iteration of Keller Jordan's Muon (github.com/KellerJordan/Muon), in bf16 on CUDA and float32 elsewhere,
+    where bf16 is emulated and coarser.
+    """
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT  # (n, side, side), side the shorter one
+        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz, for hidden matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
+
+    Each parameter is cut into `blocks` along its columns (q, k and v of GPT-2's fused `c_attn` are three matrices), and
+    matrices of one shape go through Newton-Schulz together. The update is scaled by 0.2 * sqrt(longer side), which
+    gives it AdamW's typical size, so that learning rate and weight decay carry over (Liu 2025, arXiv 2502.16982).
+    """
+
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "blocks": 1})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]  # no closure: nothing is ever re-evaluated
+        """One update of every parameter that has a gradient."""
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, dict]]] = defaultdict(list)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                average = self.state[param].setdefault("momentum", torch.zeros_like(param))
+                average.lerp_(param.grad, 1 - group["momentum"])
+                update = param.grad.lerp(average, group["momentum"])  # Nesterov
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                pairs = zip(param.chunk(group["blocks"], dim=1), update.chunk(group["blocks"], dim=1), strict=True)
+                for block, direction in pairs:
+                    by_shape[block.shape].append((block, direction, group))
+        for shape, work in by_shape.items():
+            directions = newton_schulz(torch.stack([direction for _, direction, _ in work]))
+            for (block, _, group), direction in zip(work, directions, strict=True):
+                block.add_(direction.to(block.dtype), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+
+
+def build(model: nn.Module, optim: Optim, *, fused: bool) -> list[torch.optim.Optimizer]:
+    """The optimizers of a recipe over the parameters of a GPT-2; each group remembers its `peak_lr`.
+
+    Under `muon` the matrices of the blocks go to Muon and everything else to AdamW. Weight decay acts on matrices: on
+    the blocks' own and on the token embedding, which is also the head; not on positions, norms and biases.
+    """
+    named = list(model.named_parameters())
+    hidden = {name: p for name, p in named if ".h." in name and p.ndim == 2}
+    others = [(name, p) for name, p in named if optim.name == "adamw" or name not in hidden]
+    decayed = [p for name, p in others if p.ndim == 2 and ".wpe." not in name]
+    plain = [p for name, p in others if p.ndim < 2 or ".wpe." in name]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), fused=fused)
+    ]
+    if optim.name == "muon":
+        fused_qkv = [p for name, p in hidden.items() if ".c_attn." in name]
+        single = [p for name, p in hidden.items() if ".c_attn." not in name]
+        groups = [{"params": fused_qkv, "blocks": 3}, {"params": single}]
+        optimizers.append(Muon(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay))
+    for group in all_groups(optimizers):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def all_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    """The parameter groups of several optimizers."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    """Give every group its `peak_lr` times `share`."""
+    for group in all_groups(optimizers):
+        group["lr"] = group["peak_lr"] * share

@@ -1,0 +1,111 @@
+"""The training model computes what the stock GPT-2 computes, and what is published of it is the stock GPT-2."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from overnight import model as model_module
+from overnight.model import LanguageModel, attention_report, published, require_flash
+from overnight.recipe import InputError, Model
+
+SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)
+
+
+@pytest.fixture
+def language_model():
+    torch.manual_seed(0)
+    return LanguageModel(SHAPE, 0, compile=False)
+
+
+@pytest.fixture
+def tokens():
+    torch.manual_seed(1)
+    return torch.randint(0, 100, (3, 33))
+
+
+def stock_loss(language_model, ids, targets):
+    logits = published(language_model, SHAPE)(ids).logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def test_the_chunked_loss_equals_the_stock_loss(language_model, tokens, monkeypatch):
+    monkeypatch.setitem(model_module.LOSS_CHUNK, "cpu", 40)  # 96 rows: two whole chunks and a part
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    loss = language_model(ids, targets)
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in language_model.gpt2.named_parameters()}
+    language_model.zero_grad()
+    logits = language_model.gpt2(ids, use_cache=False).logits[..., :100]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-5)
+    for name, parameter in language_model.gpt2.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_are_not_shifted_a_second_time(language_model):
+    ids, targets = torch.tensor([[5, 6, 7]]), torch.tensor([[6, 7, 8]])
+    with torch.no_grad():
+        log_probabilities = published(language_model, SHAPE)(ids).logits.log_softmax(-1)
+        by_hand = -sum(log_probabilities[0, place, target] for place, target in enumerate([6, 7, 8]))
+        torch.testing.assert_close(language_model(ids, targets), by_hand)
+
+
+def test_padded_rows_of_the_vocabulary_take_no_part(language_model, tokens):
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    before = language_model(ids, targets)
+    weight = language_model.gpt2.transformer.wte.weight
+    assert weight.shape[0] == 128
+    with torch.no_grad():
+        weight[100:] = 1e4
+    after = language_model(ids, targets)
+    after.backward()
+    assert torch.equal(before, after)
+    assert weight.grad[100:].abs().max() == 0 and weight.grad[:100].abs().max() > 0
+
+
+def test_the_published_model_has_the_exact_vocabulary_and_the_same_loss(language_model, tokens):
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    stock = published(language_model, SHAPE)
+    assert stock.config.vocab_size == stock.lm_head.weight.shape[0] == 100
+    assert stock.lm_head.weight.data_ptr() == language_model.gpt2.transformer.wte.weight.data_ptr()
+    assert stock.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        torch.testing.assert_close(language_model(ids, targets), stock_loss(language_model, ids, targets))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_sdpa_runs_flash_without_a_mask(compiled, tokens):
+    report = attention_report(LanguageModel(SHAPE, 0, compile=compiled), tokens[:, :-1])
+    assert report.kernels == ("_scaled_dot_product_flash_attention_for_cpu",)
+    assert (report.calls, report.masks) == (SHAPE.n_layer, 0)
+    require_flash(report)
+
+
+def test_flash_that_the_device_does_not_give_is_refused(tokens):
+    report = attention_report(
+        LanguageModel(SHAPE.model_copy(update={"dropout": 0.1}), 0, compile=False), tokens[:, :-1]
+    )
+    assert report.kernels == ("_scaled_dot_product_attention_math",)
+    with pytest.raises(InputError, match="'sdpa' would work"):
+        require_flash(report)
+
+
+def test_a_mask_would_be_seen(tokens):
+    language_model = LanguageModel(SHAPE, 0, compile=False)
+    language_model.gpt2.set_attn_implementation("sdpa")
+    language_model.body = lambda ids: (
+        language_model.gpt2.transformer(
+            ids, use_cache=False, attention_mask=torch.tril(torch.ones(3, 1, 32, 32, dtype=torch.bool))
+        ).last_hidden_state
+    )
+    language_model.training_body = language_model.body
+    report = attention_report(language_model, tokens[:, :-1])
+    assert report.masks == SHAPE.n_layer
+    with pytest.raises(InputError):
+        require_flash(report)
+
+
+def test_training_attention_with_a_cache_raises_instead_of_being_wrong(language_model):
+    with pytest.raises(ValueError, match="no key-value cache"):
+        language_model.gpt2.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, use_cache=True, pad_token_id=0)
