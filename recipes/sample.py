@@ -1,0 +1,40 @@
+"""Let a finished model write: python recipes/sample.py MODEL [--prompt TEXT]; without a prompt, a conversation."""
+
+import argparse
+import sys
+
+from overnight.cli import EXIT_INPUT
+from overnight.recipe import InputError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("model", help="a model folder, as runs/NAME/models/iter-020000, or a Hub name")
+    parser.add_argument("--prompt", help="text to continue; without it, lines are read until an empty one")
+    parser.add_argument("--tokens", type=int, default=128, help="the most tokens to write")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
+    parser.add_argument("--top-k", type=int, default=50, help="choose among this many tokens")
+    parser.add_argument("--seed", type=int, default=1337, help="equal seeds write equal text")
+    options = parser.parse_args()
+
+    from overnight.sampling import Writer
+
+    try:
+        writer = Writer.load(options.model)
+        how = {"tokens": options.tokens, "temperature": options.temperature}
+        how |= {"top_k": options.top_k, "seed": options.seed}
+        if options.prompt is not None:
+            print(options.prompt + writer.after(options.prompt, **how))
+            return 0
+        while prompt := input("> "):
+            print(prompt + writer.after(prompt, **how))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return EXIT_INPUT
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

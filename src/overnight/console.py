@@ -1,0 +1,102 @@
+"""What a person sees during a run: a table of facts, one line per logging step, a box at the end.
+
+On a terminal a progress bar lives under the lines; in a log file there are only the lines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from rich.console import Console as RichConsole
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+# ANSI/OSC sequences, then every other control character but newline and tab: sampled text must not drive the terminal.
+_CONTROL = re.compile(
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]"
+)
+
+
+def plain(text: str) -> str:
+    """`text` without escape sequences, control characters and direction overrides."""
+    return _CONTROL.sub("", text)
+
+
+def duration(seconds: float) -> str:
+    """`95` as `1m35s`, `81720` as `22h42m`."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def estimated_end(seconds: float) -> str:
+    """`in 22h42m, on Tue 07:12`"""
+    return f"in {duration(seconds)}, on {datetime.now() + timedelta(seconds=seconds):%a %H:%M}"
+
+
+def count(number: float) -> str:
+    """`121_340` as `121k`, with three digits."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def step_line(record: dict, max_iters: int) -> str:
+    """One training record as a line of stable columns; what was not measured is a dash."""
+    val = f"{record['val_loss']:.4f}@{record['val_iteration']}" if record.get("val_loss") is not None else "-"
+    mfu = f"{record['mfu']:.0%}" if record.get("mfu") else "-"
+    watts = f"{record['watts']:.0f} W" if record.get("watts") else "- W"
+    rate = count(record["tokens_per_second"]) if record.get("tokens_per_second") else "-"
+    eta = duration(record["eta_seconds"]) if record.get("eta_seconds") is not None else "-"
+    return (
+        f"iter {record['iteration']:>{len(str(max_iters))}}/{max_iters} {record['iteration'] / max_iters:6.1%}"
+        f" | loss {record['loss']:.4f} | val {val:>11} | lr {record['lr']:.2e} | gnorm {record['grad_norm']:.2f}"
+        f" | {rate:>5} tok/s | mfu {mfu:>3}"
+        f" | {record['gib']:.1f}/{record['gib_total']:.1f} GiB | {watts} | eta {eta}"
+    )
+
+
+class Console:
+    """Prints for one process; the other processes of a run get one that is `quiet`."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def say(self, text: str = "") -> None:
+        """One line, as it is."""
+        self.rich.print(Text(plain(text)))
+
+    def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Facts under each other: what, and its value."""
+        rows = list(rows)
+        width = max(len(name) for name, _ in rows)
+        self.say(title)
+        for name, value in rows:
+            self.say(f"  {name:<{width}}  {value}")
+
+    def box(self, title: str, lines: list[str]) -> None:
+        """The end of a run."""
+        self.stop()
+        self.rich.print(Panel(Text(plain("\n".join(lines))), title=Text(plain(title)), expand=False), soft_wrap=False)
+
+    def progress(self, iteration: int, max_iters: int) -> None:
+        """Move the bar, where there is a terminal."""
+        if not self.rich.is_terminal:
+            return
+        if self._bar is None:
+            columns = (BarColumn(), TextColumn("{task.completed}/{task.total} iterations"))
+            self._bar = Progress(*columns, console=self.rich, transient=True)
+            self._bar.add_task("", total=max_iters)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=iteration)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

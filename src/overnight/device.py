@@ -1,0 +1,137 @@
+"""What the device at hand is, how much of it is in use, and what it could do at best."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import psutil
+import torch
+
+from overnight.recipe import InputError, Recipe
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A row of facts/gpus.csv: vendor figures, with their provenance in the file."""
+
+    name: str
+    tflops: float
+    vram_gib: float
+
+
+def known_gpus() -> dict[str, Gpu]:
+    """The GPUs of facts/gpus.csv by name; `tflops` is dense bf16 with float32 accumulation."""
+    with (resources.files("overnight") / "facts" / "gpus.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        row["name"]: Gpu(row["name"], float(row["bf16_dense_tflops_fp32_accumulate"]), float(row["vram_gib"]))
+        for row in rows
+    }
+
+
+def match_gpu(cuda_name: str, total_gib: float) -> Gpu | None:
+    """The known GPU of exactly this CUDA name and memory ("NVIDIA GeForce RTX 4070"), or None.
+
+    Every word must fit: a "4070 Laptop GPU" or a "4070 Ti SUPER" is another card than a 4070.
+    """
+    words = set(re.findall(r"[a-z0-9]+", cuda_name.lower())) - {"nvidia", "geforce", "tesla", "pcie", "hbm3", "gb"}
+    for gpu in known_gpus().values():
+        known = {word for word in gpu.name.split("-") if not re.fullmatch(r"\d+gb", word)} - {"sxm"}
+        if known == {word for word in words if not re.fullmatch(r"\d+gb|sxm\d?", word)}:
+            return gpu if abs(gpu.vram_gib - total_gib) < 0.1 * gpu.vram_gib else None
+    return None
+
+
+class Device:
+    """The torch device of this process, with its memory, power and peak speed."""
+
+    def __init__(self, device: torch.device):
+        self.torch = device
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            self.name = torch.cuda.get_device_name(device)
+            self.total_gib = torch.cuda.get_device_properties(device).total_memory / GIB
+            known = match_gpu(self.name, self.total_gib)
+            self.peak_flops = known.tflops * 1e12 if known else None
+        else:
+            self.name = f"CPU, {processor_name()}"
+            self.total_gib = psutil.virtual_memory().total / GIB
+            self.peak_flops = None
+        self._power_meter = _nvml_handle(device) if self.cuda else None
+        self._joules_before = self._energy_counter()
+
+    def used_gib(self) -> float:
+        """Memory that this process holds on the device: CUDA's reserved peak, on a CPU the resident set."""
+        return (torch.cuda.max_memory_reserved(self.torch) if self.cuda else psutil.Process().memory_info().rss) / GIB
+
+    def watts(self) -> float | None:
+        """Board power now, from NVML; None where there is none."""
+        if self._power_meter is None:
+            return None
+        import pynvml
+
+        return pynvml.nvmlDeviceGetPowerUsage(self._power_meter) / 1000
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that a clock tells the truth."""
+        if self.cuda:
+            torch.cuda.synchronize(self.torch)
+
+    def joules(self) -> float | None:
+        """Energy of the board since this object was made, from NVML's own counter; None where there is none."""
+        now = self._energy_counter()
+        return None if now is None or self._joules_before is None else now - self._joules_before
+
+    def _energy_counter(self) -> float | None:
+        if self._power_meter is None:
+            return None
+        import pynvml
+
+        try:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._power_meter) / 1000
+        except pynvml.NVMLError:  # only since Volta
+            return None
+
+
+def _nvml_handle(device: torch.device):
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError:  # WSL and some containers have no NVML: power is then "not measured"
+        return None
+
+
+def processor_name() -> str:
+    """The CPU's model name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def resolve_precision(recipe: Recipe, *, cuda: bool, bf16: bool) -> tuple[str, bool]:
+    """("bf16" | "fp32", compile?) for the device at hand.
+
+    Raises `InputError` where the recipe asks by name for what the device does not have.
+    """
+    problems = []
+    if recipe.precision == "bf16" and not bf16:
+        where = "this CUDA device has no bf16" if cuda else "this machine has no CUDA device"
+        problems.append(f"`precision` is 'bf16', but {where}; 'auto' would work here")
+    if recipe.compile is True and not cuda:
+        problems.append("`compile` is True, but this machine has no CUDA device; 'auto' would work here")
+    if problems:
+        raise InputError(problems)
+    precision = ("bf16" if bf16 else "fp32") if recipe.precision == "auto" else recipe.precision
+    return precision, cuda if recipe.compile == "auto" else recipe.compile

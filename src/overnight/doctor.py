@@ -1,0 +1,386 @@
+"""What a machine has and lacks for a run, one line each, with the command that mends it: `python -m overnight.doctor`.
+
+Every check is a pure function of plain values; `survey` reads the values off this machine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from overnight.recipe import InputError, Recipe
+from overnight.recipe_file import load
+
+GIB = 2**30
+OLDEST_PYTHON = (3, 11)
+# From NVIDIA's table "CUDA Toolkit and Minimum Required Driver Version for CUDA Minor Version Compatibility", Linux.
+OLDEST_DRIVER = {11: "450.80", 12: "525.60", 13: "580"}
+SLOW_MOUNTS = {"9p", "drvfs", "v9fs", "cifs", "smb3", "nfs", "nfs4", "vboxsf", "fuse.sshfs"}
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"  # beside the source of an editable install
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor: `warn` costs speed or comfort, `fail` stops training; `mend` is a command or advice."""
+
+    name: str
+    status: Status
+    text: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU as NVML describes it; memory in bytes."""
+
+    name: str
+    free: int
+    total: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver: its version, the newest CUDA it can run, and its GPUs."""
+
+    version: str
+    cuda: tuple[int, int]
+    gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that the run writes to: free bytes, bytes it needs (0: unknown or none), and its file system's type."""
+
+    name: str
+    path: Path
+    free: int
+    needed: int
+    filesystem: str
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Everything that the checks look at."""
+
+    python: tuple[int, int]
+    installed: dict[str, str | None]
+    pinned: dict[str, str]
+    torch: str | None
+    torch_cuda: str | None
+    torch_archs: tuple[str, ...]
+    driver: Driver | None
+    gcc: str | None
+    python_header: bool
+    compiles: bool
+    kernel: str
+    places: tuple[Place, ...]
+    hub_token: bool
+    threads: int
+    omp_threads: str | None
+
+
+def checks(machine: Machine) -> list[Check]:
+    """Every check of `machine`, in the order in which one mends things."""
+    wsl = "microsoft" in machine.kernel.lower()
+    cuda = machine.driver is not None and bool(machine.driver.gpus) and machine.torch_cuda is not None
+    found = [
+        check_python(machine.python),
+        check_packages(machine.installed, machine.pinned),
+        check_torch(machine.torch, machine.torch_cuda, machine.driver, wsl),
+    ]
+    found += [check_gpu(gpu, machine.torch_archs) for gpu in (machine.driver.gpus if machine.driver else ())]
+    found.append(check_compiler(machine.gcc, machine.python_header, cuda and machine.compiles, machine.python))
+    if wsl:
+        found.append(check_wsl(machine.kernel))
+    for place in machine.places:
+        found += [check_disk(place), check_mount(place)]
+    return [*found, check_hub(machine.hub_token), check_threads(machine.threads, machine.omp_threads)]
+
+
+def check_python(version: tuple[int, int]) -> Check:
+    """Python is new enough for the libraries."""
+    text = f"Python {version[0]}.{version[1]}"
+    if version < OLDEST_PYTHON:
+        return Check("python", "fail", f"{text}; 3.11 or newer is needed", "rm -r .venv; make setup PYTHON=python3.12")
+    return Check("python", "ok", text)
+
+
+def check_packages(installed: dict[str, str | None], pinned: dict[str, str]) -> Check:
+    """Every direct dependency is there, in the version of constraints.txt where that file is at hand."""
+    missing = [name for name, version in installed.items() if version is None]
+    if missing:
+        return Check("packages", "fail", f"not installed: {', '.join(missing)}", "make setup")
+    others = [
+        f"{name} {version} (tested with {pinned[name]})"
+        for name, version in installed.items()
+        if name in pinned and version is not None and version.partition("+")[0] != pinned[name]
+    ]
+    if others:
+        return Check("packages", "warn", ", ".join(others), "pip install -e . -c constraints.txt")
+    where = "in the versions of constraints.txt" if pinned else "in versions that the package admits"
+    return Check("packages", "ok", f"{len(installed)} {where}")
+
+
+def check_torch(version: str | None, cuda: str | None, driver: Driver | None, wsl: bool) -> Check:
+    """PyTorch's CUDA build and the driver fit each other."""
+    if version is None:
+        return Check("torch", "fail", "PyTorch is not installed", "make setup")
+    build = f"PyTorch {version} built for {f'CUDA {cuda}' if cuda else 'CPUs'}"
+    if driver is None or not driver.gpus:
+        mend = ""
+        if cuda:
+            mend = "install NVIDIA's driver in Windows, not in WSL" if wsl else "sudo ubuntu-drivers install"
+        return Check("torch", "warn", f"{build}; no CUDA device: the quickstart runs on the CPU", mend)
+    if cuda is None:
+        mend = "rm -r .venv; make setup" if "+cpu" in version else "pip install --force-reinstall torch"
+        return Check("torch", "warn", f"{build}, but here is a GPU ({driver.gpus[0].name}) it cannot use", mend)
+    fits = f"{build}, driver {driver.version} (CUDA up to {driver.cuda[0]}.{driver.cuda[1]})"
+    major = int(cuda.split(".")[0])
+    if driver.cuda[0] < major:  # within one major version, an older driver runs a newer minor version
+        needed = f"; it needs driver {OLDEST_DRIVER[major]} or newer" if major in OLDEST_DRIVER else ""
+        mend = (
+            "update NVIDIA's driver in Windows, then wsl --shutdown" if wsl else "sudo ubuntu-drivers install; reboot"
+        )
+        return Check("torch", "fail", fits + needed, mend)
+    return Check("torch", "ok", fits)
+
+
+def check_gpu(gpu: Gpu, archs: tuple[str, ...]) -> Check:
+    """The GPU is one that this PyTorch was built for, has bf16, and has its memory free."""
+    major, minor = gpu.capability
+    text = f"{gpu.name}, {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free, compute capability {major}.{minor}"
+    oldest = min((int(number) for number in re.findall(r"sm_(\d+)", " ".join(archs))), default=0)
+    if 10 * major + minor < oldest:
+        return Check("gpu", "fail", f"{text}; this PyTorch begins at {oldest // 10}.{oldest % 10}", "use a newer GPU")
+    if major < 8:
+        return Check("gpu", "warn", f"{text}: no bf16, so `precision: auto` takes float32, several times slower")
+    if gpu.free < gpu.total / 2:
+        return Check("gpu", "warn", f"{text}; other programs hold the rest", "nvidia-smi shows which; end them")
+    return Check("gpu", "ok", f"{text}, bf16")
+
+
+def check_compiler(gcc: str | None, header: bool, needed: bool, python: tuple[int, int]) -> Check:
+    """Triton compiles a small C module against Python.h on its first kernel."""
+    missing = [name for name, found in (("gcc", gcc), ("Python.h", header)) if not found]
+    if not missing:
+        return Check("compiler", "ok", f"{gcc} and Python.h")
+    if not needed:
+        return Check("compiler", "ok", f"no {' and no '.join(missing)}; only torch.compile on a GPU needs them")
+    mend = f"sudo apt install gcc libc6-dev python{python[0]}.{python[1]}-dev"
+    return Check("compiler", "fail", f"torch.compile needs {' and '.join(missing)}", f"{mend}  (or --compile false)")
+
+
+def check_wsl(kernel: str) -> Check:
+    """WSL 2 runs CUDA, WSL 1 has no GPU."""
+    if re.search(r"wsl2|microsoft-standard", kernel, re.IGNORECASE):
+        return Check("wsl", "ok", "WSL 2: Windows may suspend the night; set its power plan to never sleep")
+    return Check("wsl", "fail", "WSL 1, which has no CUDA", "wsl --set-version <distribution> 2   (in Windows)")
+
+
+def check_disk(place: Place) -> Check:
+    """The folder's disk has room for what the recipe will write there."""
+    if not place.writable:
+        return Check(place.name, "fail", f"{place.path} cannot be written to", f"sudo chown -R $USER {place.path}")
+    text = f"{place.path}: {place.free / 1e9:.0f} GB free"
+    if place.needed >= 10**8:
+        text += f", the recipe needs about {place.needed / 1e9:.1f} GB"
+    if place.free < place.needed:
+        return Check(place.name, "fail", text, f"free space there, or make {place.path} a link to a larger disk")
+    return Check(place.name, "ok", text)
+
+
+def check_mount(place: Place) -> Check:
+    """The folder lies on a local Linux file system; Windows drives under WSL and network shares are slow."""
+    name = f"{place.name} mount"
+    if place.filesystem not in SLOW_MOUNTS:
+        return Check(name, "ok", place.filesystem)
+    mend = "cp -r . ~/overnight && cd ~/overnight   (the Linux side of WSL, or any local disk)"
+    return Check(name, "warn", f"{place.path} is on {place.filesystem}, many times slower than a local disk", mend)
+
+
+def check_hub(token: bool) -> Check:
+    """A Hub login, which training never needs. The token is looked for on this machine; nothing is sent."""
+    if token:
+        return Check("hub", "ok", "a Hub token is set")
+    return Check("hub", "ok", "not logged in to the Hub; training needs no login, uploads do: hf auth login")
+
+
+def check_threads(threads: int, omp_threads: str | None) -> Check:
+    """CPU threads that this process may use."""
+    note = f"; OMP_NUM_THREADS={omp_threads} is set, the recipe's `threads` wins" if omp_threads else ""
+    return Check("threads", "ok", f"{threads} CPU threads{note}")
+
+
+def survey(recipe: Recipe | None = None) -> Machine:
+    """Read this machine; opens no connection and makes no CUDA context."""
+    torch, torch_cuda, archs = _torch_build()
+    return Machine(
+        python=sys.version_info[:2],
+        installed=_installed(),
+        pinned=pins(CONSTRAINTS.read_text(encoding="utf-8")) if CONSTRAINTS.exists() else {},
+        torch=torch,
+        torch_cuda=torch_cuda,
+        torch_archs=archs,
+        driver=_driver(),
+        gcc=shutil.which("gcc") or shutil.which("cc") or shutil.which("clang"),
+        python_header=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+        compiles=recipe is None or recipe.compile is not False,
+        kernel=platform.release(),
+        places=_places(recipe),
+        hub_token=_hub_token(),
+        threads=len(os.sched_getaffinity(0)),
+        omp_threads=os.environ.get("OMP_NUM_THREADS"),
+    )
+
+
+def pins(constraints: str) -> dict[str, str]:
+    """`name==version` lines as a dictionary with normalised names."""
+    found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", constraints, re.MULTILINE)
+    return {_normalised(name): version for name, version in found}
+
+
+def filesystem_of(path: Path, mounts: str) -> str:
+    """The file system type of the mount that holds `path`, from the text of /proc/mounts."""
+    best, kind = "", "unknown"
+    for line in mounts.splitlines():
+        _, mount, found, *_ = line.split(" ")
+        point = mount.replace("\\040", " ")
+        if path.is_relative_to(point) and len(point) >= len(best):  # a later mount on the same point hides the earlier
+            best, kind = point, found
+    return kind
+
+
+def run_bytes(recipe: Recipe) -> int:
+    """What a run folder will hold at once: checkpoints (one more while a new one is written) and a finished model."""
+    from overnight.plan import parameter_count  # brings torch, which may be what is missing
+
+    parameters = parameter_count(recipe.model, recipe.model.vocab_size)
+    moments = 8  # AdamW's two in float32; Muon keeps one
+    return (recipe.checkpoint.keep + 1) * parameters * (4 + moments) + 4 * parameters
+
+
+def is_prepared(recipe: Recipe) -> bool:
+    """Whether the recipe's token shards are all there: the manifest is written last."""
+    return (Path(recipe.data.dir) / "manifest.json").exists()
+
+
+def data_bytes(recipe: Recipe) -> int:
+    """What the data folder still needs: nothing once it is prepared, else the download and two bytes a token."""
+    if is_prepared(recipe):
+        return 0
+    tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
+    return int((recipe.data.download_gb or 0) * 1e9) + tokens * (2 if recipe.model.vocab_size <= 65_536 else 4)
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _installed() -> dict[str, str | None]:
+    """The version of every direct dependency; None where it is missing."""
+    try:
+        required = importlib.metadata.requires("overnight") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {"overnight": None}
+    names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in required if "extra ==" not in line]
+    return {_normalised(name): _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_build() -> tuple[str | None, str | None, tuple[str, ...]]:
+    try:
+        import torch
+    except ImportError:
+        return None, None, ()
+    return torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list())
+
+
+def _driver() -> Driver | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, or a container without one
+        return None
+    cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    gpus = []
+    for handle in handles:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        gpus.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.free, memory.total, tuple(capability)))
+    return Driver(pynvml.nvmlSystemGetDriverVersion(), (cuda // 1000, cuda % 1000 // 10), tuple(gpus))
+
+
+def _places(recipe: Recipe | None) -> tuple[Place, ...]:
+    wanted = [("runs", Path("runs"), run_bytes(recipe) if recipe else 0)]
+    if recipe:
+        wanted.insert(0, ("data", Path(recipe.data.dir), data_bytes(recipe)))
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
+    places = []
+    for name, path, needed in wanted:
+        existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+        free, writable = shutil.disk_usage(existing).free, os.access(existing, os.W_OK)
+        places.append(Place(name, path, free, needed, filesystem_of(existing, mounts), writable))
+    return tuple(places)
+
+
+def _hub_token() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def show(found: Iterable[Check], console: Console) -> None:
+    """Print one line a check, and under it the command that mends it."""
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for check in found:
+        console.print(f"{check.status:<4}", style=colours[check.status], end=" ")
+        console.print(f"{check.name:<10}  {check.text}", markup=False, highlight=False, soft_wrap=True)
+        if check.mend:
+            console.print(f"{'':<15}  mend: {check.mend}", markup=False, highlight=False, soft_wrap=True)
+
+
+def examine(recipe: Recipe | None = None) -> bool:
+    """Check this machine, print what was found, and return whether training can start."""
+    found = checks(survey(recipe))
+    show(found, Console())
+    return all(check.status != "fail" for check in found)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0, 1 when something would stop training, 2 when the recipe cannot be used."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        print("python -m overnight.doctor [RECIPE [--key value ...]]: what this machine has and lacks for a run")
+        return 0
+    try:
+        recipe = load(Path(arguments[0]), arguments[1:]) if arguments else None
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if examine(recipe) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""Finished models: written as a plain transformers folder, then loaded in a fresh process and compared.
+
+`python -m overnight.export FOLDER PROBE` is that fresh process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from overnight.checkpoint import publish
+
+TOLERANCE = 1e-5  # of the logits, float32 against float32 on the same CPU
+
+
+def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path, probe: Tensor) -> None:
+    """Write `model` (as `published` gives it) and its tokenizer to `folder`, verified before it has that name.
+
+    `probe` is (batch, time) int64 tokens. Raises RuntimeError when the folder, loaded by a fresh process, does not give
+    the same logits on them, or misses or adds a key.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    _verify(model, aside, probe)
+    publish(aside, folder)
+
+
+def _verify(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        stored = Path(scratch) / "probe.safetensors"
+        on_cpu = GPT2LMHeadModel(model.config).eval()
+        on_cpu.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+        save_file({"ids": probe.cpu().contiguous(), "logits": on_cpu(probe.cpu()).logits.contiguous()}, stored)
+        command = [sys.executable, "-m", "overnight.export", str(folder), str(stored)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{folder} does not load as the model that was trained:\n{result.stdout}{result.stderr}")
+
+
+def differences(folder: str, probe: str) -> list[str]:
+    """What a fresh reader of `folder` finds different from the logits stored in `probe`; empty when all is well."""
+    model: Any
+    info: dict
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)  # type: ignore[misc]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stored = load_file(probe)
+    found = [f"{kind}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
+    if len(tokenizer) != model.config.vocab_size:
+        found.append(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    with torch.no_grad():
+        distance = (model.eval()(stored["ids"]).logits - stored["logits"]).abs().max().item()
+    if not distance <= TOLERANCE:
+        found.append(f"logits differ by {distance:.2e}, more than {TOLERANCE:.0e}")
+    return found
+
+
+if __name__ == "__main__":
+    problems = differences(*sys.argv[1:3])
+    print("\n".join(problems))
+    sys.exit(1 if problems else 0)

@@ -1,0 +1,218 @@
+"""The whole night in one command: doctor, prepare, train, each step skipped when it is done.
+
+The trainer is started as `accelerate launch` would start it, but for two things. Where the configuration names one
+process, that process is started directly: accelerate's launcher turns every exit code into 1, and dies of a signal
+without passing it on. And the trainer gets a process group of its own, so that Ctrl-C reaches it once, through us.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from overnight import doctor
+from overnight.recipe import InputError, Recipe
+from overnight.recipe_file import load
+
+ROOT = Path(__file__).resolve().parents[2]
+EXIT_DOCTOR, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+MAX_RESTARTS = 10
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Child:
+    """A step that runs as a process; the signals that we are sent are passed on to it."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+        self.stopped_by: signal.Signals | None = None
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        """Run to the end and return the exit code; negative when a signal ended it."""
+        if self.stopped_by:
+            return EXIT_INTERRUPTED
+        self.process = subprocess.Popen(command, env=environment, process_group=0)
+        return self.process.wait()
+
+    @contextmanager
+    def signals_passed_on(self) -> Iterator[None]:
+        """While this lasts, SIGINT, SIGTERM and SIGHUP do not end us but reach the running step."""
+
+        def pass_on(number: int, frame: object) -> None:
+            self.stopped_by = signal.Signals(number)
+            if self.process is not None:
+                self.process.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def night(recipe: Recipe, arguments: list[str], config_file: Path, *, dry_run: bool = False) -> int:
+    """Do every step of the night that is not done; `arguments` are what the scripts in recipes/ get.
+
+    Returns the exit code of the step that failed, 75 when interrupted, otherwise 0.
+    """
+    print(f"The night of {recipe.name}, the steps that are done are skipped:")
+    for number, line in enumerate(plan(recipe), start=1):
+        print(f"  {number}. {line}", flush=True)
+    if dry_run:
+        return 0
+    if not doctor.examine(recipe):
+        print("The lines that begin with `fail` would stop the training; mend them, then type the same command again.")
+        return EXIT_DOCTOR
+    child = Child()
+    with child.signals_passed_on():
+        if not prepares_itself(recipe) and not doctor.is_prepared(recipe):
+            code = child.run([sys.executable, str(ROOT / "recipes" / "prepare.py"), *arguments], dict(os.environ))
+            if code != 0:
+                return EXIT_INTERRUPTED if child.stopped_by else code
+        return train(recipe, arguments, config_file, child)
+
+
+def plan(recipe: Recipe) -> list[str]:
+    """One line a step: what will be done, or why it is skipped."""
+    if prepares_itself(recipe):
+        prepare = "skipped: the trainer makes the shards of the embedded corpus itself, in seconds"
+    elif doctor.is_prepared(recipe):
+        prepare = f"skipped: {recipe.data.dir}/manifest.json is there"
+    else:
+        size = f", {recipe.data.download_gb:g} GB to download" if recipe.data.download_gb else ""
+        prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"
+    done, finished = newest_checkpoint(recipe), finished_model(recipe)
+    if finished.exists():
+        train = f"done: {finished} is there; the trainer is only asked for its results"
+    elif done is not None:
+        train = f"recipes/train.py, goes on at iteration {done:,} of {recipe.schedule.max_iters:,}"
+    else:
+        train = f"recipes/train.py, {recipe.schedule.max_iters:,} iterations into runs/{recipe.name}"
+    if not finished.exists():
+        train += f"; restarted when interrupted, up to {MAX_RESTARTS} times, each time only after new progress"
+    return ["doctor   checks this machine", f"prepare  {prepare}", f"train    {train}"]
+
+
+def prepares_itself(recipe: Recipe) -> bool:
+    """Whether the trainer makes the shards on its own."""
+    return recipe.data.source == "embedded"
+
+
+def finished_model(recipe: Recipe) -> Path:
+    """Where the run's finished model lies once the run is over."""
+    return Path("runs") / recipe.name / "models" / f"iter-{recipe.schedule.max_iters:06d}"
+
+
+def newest_checkpoint(recipe: Recipe) -> int | None:
+    """The iteration of the newest checkpoint, None without one."""
+    names = (folder.name for folder in (Path("runs") / recipe.name / "checkpoints").glob("iter-*"))
+    return max((int(name[5:]) for name in names if name[5:].isdigit()), default=None)
+
+
+def train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child) -> int:
+    """Run the trainer until it ends, starting it again where `goes_on` says so; returns its last exit code."""
+    command, environment, one_process = trainer(config_file, arguments)
+    restarts = 0
+    while True:
+        before = newest_checkpoint(recipe)
+        code = child.run(command, environment)
+        if child.stopped_by:
+            print(
+                f"{child.stopped_by.name}: the trainer has ended with code {code}; the same command goes on from there"
+            )
+            return EXIT_INTERRUPTED if code else 0
+        if not goes_on(code, one_process, newest_checkpoint(recipe) != before, restarts):
+            if code == EXIT_INTERRUPTED or code < 0:
+                print(
+                    f"The trainer was interrupted (code {code}) and is not started again: no new progress, or too often"
+                )
+            return code if code >= 0 else 128 - code
+        restarts += 1
+        print(
+            f"The trainer was interrupted (code {code}) after new progress: restart {restarts} of {MAX_RESTARTS}",
+            flush=True,
+        )
+
+
+def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bool:
+    """Whether to start the trainer again: it was interrupted, it saved something new, and the limit is not reached.
+
+    Interrupted is exit code 75, or the death by a signal (the kernel's out-of-memory killer sends one). The launcher of
+    several processes ends with 1 whatever the trainer said, so there 1 counts as well.
+    """
+    interrupted = code == EXIT_INTERRUPTED or code < 0 or (code == 1 and not one_process)
+    return interrupted and progressed and restarts < MAX_RESTARTS
+
+
+def trainer(config_file: Path, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
+    """The trainer's command and environment under an accelerate configuration, and whether it is one process."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    launch = ["--config_file", str(config_file), str(ROOT / "recipes" / "train.py"), *arguments]
+    options, _, _ = _validate_launch_command(launch_command_parser().parse_args(launch))
+    if options.multi_gpu or options.use_fsdp or options.use_deepspeed or options.use_megatron_lm or options.tpu:
+        return [sys.executable, "-m", "accelerate.commands.launch", *launch], dict(os.environ), False
+    command, environment = prepare_simple_launcher_cmd_env(options)
+    return command, environment, True
+
+
+def accelerate_config() -> Path:
+    """The user's own default configuration where there is one, as `accelerate launch` takes it; otherwise ours."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    own = Path(default_config_file)
+    return own if own.is_file() else ROOT / "accelerate_config.yaml"
+
+
+def default_recipe() -> Path:
+    """The recipe for the device at hand where none was named; says which and why."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    path = ROOT / "recipes" / ("fineweb_edu_40m.yaml" if cuda else "quickstart.yaml")
+    found = f"a CUDA device, {torch.cuda.get_device_name()}" if cuda else "no CUDA device"
+    print(f"no recipe was named and there is {found}: recipes/{path.name} runs", flush=True)
+    return path
+
+
+def main(arguments: list[str]) -> int:
+    """Parse `[RECIPE] [--config_file FILE] [--dry-run] [--section.key VALUE ...]` and go through the night."""
+    named = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
+    parser = argparse.ArgumentParser(
+        prog="python -m overnight.night",
+        usage="%(prog)s [RECIPE] [--config_file FILE] [--dry-run] [--section.key VALUE ...]",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config_file", type=Path, help="accelerate's configuration (default: your own, or accelerate_config.yaml)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and do none of them")
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        path = Path(named[0]) if named else default_recipe()
+        recipe = load(path, overrides)
+        config_file = options.config_file or accelerate_config()
+        if not config_file.is_file():
+            raise InputError(
+                f"`--config_file` is {config_file}: there is no such file; accelerate_config.yaml would work"
+            )
+    except InputError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return EXIT_INPUT
+    return night(recipe, [str(path), *overrides], config_file, dry_run=options.dry_run)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # between the steps; a running step is interrupted, and answers, itself
+        sys.exit(EXIT_INTERRUPTED)

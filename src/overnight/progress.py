@@ -1,0 +1,135 @@
+"""What a run tells while it goes on: lines on the screen, records in metrics.jsonl, numbers for the trackers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from overnight.console import Console, count, duration, step_line
+from overnight.model import published
+from overnight.optim import lr_at
+from overnight.rundir import RunDirectory
+from overnight.sampling import Writer
+from overnight.startup import Run
+
+COLD_ITERATIONS = 3  # compilation, allocator and caches: in no rate
+
+
+class Pace:
+    """Seconds of the iterations, without the cold ones at the start, and of the last validation."""
+
+    def __init__(self) -> None:
+        self.cold = COLD_ITERATIONS
+        self.seconds = self.recent_seconds = self.validation_seconds = 0.0
+        self.iterations = self.recent_iterations = 0
+
+    def add(self, seconds: float) -> None:
+        """Count one iteration."""
+        if self.cold:
+            self.cold -= 1
+            return
+        self.seconds += seconds
+        self.recent_seconds += seconds
+        self.iterations += 1
+        self.recent_iterations += 1
+
+    def per_iteration(self) -> float | None:
+        """Mean seconds over all warm iterations; None before the first."""
+        return self.seconds / self.iterations if self.iterations else None
+
+    def since_last_line(self) -> float | None:
+        """Mean seconds of the warm iterations since the last call; None when there was none."""
+        mean = self.recent_seconds / self.recent_iterations if self.recent_iterations else None
+        self.recent_seconds, self.recent_iterations = 0.0, 0
+        return mean
+
+
+def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
+    """One line on the screen, one record in metrics.jsonl, the same numbers to the trackers."""
+    if not run.accelerator.is_main_process:
+        return
+    batch, schedule = run.recipe.batch, run.recipe.schedule
+    seconds = pace.since_last_line()
+    rate = batch.tokens_per_iter / seconds if seconds else None
+    peak = run.device.peak_flops
+    record = run.directory.append(
+        "train",
+        run.iteration,
+        epoch=run.iteration * batch.tokens_per_iter / run.shards.train.tokens,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=run.recipe.optim.lr * lr_at(run.iteration - 1, schedule),
+        tokens_per_second=rate,
+        mfu=rate * run.derived.flops_per_token / (peak * run.derived.num_processes) if rate and peak else None,
+        gib=run.device.used_gib(),
+        watts=run.device.watts(),
+    )
+    left = seconds and remaining_seconds(run, seconds, pace.validation_seconds)
+    shown = record | run.last_val | {"gib_total": run.device.total_gib, "eta_seconds": left}
+    run.console.say(step_line(shown, schedule.max_iters))
+    run.console.progress(run.iteration, schedule.max_iters)
+    track(
+        run, {f"train/{key}": record[key] for key in ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "watts")}
+    )
+
+
+def remaining_seconds(run: Run, seconds_per_iteration: float, seconds_per_validation: float) -> float:
+    """Seconds from this iteration to the end of the run, validations included."""
+    last, every = run.recipe.schedule.max_iters, run.recipe.validation.every
+    validations = -(-last // every) - run.iteration // every
+    return (last - run.iteration) * seconds_per_iteration + validations * seconds_per_validation
+
+
+def log_validation(run: Run, loss: float, seconds: float) -> None:
+    """The validation loss, and how the model as it stands continues the recipe's prompts."""
+    if not run.accelerator.is_main_process:
+        return
+    validation = run.recipe.validation
+    writer = Writer(published(run.model, run.recipe.model), run.tokenizer)
+    how: dict[str, Any] = {"tokens": validation.sample_tokens, "temperature": 0.8, "top_k": 50, "seed": run.recipe.seed}
+    samples = [writer.after(prompt, **how) for prompt in validation.prompts]
+    run.directory.append("val", run.iteration, loss=loss, seconds=seconds, samples=samples)
+    tokens = f"{run.shards.val.tokens:,} tokens in {duration(seconds)}"
+    run.console.say(f"validation loss {loss:.4f} at iteration {run.iteration} ({tokens})")
+    for prompt, text in zip(validation.prompts, samples, strict=True):
+        run.console.say(f"  {prompt} >{' '.join([' ', *text.split()])}")
+    track(run, {"val/loss": loss})
+
+
+def track(run: Run, values: dict[str, float | None]) -> None:
+    """Hand numbers to the trackers that the recipe names."""
+    run.accelerator.log({key: value for key, value in values.items() if value is not None}, step=run.iteration)
+
+
+def log_skip(run: Run, loss: float, grad_norm: float) -> None:
+    """Say and record that an update was left out, with the rows of the training set that it would have used."""
+    run.console.say(
+        f"iteration {run.iteration}: loss {loss}, gradient norm {grad_norm}: not finite, the weights stay as they were"
+    )
+    if run.accelerator.is_main_process:
+        rows = run.batches.row_numbers(run.iteration - 1).tolist()
+        values = {"loss": str(loss), "grad_norm": str(grad_norm)}  # JSON has no NaN
+        run.directory.append("event", run.iteration, event="skipped", **values, rows=rows)
+
+
+def baseline_line(losses: dict[str, float]) -> str:
+    """The n-gram models' losses on the validation set, in words."""
+    return f"unigram {losses['unigram']:.4f}, smoothed (Witten-Bell) bigram {losses['bigram']:.4f}"
+
+
+def print_finished(directory: RunDirectory, console: Console) -> None:
+    """The box at the end, from metrics.jsonl alone: a finished run prints it again."""
+    events = {record["event"]: record for record in directory.records("event")}
+    done, baselines = events["finished"], events.get("ngram baselines")
+    rate, kwh = done["tokens_per_second"], done["kwh"]
+    lines = [
+        f"validation loss  {done['val_loss']:.4f} nats per token at the end, {done['best_val_loss']:.4f} at its best"
+    ]
+    if baselines:
+        lines.append(f"for scale        {baseline_line(baselines)}, from the same training tokens")
+    lines += [
+        f"speed            {f'{count(rate)} tokens a second over the warm iterations' if rate else 'not measured'}",
+        f"energy           {'not measured' if kwh is None else f'{kwh:.2f} kWh'}",
+        f"model            {done['model']}",
+    ]
+    console.box(f"{directory.path} is finished", lines)
+    console.say(f'next: python recipes/sample.py {done["model"]} --prompt "{directory.recipe.validation.prompts[0]}"')

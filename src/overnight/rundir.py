@@ -1,0 +1,114 @@
+"""The run directory: its resolved recipe, its environment, and metrics.jsonl, one object a line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from overnight.recipe import InputError, Recipe, meaning
+
+RUNS = Path("runs")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "pydantic")
+
+
+class RunDirectory:
+    """`runs/<name>`; nothing is created before `claim`."""
+
+    def __init__(self, recipe: Recipe):
+        self.path = RUNS / recipe.name
+        self.recipe = recipe
+        self.checkpoints = self.path / "checkpoints"
+        self.models = self.path / "models"
+        self.metrics = self.path / "metrics.jsonl"
+
+    def refuse_another_run(self, data_fingerprint: str) -> None:
+        """Raise `InputError` with every difference when this directory holds a run of another meaning."""
+        stored = self.path / "recipe.yaml"
+        if not stored.exists():
+            return
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        now = self._identity(data_fingerprint)
+        differing = [key for key in now | before["meaning"] if now.get(key) != before["meaning"].get(key)]
+        if differing:
+            lines = [f"  `{key}` was {before['meaning'].get(key)!r}, now {now.get(key)!r}" for key in differing]
+            raise InputError(
+                f"{self.path} holds another run:\n"
+                + "\n".join(lines)
+                + f"\n`--name {self._free_name()}` starts a new one"
+            )
+
+    def _free_name(self) -> str:
+        number = 2
+        while (RUNS / f"{self.recipe.name}-{number}").exists():
+            number += 1
+        return f"{self.recipe.name}-{number}"
+
+    def _identity(self, data_fingerprint: str) -> dict[str, Any]:
+        return meaning(self.recipe) | {"data fingerprint": data_fingerprint}
+
+    def claim(self, data_fingerprint: str, facts: dict[str, Any]) -> None:
+        """Create the directory and write what runs here; a resumed run gets a new environment.json alone."""
+        self.models.mkdir(parents=True, exist_ok=True)
+        recipe = {"meaning": self._identity(data_fingerprint), "recipe": self.recipe.model_dump()}
+        if not (self.path / "recipe.yaml").exists():
+            write_whole(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        write_whole(self.path / "environment.json", json.dumps(environment() | facts, indent=1))
+
+    def append(self, kind: str, iteration: int, **values: Any) -> dict[str, Any]:
+        """Add one record to metrics.jsonl and return it."""
+        tokens = iteration * self.recipe.batch.tokens_per_iter
+        record = {"kind": kind, "iteration": iteration, "tokens": tokens, **values}
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
+
+    def records(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The records so far; a line that a crash left unfinished is no record."""
+        if not self.metrics.exists():
+            return []
+        found = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return [record for record in found if kind in (None, record["kind"])]
+
+    def forget_after(self, iteration: int) -> None:
+        """Drop what was measured after `iteration`: a resumed run measures it again."""
+        kept = [record for record in self.records() if record["iteration"] <= iteration]
+        write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step, so that no reader ever sees half of it."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, command line and threads, for environment.json."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True) if _in_git() else None
+    return {
+        "command": sys.argv,
+        "commit": git.stdout.strip() if git and git.returncode == 0 else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _in_git() -> bool:
+    return any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))

@@ -1,0 +1,50 @@
+"""Text from a model: samples while it trains, and continuations of a finished one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from overnight.console import plain
+from overnight.recipe import InputError
+
+
+class Writer:
+    """A stock causal language model and its tokenizer, continuing prompts."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def load(cls, name: str) -> Writer:
+        """The model in a folder or on the Hub, on the best device; `InputError` when there is none. It runs no code."""
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name}: no model can be loaded from there: {error}") from None
+        return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+    @torch.no_grad()
+    def after(self, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+        """What follows `prompt`, at most `tokens` tokens; `temperature` 0 is greedy.
+
+        What does not fit the model's context is cut from the prompt's front. Control characters are taken out.
+        """
+        context = self.model.config.max_position_embeddings
+        ids = self.tokenizer(prompt or self.tokenizer.eos_token, return_tensors="pt").input_ids.to(self.model.device)
+        ids = ids[:, -max(1, context - tokens) :]
+        how = (
+            {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {"do_sample": False}
+        )
+        torch.manual_seed(seed)
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(tokens, context - ids.shape[1]),
+            pad_token_id=self.tokenizer.eos_token_id,
+            **how,
+        )
+        return plain(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,239 @@
+"""Everything before the first step: the environment, the data, the model on its device, the newest checkpoint in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from overnight import checkpoint, optim
+from overnight.batches import TrainingBatches
+from overnight.console import Console, estimated_end
+from overnight.device import Device, resolve_precision
+from overnight.model import LOSS_CHUNK, LanguageModel, attention_report, padded_vocabulary, require_flash
+from overnight.plan import Derived, derive, derived_rows
+from overnight.prepare import expected_cost, prepare
+from overnight.recipe import InputError, Recipe
+from overnight.rundir import RunDirectory
+from overnight.shards import Shards, open_shards
+from overnight.tokenizer import load_tokenizer
+
+
+@dataclass
+class Run:
+    """What the loop touches."""
+
+    recipe: Recipe
+    derived: Derived
+    accelerator: Accelerator
+    device: Device
+    console: Console
+    directory: RunDirectory
+    shards: Shards
+    batches: TrainingBatches
+    tokenizer: PreTrainedTokenizerBase
+    prepared: nn.Module  # what accelerate made of the model: autocast and DDP happen in its forward
+    model: LanguageModel
+    optimizers: list[torch.optim.Optimizer]
+    iteration: int = 0  # updates done
+    best_val: float | None = None
+    last_val: dict = field(default_factory=dict)  # {"val_loss": ..., "val_iteration": ...}
+    joules: float | None = None  # of the sessions before this one, where the device measures energy
+    signalled: bool = False  # this process was asked to stop
+    stopping: bool = False  # all processes know of it
+
+
+def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
+    """The Accelerator in the recipe's precision, on whatever topology it was launched with, and the process's console.
+
+    Raises `InputError` when the recipe asks by name for what the device does not have.
+    """
+    disable_progress_bar()  # transformers' own, which break the lines of a log
+    overruled = take_over_environment(os.environ)
+    require_trackers(recipe)
+    cuda = torch.cuda.is_available()
+    precision, _ = resolve_precision(
+        recipe, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    accelerator = Accelerator(
+        cpu=not cuda,  # without it two CPU processes each believe they are alone
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(recipe.logging.trackers) or None,
+        project_dir=str(RunDirectory(recipe).path),
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    assert accelerator.num_processes == world, f"accelerate sees {accelerator.num_processes} of {world} processes"
+    set_threads(recipe)
+    console = Console(quiet=not accelerator.is_main_process)
+    for line in overruled:
+        console.say(line)
+    return accelerator, console
+
+
+def take_over_environment(environ: MutableMapping[str, str]) -> list[str]:
+    """Remove what an accelerate configuration says about precision, compilation, accumulation: the recipe owns these.
+
+    Returns one line that names what was overruled, or none.
+    """
+    harmless = {"no", "false", "0", "1", "default"}
+    owned = [k for k in environ if k.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION"))]
+    owned += [
+        k for k in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if k in environ
+    ]
+    values = {key: environ.pop(key) for key in owned}
+    said = [f"{k.removeprefix('ACCELERATE_').lower()} {v}" for k, v in values.items() if v.lower() not in harmless]
+    return [f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins"] if said else []
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Raise `InputError` for a tracker that is not installed: accelerate would only warn, and log nothing."""
+    missing = [name for name in recipe.logging.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"`logging.trackers`: {', '.join(missing)} not installed; `make setup EXTRAS={missing[0]}` would work"
+        )
+
+
+def set_threads(recipe: Recipe) -> None:
+    """Give each process of this machine its share of the cores; accelerate's launcher would leave it one thread."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = max(1, len(os.sched_getaffinity(0)) // here) if recipe.threads == "auto" else recipe.threads
+    torch.set_num_threads(count)
+
+
+def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
+    """`--dry-run`: the resolved recipe and everything that follows from it; nothing is built or written."""
+    derived = derive(recipe, accelerator.device.type, accelerator.num_processes, recipe.data.train_tokens)
+    console.say(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+    console.table("derived", derived_rows(recipe, derived))
+
+
+def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Shards:
+    """The verified shards of the recipe; the embedded corpus is prepared on the way, any other must be there."""
+    folder = Path(recipe.data.dir)
+    if recipe.data.source == "embedded":
+        if accelerator.is_main_process:
+            prepare(recipe.data, recipe.model.vocab_size, report=console.say)
+        accelerator.wait_for_everyone()
+    elif not (folder / "manifest.json").exists():
+        raise InputError(
+            f"`data.dir`: {folder} holds no prepared data. `python recipes/prepare.py {recipe.file}` makes it:"
+            f" {expected_cost(recipe.data)}"
+        )
+    shards = open_shards(folder, verify=accelerator.is_local_main_process)
+    if shards.manifest.vocab_size != recipe.model.vocab_size:
+        raise InputError(
+            f"`model.vocab_size` is {recipe.model.vocab_size}, but the tokens in {folder} were made with a vocabulary"
+            f" of {shards.manifest.vocab_size}; {shards.manifest.vocab_size} would work"
+        )
+    return shards
+
+
+def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory: RunDirectory, shards: Shards) -> Run:
+    """Model, optimizers and data on the device, the newest checkpoint in them, and the facts on the screen."""
+    device = Device(accelerator.device)
+    derived = derive(recipe, accelerator.device.type, accelerator.num_processes, shards.train.tokens)
+    console.table(f"{directory.path} on {device.name}", derived_rows(recipe, derived))
+    batches = TrainingBatches(
+        shards.train, recipe.batch, recipe.seed, rank=accelerator.process_index, num_processes=accelerator.num_processes
+    )
+    if device.cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    set_seed(recipe.seed)
+    compiled = device.cuda if recipe.compile == "auto" else recipe.compile
+    model = LanguageModel(recipe.model, shards.manifest.eos_id, compile=compiled)
+    prepared = accelerator.prepare(model)
+    run = Run(
+        recipe=recipe,
+        derived=derived,
+        accelerator=accelerator,
+        device=device,
+        console=console,
+        directory=directory,
+        shards=shards,
+        batches=batches,
+        tokenizer=load_tokenizer(str(Path(recipe.data.dir) / "tokenizer")),
+        prepared=prepared,
+        model=model,
+        optimizers=optim.build(model, recipe.optim, fused=device.cuda),
+    )
+    facts = machine_facts(run, compiled)
+    console.table("this machine", list(facts.items()))
+    if accelerator.is_main_process:
+        directory.claim(shards.manifest.fingerprint, facts)
+    accelerator.wait_for_everyone()
+    resume(run)
+    if recipe.logging.trackers:
+        accelerator.init_trackers(recipe.name)
+    return run
+
+
+def machine_facts(run: Run, compiled: bool) -> dict[str, str]:
+    """What was found out on this machine, for the screen and for environment.json."""
+    kernel, seconds = check_attention(run)
+    seconds *= run.derived.grad_accum * run.recipe.schedule.max_iters
+    precision = "bf16 autocast" if run.accelerator.mixed_precision == "bf16" else "float32"
+    logits = min(LOSS_CHUNK[run.accelerator.device.type], run.derived.micro_batch * run.recipe.batch.sequence_length)
+    logits_mib = logits * padded_vocabulary(run.recipe.model.vocab_size) * 4 / 2**20
+    return {
+        "device": run.device.name,
+        "precision": f"{precision}, {'compiled' if compiled else 'eager'}, {torch.get_num_threads()} threads",
+        "attention": kernel,
+        "loss memory": f"{logits_mib:.0f} MiB of float32 logits at once",
+        "data": f"{run.recipe.data.dir}, {run.shards.train.tokens:,} + {run.shards.val.tokens:,} validation tokens",
+        "text SHA-256": run.shards.manifest.corpus_sha256,
+        "free disk": f"{free_gib(Path()):.0f} GiB",
+        "estimated end": f"{estimated_end(seconds)}, from the time of one micro-batch; the lines below measure it",
+    }
+
+
+def free_gib(path: Path) -> float:
+    """Free space of the file system of `path`, in GiB."""
+    stats = os.statvfs(path)
+    return stats.f_bavail * stats.f_frsize / 2**30
+
+
+def check_attention(run: Run) -> tuple[str, float]:
+    """Run micro-batches as training will: which SDPA kernel was dispatched, and the seconds of one, once warm.
+
+    Raises `InputError` when the recipe asks for flash and the device did not give it.
+    """
+    ids, targets = next(run.batches.micro_batches(0, run.derived.micro_batch, run.device.torch))
+    run.prepared.train()
+    report = attention_report(run.prepared, ids)
+    if run.recipe.model.attention == "flash":
+        require_flash(report)
+    started = time.monotonic()
+    run.accelerator.backward(run.prepared(ids, targets))
+    run.device.synchronize()
+    seconds = time.monotonic() - started
+    run.model.zero_grad(set_to_none=True)
+    return str(report), seconds
+
+
+def resume(run: Run) -> None:
+    """Load the newest whole checkpoint, if there is one; every process loads the one that the main process chose."""
+    chosen = [checkpoint.newest_whole(run.directory.checkpoints) if run.accelerator.is_main_process else None]
+    found, said = broadcast_object_list(chosen)[0]
+    for line in said:
+        run.console.say(line)
+    if found is None:
+        return
+    state = checkpoint.load(found, run.model, run.optimizers)
+    run.iteration = state["iteration"]
+    run.best_val, run.last_val, run.joules = state["best_val"], state["last_val"], state["joules"]
+    if run.accelerator.is_main_process:
+        run.directory.forget_after(run.iteration)
+        run.directory.append("event", run.iteration, event="resumed", checkpoint=found.name)
+    run.console.say(f"goes on at iteration {run.iteration} from {found}")

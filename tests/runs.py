@@ -1,0 +1,84 @@
+"""Small real runs for the tests: text, shards, a recipe, and the trainer as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import yaml
+
+from overnight.prepare import prepare
+from overnight.recipe import Recipe
+from overnight.recipe_file import load
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = str(ROOT / "recipes" / "train.py")
+
+TINY = {
+    "threads": 2,
+    "data": {"source": "files", "tokenizer": "trained", "val_tokens": 2500, "reserved_fraction": 0.1},
+    "model": {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 64, "vocab_size": 500},
+    "batch": {"tokens_per_iter": 1024, "sequence_length": 64, "micro_batch": 8},
+    "optim": {"lr": 5e-3},
+    "schedule": {"max_iters": 40, "warmup_iters": 5},
+    "validation": {"every": 20, "prompts": ["The"], "sample_tokens": 4},
+    "checkpoint": {"every": 10},
+    "logging": {"every": 1},
+}
+
+
+def make_workplace(folder: Path) -> Path:
+    """A folder with text, its prepared shards and `tiny.yaml`; runs started there need nothing else."""
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        for text in topics.values():
+            file.write(json.dumps({"text": text}) + "\n")
+    recipe = TINY | {"data": TINY["data"] | {"path": str(folder / "text.jsonl"), "dir": str(folder / "data")}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    prepare(tiny(folder).data, tiny(folder).model.vocab_size, report=lambda line: None)
+    return folder
+
+
+def tiny(folder: Path, *overrides: str) -> Recipe:
+    """The tiny recipe with overrides."""
+    return load(folder / "tiny.yaml", overrides)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a child process."""
+    return os.environ | {"PYTHONUNBUFFERED": "1"} | changes
+
+
+def train(folder: Path, *arguments: str, launcher: tuple[str, ...] = (), **changes: str) -> subprocess.CompletedProcess:
+    """Run `recipes/train.py` in `folder` to its end, under a launcher if one is named."""
+    command = [sys.executable, *launcher, TRAIN, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=300)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    """Start `recipes/train.py` in `folder`; its lines can be read from `stdout`."""
+    command = [sys.executable, TRAIN, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
+
+
+def records(folder: Path, name: str, kind: str) -> list[dict]:
+    """The records of one kind in a run's metrics.jsonl."""
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(folder: Path, name: str) -> dict[int, float]:
+    """Training loss by iteration; every iteration must be there once."""
+    found = [(record["iteration"], record["loss"]) for record in records(folder, name, "train")]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def final_sums(folder: Path, name: str, iteration: int = 40) -> list[str]:
+    """The checksums of weights and optimizer state in a run's last checkpoint."""
+    sums = (folder / "runs" / name / "checkpoints" / f"iter-{iteration:06d}" / "SHA256SUMS").read_text()
+    return [line for line in sums.splitlines() if line.endswith(".safetensors")]

@@ -1,0 +1,242 @@
+"""The trainer as a user types it: it finishes, resumes to the bit, refuses another run, however it was launched."""
+
+import math
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from runs import ROOT, final_sums, losses, make_workplace, records, start, tiny, train
+
+from overnight import startup
+from overnight import train as train_module
+from overnight.model import LanguageModel
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace):
+    """One whole run, that others are compared with."""
+    result = train(workplace, "tiny.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def in_process(workplace, monkeypatch):
+    """Lets a test call the trainer in its own process, as often as it likes."""
+    monkeypatch.chdir(workplace)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state() if state is not AcceleratorState else state._reset_state(True)
+    return workplace
+
+
+def test_a_run_shows_its_facts_learns_and_ends_with_a_finished_model(workplace, undisturbed):
+    assert "tokens per iteration  1,024 = 8 rows x 64 tokens x 2 accumulated x 1 processes" in undisturbed
+    assert "_scaled_dot_product_flash_attention_for_cpu (2 calls, no mask)" in undisturbed
+    assert re.search(r"text SHA-256 +[0-9a-f]{64}\n", undisturbed)
+    assert re.search(r"^iter 40/40 100.0% \| loss \d\.\d{4} \| val +\d\.\d{4}@20 \| lr ", undisturbed, re.MULTILINE)
+    validation = [record["loss"] for record in records(workplace, "tiny", "val")]
+    assert len(validation) == 3 and validation[0] > validation[1] > validation[2]
+    assert validation[0] == pytest.approx(math.log(500), abs=0.1)
+    assert "next: python recipes/sample.py runs/tiny/models/iter-000040" in undisturbed
+
+
+def test_the_finished_model_loads_with_plain_transformers_in_a_fresh_process(workplace, undisturbed):
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
+        "m, info = M.from_pretrained(sys.argv[1], output_loading_info=True); t = T.from_pretrained(sys.argv[1]);"
+        "assert not any(info.values()), info; assert m.config.vocab_size == len(t) == 500;"
+        "out = m.generate(**t('The', return_tensors='pt'), max_new_tokens=8, do_sample=False);"
+        "assert out.max() < 500; print(t.decode(out[0]))"
+    )
+    command = [sys.executable, "-c", code, str(workplace / "runs/tiny/models/iter-000040")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("The")
+
+
+def test_the_same_command_again_prints_the_results_and_another_run_is_refused(workplace, undisturbed):
+    again = train(workplace, "tiny.yaml")
+    assert again.returncode == 0
+    assert "runs/tiny is finished" in again.stdout and "next: python recipes/sample.py" in again.stdout
+    before = sorted(path.stat().st_mtime_ns for path in (workplace / "runs" / "tiny").rglob("*"))
+    other = train(workplace, "tiny.yaml", "--optim.lr", "1")
+    assert other.returncode == 2
+    assert "`optim.lr` was 0.005, now 1" in other.stderr and "--name tiny-2" in other.stderr
+    assert sorted(path.stat().st_mtime_ns for path in (workplace / "runs" / "tiny").rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(workplace, undisturbed, number):
+    name = f"interrupted-{number.name}"
+    process = start(workplace, "tiny.yaml", "--name", name)
+    for line in process.stdout:
+        if line.startswith("iter 17/40"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 75
+    stopped_at = int(re.search(r"interrupted after iteration (\d+) and saved", rest)[1])
+    assert 17 <= stopped_at < 40
+    resumed = train(workplace, "tiny.yaml", "--name", name)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"goes on at iteration {stopped_at} from" in resumed.stdout
+    assert losses(workplace, name) == losses(workplace, "tiny")
+    assert final_sums(workplace, name) == final_sums(workplace, "tiny")
+
+
+def test_killed_without_warning_it_goes_on_from_the_last_checkpoint_to_the_same_bits(workplace, undisturbed):
+    process = start(workplace, "tiny.yaml", "--name", "killed")
+    for line in process.stdout:
+        if line.startswith("iter 27/40"):
+            process.kill()
+            break
+    assert process.wait() == -signal.SIGKILL
+    resumed = train(workplace, "tiny.yaml", "--name", "killed")
+    assert "goes on at iteration 20 from" in resumed.stdout
+    assert losses(workplace, "killed") == losses(workplace, "tiny")
+    assert final_sums(workplace, "killed") == final_sums(workplace, "tiny")
+
+
+def test_dropout_too_resumes_to_the_same_bits(workplace):
+    dropout = ("--model.dropout", "0.1", "--model.attention", "sdpa", "--schedule.max_iters", "20")
+    assert train(workplace, "tiny.yaml", "--name", "dropout", *dropout).returncode == 0
+    shutil.copytree(workplace / "runs/dropout", workplace / "runs/dropout-again")
+    shutil.rmtree(workplace / "runs/dropout-again/models")
+    shutil.rmtree(workplace / "runs/dropout-again/checkpoints/iter-000020")
+    assert train(workplace, "tiny.yaml", "--name", "dropout-again", *dropout).returncode == 0
+    assert losses(workplace, "dropout-again") == losses(workplace, "dropout")
+    assert final_sums(workplace, "dropout-again", 20) == final_sums(workplace, "dropout", 20)
+
+
+STRANGER = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: 'NO'
+mixed_precision: fp16
+num_machines: 1
+num_processes: 1
+use_cpu: false
+dynamo_config: {dynamo_backend: INDUCTOR}
+"""
+
+
+@pytest.mark.parametrize("config", ["none", "ours", "a stranger's"])
+def test_every_accelerate_configuration_gives_the_same_run(workplace, undisturbed, tmp_path, config):
+    stranger = tmp_path / "stranger.yaml"
+    stranger.write_text(STRANGER)
+    file = {"none": [], "ours": [str(ROOT / "accelerate_config.yaml")], "a stranger's": [str(stranger)]}[config]
+    options = [part for path in file for part in ("--config_file", path)]
+    name = "launched-" + re.sub("[^a-z]", "", config)
+    launcher = ("-m", "accelerate.commands.launch", *options)
+    result = train(workplace, "tiny.yaml", "--name", name, launcher=launcher)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ("mixed_precision fp16" in result.stdout) == (config == "a stranger's")
+    assert losses(workplace, name) == losses(workplace, "tiny")
+    assert final_sums(workplace, name) == final_sums(workplace, "tiny")
+
+
+def test_two_processes_have_the_losses_of_one(workplace, undisturbed):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+    result = train(workplace, "tiny.yaml", "--name", "two", "--threads", "1", launcher=launcher)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "x 1 accumulated x 2 processes" in result.stdout
+    one, two = losses(workplace, "tiny"), losses(workplace, "two")
+    assert two.keys() == one.keys()
+    assert max(abs(two[iteration] - one[iteration]) for iteration in range(1, 21)) < 1e-5
+    validation = [[record["loss"] for record in records(workplace, name, "val")] for name in ("tiny", "two")]
+    assert validation[0][1] == pytest.approx(validation[1][1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--precision", "bf16"], "`precision` is 'bf16', but this machine has no CUDA device"),
+        (["--compile", "true"], "`compile` is True, but this machine has no CUDA device"),
+        (["--model.vocab_size", "600"], "`model.vocab_size` is 600"),
+        (["--data.dir", "nowhere"], "recipes/prepare.py tiny.yaml"),
+        (["--logging.trackers", "[wandb]"], "make setup EXTRAS=wandb"),
+        (["--model.dropout", "0.1"], "'sdpa' would work"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(in_process, arguments, said):
+    from overnight.recipe import InputError
+
+    recipe = tiny(in_process, "--name", "refused", *arguments)
+    with pytest.raises(InputError) as caught:
+        train_module.train(recipe)
+    assert said in str(caught.value)
+    assert not (in_process / "runs" / "refused").exists()
+
+
+def test_an_update_that_is_not_finite_never_reaches_the_weights(in_process, monkeypatch):
+    real, calls = LanguageModel.forward, []
+
+    def poisoned(self, ids, targets):
+        calls.append(1)
+        loss = real(self, ids, targets)
+        return loss * float("nan") if 10 < len(calls) <= 12 else loss
+
+    before, steps = [], []
+    real_step = train_module.train_step
+
+    def watched(run):
+        before[:] = [p.detach().clone() for p in run.model.parameters()]
+        out = real_step(run)
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+        steps.append((out[2], unchanged))
+        return out
+
+    monkeypatch.setattr(train_module, "train_step", watched)
+    monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
+    monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
+    monkeypatch.setattr(LanguageModel, "forward", poisoned)
+    assert train_module.train(tiny(in_process, "--name", "poisoned", "--schedule.max_iters", "10")) == 0
+    assert steps == [(True, False)] * 5 + [(False, True)] + [(True, False)] * 4
+    (skip,) = [record for record in records(in_process, "poisoned", "event") if record["event"] == "skipped"]
+    assert skip["iteration"] == 6 and len(skip["rows"]) == 16 and skip["loss"] == "nan"
+
+
+def test_a_run_that_diverges_ends_with_its_own_code_and_keeps_its_checkpoint(in_process, monkeypatch):
+    real, calls = LanguageModel.forward, []
+
+    def poisoned(self, ids, targets):
+        calls.append(1)
+        return real(self, ids, targets) * (float("inf") if len(calls) > 24 else 1.0)
+
+    monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
+    monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
+    monkeypatch.setattr(LanguageModel, "forward", poisoned)
+    assert train_module.train(tiny(in_process, "--name", "diverged")) == train_module.EXIT_DIVERGED == 4
+    assert records(in_process, "diverged", "event")[-1]["event"] == "diverged"
+    assert "iter-000010" in {path.name for path in Path("runs/diverged/checkpoints").iterdir()}
+
+
+def test_the_dry_run_of_the_night_prints_every_derived_number_and_writes_nothing(tmp_path):
+    result = train(tmp_path, str(ROOT / "recipes" / "fineweb_edu_40m.yaml"), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "40,986,240 exported (41,004,288 while padded)" in result.stdout
+    assert "524,288 = " in result.stdout
+    assert "20,000 iterations = 10,485,760,000 tokens = 2.85 epochs" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_night_without_data_is_told_the_command_the_download_the_disk_and_the_time(tmp_path):
+    result = train(tmp_path, str(ROOT / "recipes" / "fineweb_edu_40m.yaml"))
+    assert result.returncode == 2
+    for part in ("data/fineweb_edu", "python recipes/prepare.py", "12.9 GB", "7.4 GB", "min"):
+        assert part in result.stderr
+    assert list(tmp_path.iterdir()) == []
