@@ -1,0 +1,94 @@
+"""`make overnight`: its plan skips what is done, signals reach the running step once, restarts need progress."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from overnight import night
+from overnight.recipe_file import load
+
+# Counts the signals that arrive within a second of the first one, and ends as the trainer does.
+COUNTS_SIGNALS = """
+import signal, sys, time
+seen = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: seen.append(number))
+print("ready", flush=True)
+while not seen:
+    time.sleep(0.05)
+time.sleep(1)
+sys.exit(75 if len(seen) == 1 else 1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_running_step_once_and_its_exit_code_comes_back(number: signal.Signals):
+    child = night.Child()
+    with child.signals_passed_on():
+        threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
+        assert child.run([sys.executable, "-c", COUNTS_SIGNALS], dict(os.environ)) == 75
+    assert child.stopped_by == number
+    assert child.run([sys.executable, "-c", ""], dict(os.environ)) == 75  # nothing starts after that
+
+
+def test_the_trainer_is_started_again_only_after_progress_and_not_without_end():
+    assert night.goes_on(75, True, progressed=True, restarts=0)
+    assert night.goes_on(-9, True, progressed=True, restarts=0)
+    assert not night.goes_on(75, True, progressed=False, restarts=0)
+    assert not night.goes_on(75, True, progressed=True, restarts=night.MAX_RESTARTS)
+    for code in (0, 1, 2, 3, 4):
+        assert not night.goes_on(code, True, progressed=True, restarts=0)
+    assert night.goes_on(1, False, progressed=True, restarts=0)  # the launcher of several processes says 1 for all
+
+
+def test_one_process_is_started_directly_and_several_through_the_launcher(root: Path, tmp_path: Path):
+    command, environment, one_process = night.trainer(root / "accelerate_config.yaml", ["a.yaml", "--optim.lr", "1"])
+    assert one_process
+    assert command == [sys.executable, str(root / "recipes" / "train.py"), "a.yaml", "--optim.lr", "1"]
+    assert environment["ACCELERATE_USE_CPU"] == "False"
+
+    several = tmp_path / "two_gpus.yaml"
+    several.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
+    )
+    command, _, one_process = night.trainer(several, ["a.yaml"])
+    assert not one_process
+    assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(several)]
+
+
+def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load(root / "recipes" / "fineweb_edu_40m.yaml")
+    _, prepare, train = night.plan(recipe)
+    assert "recipes/prepare.py" in prepare
+    assert "20,000 iterations" in train
+
+    shards = Path(recipe.data.dir)
+    shards.mkdir(parents=True)
+    (shards / "manifest.json").write_text("{}")
+    run = tmp_path / "runs" / recipe.name
+    (run / "checkpoints" / "iter-000500").mkdir(parents=True)
+    _, prepare, train = night.plan(recipe)
+    assert prepare.startswith("prepare  skipped")
+    assert "goes on at iteration 500 of 20,000" in train
+
+    (run / "models" / "iter-020000").mkdir(parents=True)
+    assert "done" in night.plan(recipe)[2]
+
+
+def test_a_dry_run_prints_the_plan_and_bad_input_ends_with_2(root: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "overnight.night"]
+    recipe = str(root / "recipes" / "quickstart.yaml")
+    planned = subprocess.run([*command, recipe, "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert planned.returncode == 0, planned.stderr
+    assert "prepare  skipped" in planned.stdout
+    assert not list(tmp_path.iterdir())
+    for wrong in ([recipe, "--optim.lr", "fast"], [recipe, "--config_file", "gone.yaml"]):
+        refused = subprocess.run([*command, *wrong], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert refused.stderr.strip()
