@@ -4,29 +4,15 @@ The same command again resumes; a finished run prints its results and the next c
 a CUDA device trains fineweb_edu_40m.yaml and any other the quickstart.
 """
 
+import argparse
 import sys
-from pathlib import Path
 
-from overnight.cli import recipe_command
-
-RECIPES = Path(__file__).resolve().parent
+from overnight.cli import default_recipe, recipe_command
+from overnight.recipe import Recipe
 
 
-def default_recipe() -> Path:
-    """The recipe for the device at hand; says which and why."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    name = "fineweb_edu_40m.yaml" if cuda else "quickstart.yaml"
-    found = f"a CUDA device, {torch.cuda.get_device_name()}" if cuda else "no CUDA device"
-    print(f"no recipe was named and there is {found}: recipes/{name} runs", flush=True)
-    return RECIPES / name
-
-
-def run(recipe, options) -> int:
-    from overnight.train import (
-        train,  # torch and transformers take seconds to import: --help and bad input need neither
-    )
+def run(recipe: Recipe, options: argparse.Namespace) -> int:
+    from overnight.train import train  # torch and transformers take seconds to import: bad input needs neither
 
     return train(recipe, dry_run=options.dry_run)
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from runs import make_workplace
 
 NOBODY = 65534
 
@@ -102,3 +103,25 @@ def test_the_entry_point_starts_as_a_user_without_rights(root: Path, image: Path
     )
     assert child.returncode == 0, child.stderr
     assert "--schedule.max_iters" in child.stdout
+
+
+def test_sigterm_reaches_the_trainer_behind_the_entry_point(root: Path, image: Path):
+    make_workplace(image)
+    caches = {name: value.replace("/cache", f"{image}/cache") for name, value in environment(root).items()}
+    path = os.pathsep.join([str(image / "src"), os.environ["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [*entry_point(root), "tiny.yaml", "--schedule.max_iters", "100000"],
+        cwd=image,
+        env={"PATH": os.environ["PATH"], **caches, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **unprivileged(),
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("iter    5/"):
+            process.terminate()
+    assert process.wait() == 75, "".join(lines)
+    assert lines[-1].startswith("interrupted after iteration")

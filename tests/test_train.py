@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from runs import ROOT, final_sums, losses, make_workplace, records, start, tiny, train
 
-from overnight import startup
+from overnight import export, startup
 from overnight import train as train_module
 from overnight.model import LanguageModel
+from overnight.recipe import InputError
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,17 @@ def undisturbed(workplace):
 
 @pytest.fixture
 def in_process(workplace, monkeypatch):
-    """Lets a test call the trainer in its own process, as often as it likes."""
+    """Lets a test call the trainer in its own process; the finished model's check by another process is left out."""
     monkeypatch.chdir(workplace)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state() if state is not AcceleratorState else state._reset_state(True)
+    monkeypatch.setattr(export, "verify", lambda *arguments: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     return workplace
+
+
+def slow(*values):
+    """A case that `make test-all` alone runs: another of the same kind stands beside it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def test_a_run_shows_its_facts_learns_and_ends_with_a_finished_model(workplace, undisturbed):
@@ -77,8 +84,10 @@ def test_the_same_command_again_prints_the_results_and_another_run_is_refused(wo
     assert sorted(path.stat().st_mtime_ns for path in (workplace / "runs" / "tiny").rglob("*")) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(workplace, undisturbed, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGHUP)])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
+    workplace, undisturbed, in_process, capsys, number
+):
     name = f"interrupted-{number.name}"
     process = start(workplace, "tiny.yaml", "--name", name)
     for line in process.stdout:
@@ -89,35 +98,37 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(workplace,
     assert process.wait() == 75
     stopped_at = int(re.search(r"interrupted after iteration (\d+) and saved", rest)[1])
     assert 17 <= stopped_at < 40
-    resumed = train(workplace, "tiny.yaml", "--name", name)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert f"goes on at iteration {stopped_at} from" in resumed.stdout
+    assert train_module.train(tiny(in_process, "--name", name)) == 0
+    assert f"goes on at iteration {stopped_at} from" in capsys.readouterr().out
     assert losses(workplace, name) == losses(workplace, "tiny")
     assert final_sums(workplace, name) == final_sums(workplace, "tiny")
 
 
-def test_killed_without_warning_it_goes_on_from_the_last_checkpoint_to_the_same_bits(workplace, undisturbed):
+def test_killed_without_warning_it_goes_on_from_the_last_checkpoint_to_the_same_bits(
+    workplace, undisturbed, in_process, capsys
+):
     process = start(workplace, "tiny.yaml", "--name", "killed")
     for line in process.stdout:
         if line.startswith("iter 27/40"):
             process.kill()
             break
     assert process.wait() == -signal.SIGKILL
-    resumed = train(workplace, "tiny.yaml", "--name", "killed")
-    assert "goes on at iteration 20 from" in resumed.stdout
+    assert train_module.train(tiny(in_process, "--name", "killed")) == 0
+    assert "goes on at iteration 20 from" in capsys.readouterr().out
     assert losses(workplace, "killed") == losses(workplace, "tiny")
     assert final_sums(workplace, "killed") == final_sums(workplace, "tiny")
 
 
-def test_dropout_too_resumes_to_the_same_bits(workplace):
+def test_dropout_too_resumes_to_the_same_bits(in_process):
     dropout = ("--model.dropout", "0.1", "--model.attention", "sdpa", "--schedule.max_iters", "20")
-    assert train(workplace, "tiny.yaml", "--name", "dropout", *dropout).returncode == 0
-    shutil.copytree(workplace / "runs/dropout", workplace / "runs/dropout-again")
-    shutil.rmtree(workplace / "runs/dropout-again/models")
-    shutil.rmtree(workplace / "runs/dropout-again/checkpoints/iter-000020")
-    assert train(workplace, "tiny.yaml", "--name", "dropout-again", *dropout).returncode == 0
-    assert losses(workplace, "dropout-again") == losses(workplace, "dropout")
-    assert final_sums(workplace, "dropout-again", 20) == final_sums(workplace, "dropout", 20)
+    assert train_module.train(tiny(in_process, "--name", "dropout", *dropout)) == 0
+    again = Path("runs/dropout-again")
+    shutil.copytree("runs/dropout", again)
+    shutil.rmtree(again / "models" / "iter-000020")
+    shutil.rmtree(again / "checkpoints" / "iter-000020")
+    assert train_module.train(tiny(in_process, "--name", "dropout-again", *dropout)) == 0
+    assert losses(in_process, "dropout-again") == losses(in_process, "dropout")
+    assert final_sums(in_process, "dropout-again", 20) == final_sums(in_process, "dropout", 20)
 
 
 STRANGER = """\
@@ -131,7 +142,7 @@ dynamo_config: {dynamo_backend: INDUCTOR}
 """
 
 
-@pytest.mark.parametrize("config", ["none", "ours", "a stranger's"])
+@pytest.mark.parametrize("config", [slow("none"), slow("ours"), "a stranger's"])
 def test_every_accelerate_configuration_gives_the_same_run(workplace, undisturbed, tmp_path, config):
     stranger = tmp_path / "stranger.yaml"
     stranger.write_text(STRANGER)
@@ -167,14 +178,12 @@ def test_two_processes_have_the_losses_of_one(workplace, undisturbed):
         (["--precision", "bf16"], "`precision` is 'bf16', but this machine has no CUDA device"),
         (["--compile", "true"], "`compile` is True, but this machine has no CUDA device"),
         (["--model.vocab_size", "600"], "`model.vocab_size` is 600"),
-        (["--data.dir", "nowhere"], "recipes/prepare.py tiny.yaml"),
+        (["--data.dir", "nowhere"], "tiny.yaml` makes it"),
         (["--logging.trackers", "[wandb]"], "make setup EXTRAS=wandb"),
         (["--model.dropout", "0.1"], "'sdpa' would work"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(in_process, arguments, said):
-    from overnight.recipe import InputError
-
     recipe = tiny(in_process, "--name", "refused", *arguments)
     with pytest.raises(InputError) as caught:
         train_module.train(recipe)

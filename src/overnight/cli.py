@@ -12,6 +12,7 @@ from pathlib import Path
 from overnight.recipe import DamagedData, InputError, Recipe, leaves
 from overnight.recipe_file import load
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the source of an editable install
 EXIT_INPUT, EXIT_DAMAGED, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 4, 75
 
 
@@ -24,7 +25,8 @@ def recipe_command(
 ) -> int:
     """Parse the command line, load the recipe, call `run`, and turn errors into one message and an exit code.
 
-    `default` says which recipe is meant when none is named; `options` adds what the script knows beside overrides.
+    `default` says which recipe is meant when none is named; `options` adds what the script knows beside overrides. In
+    the namespace that `run` gets, `arguments` are the recipe and overrides again, for a process that it starts.
     """
     arguments = sys.argv[1:]
     named = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
@@ -44,11 +46,23 @@ def recipe_command(
         if not named and default is None:
             raise InputError(f"no recipe was named; `{parser.prog} recipes/quickstart.yaml` would work")
         path = Path(named[0]) if named else default()  # type: ignore[misc]  # one of the two is there
+        chosen.arguments = [str(path), *overrides]
         return run(load(path, overrides), chosen)
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # the processes of a run all find the same
             print("\n".join(error.problems), file=sys.stderr)
         return EXIT_DAMAGED if isinstance(error, DamagedData) else EXIT_INPUT
+
+
+def default_recipe() -> Path:
+    """The recipe for the device at hand where none was named; says which and why."""
+    import torch  # takes seconds: --help needs none of it
+
+    cuda = torch.cuda.is_available()
+    path = RECIPES / ("fineweb_edu_40m.yaml" if cuda else "quickstart.yaml")
+    found = f"a CUDA device, {torch.cuda.get_device_name()}" if cuda else "no CUDA device"
+    print(f"no recipe was named and there is {found}: recipes/{path.name} runs", flush=True)
+    return path
 
 
 def key_help() -> str:

@@ -32,11 +32,12 @@ def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: P
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    _verify(model, aside, probe)
+    verify(model, aside, probe)
     publish(aside, folder)
 
 
-def _verify(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
+def verify(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
+    """Raise RuntimeError unless a fresh process reads the same model from `folder` as `model` is."""
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         stored = Path(scratch) / "probe.safetensors"
         on_cpu = GPT2LMHeadModel(model.config).eval()

@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from overnight import doctor
+from overnight.checkpoint import folder_name, saved_iterations
+from overnight.cli import EXIT_INTERRUPTED, default_recipe, recipe_command
 from overnight.recipe import InputError, Recipe
-from overnight.recipe_file import load
+from overnight.rundir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
-EXIT_DOCTOR, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+EXIT_DOCTOR = 1
 MAX_RESTARTS = 10
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -107,13 +109,12 @@ def prepares_itself(recipe: Recipe) -> bool:
 
 def finished_model(recipe: Recipe) -> Path:
     """Where the run's finished model lies once the run is over."""
-    return Path("runs") / recipe.name / "models" / f"iter-{recipe.schedule.max_iters:06d}"
+    return RunDirectory(recipe).models / folder_name(recipe.schedule.max_iters)
 
 
 def newest_checkpoint(recipe: Recipe) -> int | None:
     """The iteration of the newest checkpoint, None without one."""
-    names = (folder.name for folder in (Path("runs") / recipe.name / "checkpoints").glob("iter-*"))
-    return max((int(name[5:]) for name in names if name[5:].isdigit()), default=None)
+    return max(saved_iterations(RunDirectory(recipe).checkpoints), default=None)
 
 
 def train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child) -> int:
@@ -172,47 +173,22 @@ def accelerate_config() -> Path:
     return own if own.is_file() else ROOT / "accelerate_config.yaml"
 
 
-def default_recipe() -> Path:
-    """The recipe for the device at hand where none was named; says which and why."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    path = ROOT / "recipes" / ("fineweb_edu_40m.yaml" if cuda else "quickstart.yaml")
-    found = f"a CUDA device, {torch.cuda.get_device_name()}" if cuda else "no CUDA device"
-    print(f"no recipe was named and there is {found}: recipes/{path.name} runs", flush=True)
-    return path
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the night takes beside a recipe and its overrides."""
+    says = "accelerate's configuration (default: your own where there is one, otherwise accelerate_config.yaml)"
+    parser.add_argument("--config_file", type=Path, help=says)
 
 
-def main(arguments: list[str]) -> int:
-    """Parse `[RECIPE] [--config_file FILE] [--dry-run] [--section.key VALUE ...]` and go through the night."""
-    named = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
-    parser = argparse.ArgumentParser(
-        prog="python -m overnight.night",
-        usage="%(prog)s [RECIPE] [--config_file FILE] [--dry-run] [--section.key VALUE ...]",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config_file", type=Path, help="accelerate's configuration (default: your own, or accelerate_config.yaml)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the steps and do none of them")
-    options, overrides = parser.parse_known_args(arguments)
-    try:
-        path = Path(named[0]) if named else default_recipe()
-        recipe = load(path, overrides)
-        config_file = options.config_file or accelerate_config()
-        if not config_file.is_file():
-            raise InputError(
-                f"`--config_file` is {config_file}: there is no such file; accelerate_config.yaml would work"
-            )
-    except InputError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return EXIT_INPUT
-    return night(recipe, [str(path), *overrides], config_file, dry_run=options.dry_run)
+def run(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Find accelerate's configuration and go through the night."""
+    config_file = options.config_file or accelerate_config()
+    if not config_file.is_file():
+        raise InputError(f"`--config_file` is {config_file}: there is no such file; accelerate_config.yaml would work")
+    return night(recipe, options.arguments, config_file, dry_run=options.dry_run)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(recipe_command(__doc__ or "", run, default=default_recipe, options=add_options))
     except KeyboardInterrupt:  # between the steps; a running step is interrupted, and answers, itself
         sys.exit(EXIT_INTERRUPTED)
