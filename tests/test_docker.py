@@ -110,7 +110,7 @@ def test_sigterm_reaches_the_trainer_behind_the_entry_point(root: Path, image: P
     caches = {name: value.replace("/cache", f"{image}/cache") for name, value in environment(root).items()}
     path = os.pathsep.join([str(image / "src"), os.environ["PYTHONPATH"]])
     process = subprocess.Popen(
-        [*entry_point(root), "tiny.yaml", "--schedule.max_iters", "100000"],
+        [*entry_point(root), "tiny.yaml", "--schedule.max_iters", "2000"],
         cwd=image,
         env={"PATH": os.environ["PATH"], **caches, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
@@ -121,7 +121,7 @@ def test_sigterm_reaches_the_trainer_behind_the_entry_point(root: Path, image: P
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("iter    5/"):
+        if line.startswith("iter    5/2000"):
             process.terminate()
     assert process.wait() == 75, "".join(lines)
     assert lines[-1].startswith("interrupted after iteration")

@@ -119,6 +119,7 @@ def test_killed_without_warning_it_goes_on_from_the_last_checkpoint_to_the_same_
     assert final_sums(workplace, "killed") == final_sums(workplace, "tiny")
 
 
+@pytest.mark.slow
 def test_dropout_too_resumes_to_the_same_bits(in_process):
     dropout = ("--model.dropout", "0.1", "--model.attention", "sdpa", "--schedule.max_iters", "20")
     assert train_module.train(tiny(in_process, "--name", "dropout", *dropout)) == 0

@@ -1,0 +1,187 @@
+"""The documentation is true: its commands work, its links lead somewhere, its keys and figures are those of the code."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from overnight import cli
+from overnight.plan import parameter_count
+from overnight.recipe import leaves
+from overnight.recipe_file import load
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+REAL_RUNS = 4  # each takes seconds; every further command is checked in this process
+LAUNCH = ["accelerate", "launch"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language, with a list's indentation taken away."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+
+
+def commands() -> list[list[str]]:
+    """Every shell command of the documentation, once, as words; comments and line continuations resolved."""
+    lines = [line for page in PAGES for text in blocks(page, "sh") for line in text.replace("\\\n", " ").splitlines()]
+    parts = [part for line in lines for part in line.split(" && ")]
+    words = [shlex.split(part, comments=True) for part in parts]
+    return [list(command) for command in dict.fromkeys(map(tuple, words)) if command]
+
+
+def is_script(command: list[str], *names: str) -> bool:
+    """Whether a command runs one of these scripts, directly or through accelerate's launcher."""
+    started = command[:2] == LAUNCH or (command[0] == "python" and command[1].startswith("recipes/"))
+    return started and any(f"recipes/{name}.py" in command for name in names)
+
+
+MAKE = [command for command in commands() if command[0] == "make"]
+SCRIPTS = [command for command in commands() if is_script(command, "train", "prepare")]
+SAMPLE = [command for command in commands() if is_script(command, "sample")]
+
+
+def arguments_of(command: list[str]) -> tuple[list[str], list[str]]:
+    """The words of a command up to its script, and those after it without --dry-run."""
+    script = next(position for position, word in enumerate(command) if word.startswith("recipes/"))
+    return command[: script + 1], [word for word in command[script + 1 :] if word != "--dry-run"]
+
+
+def real_runs() -> list:
+    """The first command of every way to start a script; several GPUs are not at hand. Two in `make test`, all later."""
+    chosen = {}
+    for command in SCRIPTS:
+        started, _ = arguments_of(command)
+        if "--multi_gpu" not in started:
+            chosen.setdefault(" ".join(started), command)
+    runs = list(chosen.values())[:REAL_RUNS]
+    return [pytest.param(run, marks=[pytest.mark.slow] * (number > 1)) for number, run in enumerate(runs)]
+
+
+def test_there_are_commands_to_check():
+    assert MAKE and SCRIPTS and SAMPLE and len(real_runs()) > 2
+
+
+@pytest.mark.parametrize("command", MAKE, ids=" ".join)
+def test_make_knows_the_target_and_the_recipe_takes_the_overrides(command):
+    made = subprocess.run([*command, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    variables = dict(word.split("=", 1) for word in command[1:] if "=" in word)
+    assert variables.keys() <= {"RECIPE", "ARGS", "TORCH", "PYTHON", "EXTRAS", "CONFIG_FILE"}
+    if "RECIPE" in variables:
+        load(ROOT / variables["RECIPE"], shlex.split(variables.get("ARGS", "")))
+
+
+@pytest.mark.parametrize("command", SCRIPTS, ids=" ".join)
+def test_the_script_and_its_recipe_exist_and_take_the_arguments(command):
+    started, given = arguments_of(command)
+    assert (ROOT / started[-1]).is_file()
+    if given == ["--help"]:
+        return
+    load(ROOT / given[0], given[1:])
+
+
+@pytest.mark.parametrize("command", real_runs())
+def test_the_command_runs_dry_and_writes_nothing(command, tmp_path):
+    started, given = arguments_of(command)
+    words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in [*started, *given, "--dry-run"]]
+    words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]] if words[:2] == LAUNCH else words
+    words[0] = sys.executable
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_takes_the_options_that_are_shown():
+    command = [sys.executable, str(ROOT / "recipes" / "sample.py"), "--help"]
+    says = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(word in says for command in SAMPLE for word in command if word.startswith("--"))
+
+
+def test_every_script_and_recipe_that_a_command_names_exists():
+    words = [word for command in commands() for word in command]
+    named = {part for word in words for part in re.findall(r"recipes/\w+\.(?:py|yaml)", word)}
+    assert named and all((ROOT / name).is_file() for name in named)
+
+
+def test_every_key_that_is_named_is_a_key():
+    known = {key for key, _ in leaves()}
+    sections = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
+    for page in PAGES:
+        quoted = " ".join(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")))
+        for key in re.findall(rf"(?<![\w/.])(?:{sections})\.[a-z_]+", quoted):
+            assert key in known or key.endswith((".py", ".safetensors")), f"{page.name}: {key}"
+
+
+def anchor(heading: str) -> str:
+    """A heading's anchor as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in map(anchor, headings), target
+
+
+def tree() -> set[str]:
+    """The paths of the README's annotated tree, its last block."""
+    folders: list[str] = []
+    named = set()
+    for line in blocks(ROOT / "README.md", "text")[-1].splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 4
+        folders[depth:] = [name]
+        named.add("".join(folders))
+    return named
+
+
+def test_the_tree_names_what_is_there():
+    named = tree()
+    assert not [path for path in named if not (ROOT / path).exists()]
+    code = [*(ROOT / "src" / "overnight").rglob("*"), *(ROOT / "recipes").iterdir(), *(ROOT / "docs").iterdir()]
+    files = {str(path.relative_to(ROOT)) for path in code if path.is_file() and "__pycache__" not in path.parts}
+    assert not files - named
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_table_of_recipes_has_the_recipes_own_numbers(path):
+    recipe = load(path)
+    table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if line.startswith(f"| [{path.name}]"))
+    tokens = recipe.schedule.max_iters * recipe.batch.tokens_per_iter
+    assert f"{parameter_count(recipe.model, recipe.model.vocab_size):,} " in row
+    assert f"{recipe.schedule.max_iters:,} iterations" in row
+    assert (f"{tokens / 1e9:.2f}B" if tokens > 1e9 else f"{tokens / 1e6:.1f}M") in row
+
+
+def test_the_predicted_losses_are_those_of_the_law_that_is_shown(capsys):
+    log = ROOT / "docs" / "log.md"
+    (law,) = blocks(log, "python")
+    exec(law, {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for iterations, edu, fineweb in printed:
+        assert f"| {iterations} | {edu} | {fineweb} |" in log.read_text(encoding="utf-8")
+    edu_losses = " / ".join(edu for iterations, edu, _ in printed if iterations != "8,000")
+    assert f"| {edu_losses}, standard error" in (ROOT / "README.md").read_text(encoding="utf-8")
+    table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    assert f"{printed[-1][1]} on FineWeb-Edu, predicted" in table and f"{printed[-1][2]} on FineWeb, predicted" in table
+
+
+def test_the_exit_codes_are_those_of_the_code():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
+    codes = {cli.EXIT_INPUT, cli.EXIT_DAMAGED, cli.EXIT_DIVERGED, cli.EXIT_INTERRUPTED}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", readme, re.MULTILINE)} == {0, 1, *codes}
