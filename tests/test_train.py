@@ -119,6 +119,29 @@ def test_killed_without_warning_it_goes_on_from_the_last_checkpoint_to_the_same_
     assert final_sums(workplace, "killed") == final_sums(workplace, "tiny")
 
 
+def test_killed_before_the_first_checkpoint_it_starts_again_and_nothing_is_recorded_twice(in_process, undisturbed):
+    process = start(in_process, "tiny.yaml", "--name", "early")
+    for line in process.stdout:
+        if line.startswith("iter  6/40"):
+            process.kill()
+            break
+    process.wait()
+    assert train_module.train(tiny(in_process, "--name", "early")) == 0
+    assert losses(in_process, "early") == losses(in_process, "tiny")
+    assert len(records(in_process, "early", "val")) == 3
+
+
+def test_killed_between_the_export_and_its_record_the_run_is_finished_again(in_process, undisturbed):
+    shutil.copytree("runs/tiny", "runs/unrecorded")
+    metrics = Path("runs/unrecorded/metrics.jsonl")
+    lines = metrics.read_text().splitlines(keepends=True)
+    assert '"finished"' in lines[-1]
+    metrics.write_text("".join(lines[:-1]))
+    assert train_module.train(tiny(in_process, "--name", "unrecorded")) == 0
+    assert records(in_process, "unrecorded", "event")[-1]["event"] == "finished"
+    assert final_sums(in_process, "unrecorded") == final_sums(in_process, "tiny")
+
+
 @pytest.mark.slow
 def test_dropout_too_resumes_to_the_same_bits(in_process):
     dropout = ("--model.dropout", "0.1", "--model.attention", "sdpa", "--schedule.max_iters", "20")

@@ -266,12 +266,12 @@ def filesystem_of(path: Path, mounts: str) -> str:
 
 
 def run_bytes(recipe: Recipe) -> int:
-    """What a run folder will hold at once: checkpoints (one more while a new one is written) and a finished model."""
+    """What a run folder holds at once: the checkpoints kept, the branch point's, one being written, and a model."""
     from overnight.plan import parameter_count  # brings torch, which may be what is missing
 
     parameters = parameter_count(recipe.model, recipe.model.vocab_size)
     moments = 8  # AdamW's two in float32; Muon keeps one
-    return (recipe.checkpoint.keep + 1) * parameters * (4 + moments) + 4 * parameters
+    return (recipe.checkpoint.keep + 2) * parameters * (4 + moments) + 4 * parameters
 
 
 def is_prepared(recipe: Recipe) -> bool:
@@ -280,11 +280,11 @@ def is_prepared(recipe: Recipe) -> bool:
 
 
 def data_bytes(recipe: Recipe) -> int:
-    """What the data folder still needs: nothing once it is prepared, else the download and two bytes a token."""
+    """What the data folder still needs: nothing once it is prepared, else its tokens; the download is streamed."""
     if is_prepared(recipe):
         return 0
     tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
-    return int((recipe.data.download_gb or 0) * 1e9) + tokens * (2 if recipe.model.vocab_size <= 65_536 else 4)
+    return tokens * (2 if recipe.model.vocab_size <= 65_536 else 4)
 
 
 def _normalised(name: str) -> str:

@@ -61,7 +61,10 @@ class Muon(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                average = self.state[param].setdefault("momentum", torch.zeros_like(param))
+                state = self.state[param]
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                average = state["momentum"]
                 average.lerp_(param.grad, 1 - group["momentum"])
                 update = param.grad.lerp(average, group["momentum"])  # Nesterov
                 param.mul_(1 - group["lr"] * group["weight_decay"])

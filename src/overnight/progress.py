@@ -119,7 +119,8 @@ def baseline_line(losses: dict[str, float]) -> str:
 def print_finished(directory: RunDirectory, console: Console) -> None:
     """The box at the end, from metrics.jsonl alone: a finished run prints it again."""
     events = {record["event"]: record for record in directory.records("event")}
-    done, baselines = events["finished"], events.get("ngram baselines")
+    done, baselines = directory.finished(), events.get("ngram baselines")
+    assert done is not None
     rate, kwh = done["tokens_per_second"], done["kwh"]
     lines = [
         f"validation loss  {done['val_loss']:.4f} nats per token at the end, {done['best_val_loss']:.4f} at its best"

@@ -243,8 +243,9 @@ def decay_iters(schedule: Schedule) -> int:
 def meaning(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide what a run computes, dotted; a run can only be resumed while these stay as they were.
 
-    Left out are names, intervals of saving and printing, what changes speed alone (micro-batch, threads, compile), and
-    the data section, for which the shards' own fingerprint stands.
+    Left out are names, prompts, intervals of measuring, saving and printing, what changes speed alone (micro-batch,
+    threads, compile), and two for which a run directory keeps what was really found: the data, by the fingerprint of
+    its shards, and the precision that the device took.
     """
     chosen = recipe.model_dump(include={"seed", "model", "batch", "optim", "schedule"})
     del chosen["batch"]["micro_batch"], chosen["model"]["attention"]

@@ -30,13 +30,16 @@ class RunDirectory:
         self.models = self.path / "models"
         self.metrics = self.path / "metrics.jsonl"
 
-    def refuse_another_run(self, data_fingerprint: str) -> None:
-        """Raise `InputError` with every difference when this directory holds a run of another meaning."""
+    def refuse_another_run(self, found: dict[str, Any]) -> None:
+        """Raise `InputError` with every difference when this directory holds a run of another meaning.
+
+        `found` is what decides the run beside its recipe: the data's fingerprint and the precision of this device.
+        """
         stored = self.path / "recipe.yaml"
         if not stored.exists():
             return
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        now = self._identity(data_fingerprint)
+        now = meaning(self.recipe) | found
         differing = [key for key in now | before["meaning"] if now.get(key) != before["meaning"].get(key)]
         if differing:
             lines = [f"  `{key}` was {before['meaning'].get(key)!r}, now {now.get(key)!r}" for key in differing]
@@ -52,13 +55,10 @@ class RunDirectory:
             number += 1
         return f"{self.recipe.name}-{number}"
 
-    def _identity(self, data_fingerprint: str) -> dict[str, Any]:
-        return meaning(self.recipe) | {"data fingerprint": data_fingerprint}
-
-    def claim(self, data_fingerprint: str, facts: dict[str, Any]) -> None:
+    def claim(self, found: dict[str, Any], facts: dict[str, Any]) -> None:
         """Create the directory and write what runs here; a resumed run gets a new environment.json alone."""
         self.models.mkdir(parents=True, exist_ok=True)
-        recipe = {"meaning": self._identity(data_fingerprint), "recipe": self.recipe.model_dump()}
+        recipe = {"meaning": meaning(self.recipe) | found, "recipe": self.recipe.model_dump()}
         if not (self.path / "recipe.yaml").exists():
             write_whole(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         write_whole(self.path / "environment.json", json.dumps(environment() | facts, indent=1))
@@ -83,6 +83,12 @@ class RunDirectory:
                 continue
         return [record for record in found if kind in (None, record["kind"])]
 
+    def finished(self) -> dict[str, Any] | None:
+        """The record that ends a run of this recipe; written last, when the finished model stands verified."""
+        ends = [record for record in self.records("event") if record["event"] == "finished"]
+        ends = [record for record in ends if record["iteration"] == self.recipe.schedule.max_iters]
+        return ends[-1] if ends else None
+
     def forget_after(self, iteration: int) -> None:
         """Drop what was measured after `iteration`: a resumed run measures it again."""
         kept = [record for record in self.records() if record["iteration"] <= iteration]
@@ -98,10 +104,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, commit, command line and threads, for environment.json."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True) if _in_git() else None
+    source = Path(__file__).parent
     return {
         "command": sys.argv,
-        "commit": git.stdout.strip() if git and git.returncode == 0 else None,
+        "commit": _output("git", "-C", str(source), "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -110,5 +116,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _in_git() -> bool:
-    return any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

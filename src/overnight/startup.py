@@ -140,6 +140,11 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
     return shards
 
 
+def identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
+    """What decides a run beside its recipe: another of these, and it is another run."""
+    return {"data fingerprint": shards.manifest.fingerprint, "precision": accelerator.mixed_precision}
+
+
 def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory: RunDirectory, shards: Shards) -> Run:
     """Model, optimizers and data on the device, the newest checkpoint in them, and the facts on the screen."""
     device = Device(accelerator.device)
@@ -171,7 +176,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
     facts = machine_facts(run, compiled)
     console.table("this machine", list(facts.items()))
     if accelerator.is_main_process:
-        directory.claim(shards.manifest.fingerprint, facts)
+        directory.claim(identity(accelerator, shards), facts)
     accelerator.wait_for_everyone()
     resume(run)
     if recipe.logging.trackers:
@@ -229,6 +234,8 @@ def resume(run: Run) -> None:
     for line in said:
         run.console.say(line)
     if found is None:
+        if run.accelerator.is_main_process:
+            run.directory.forget_after(-1)
         return
     state = checkpoint.load(found, run.model, run.optimizers)
     run.iteration = state["iteration"]

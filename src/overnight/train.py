@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from overnight.model import published
 from overnight.progress import Pace, baseline_line, log_skip, log_step, log_validation, print_finished
 from overnight.recipe import Recipe, decay_iters
 from overnight.rundir import RunDirectory
-from overnight.startup import Run, launch, open_data, print_plan, set_up
+from overnight.startup import Run, identity, launch, open_data, print_plan, set_up
 
 SKIPS_BEFORE_GIVING_UP = 10
 
@@ -43,8 +44,8 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> int:
         return 0
     shards = open_data(recipe, accelerator, console)
     directory = RunDirectory(recipe)
-    directory.refuse_another_run(shards.manifest.fingerprint)
-    if recipe.schedule.max_iters in checkpoint.saved_iterations(directory.models):
+    directory.refuse_another_run(identity(accelerator, shards))
+    if directory.finished():
         print_finished(directory, console)
         return 0
     run = set_up(recipe, accelerator, console, directory, shards)
@@ -154,7 +155,10 @@ def stop_on_signal(run: Run) -> Iterator[None]:
         run.signalled = True
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
-        run.console.say(f"{signal.Signals(number).name}: finishing iteration {run.iteration + 1}, then saving")
+        if run.accelerator.is_main_process:  # not through the console: it may be in the middle of a line of its own
+            os.write(
+                2, f"{signal.Signals(number).name}: finishing iteration {run.iteration + 1}, then saving\n".encode()
+            )
 
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
