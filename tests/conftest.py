@@ -27,6 +27,38 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with text, shards and `tiny.yaml`, for all tests that train."""
+    from runs import make_workplace  # takes seconds to import
+
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(workplace: Path) -> str:
+    """One whole run of `tiny.yaml`, started as a user does, that others are compared with; what it printed."""
+    from runs import train
+
+    result = train(workplace, "tiny.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def in_process(workplace: Path, monkeypatch) -> Path:
+    """Lets a test call the trainer in its own process; the finished model's check by another process is left out."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from overnight import export
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(export, "verify", lambda *arguments: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return workplace
+
+
 @pytest.fixture
 def root() -> Path:
     """The project's folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ from pydoc_data.topics import topics
 
 import yaml
 
+from overnight import startup
 from overnight.prepare import prepare
 from overnight.recipe import Recipe
 from overnight.recipe_file import load
+from overnight.rundir import RunDirectory
+from overnight.startup import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "recipes" / "train.py")
@@ -52,10 +56,20 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"PYTHONUNBUFFERED": "1"} | changes
 
 
-def train(folder: Path, *arguments: str, launcher: tuple[str, ...] = (), **changes: str) -> subprocess.CompletedProcess:
-    """Run `recipes/train.py` in `folder` to its end, under a launcher if one is named."""
-    command = [sys.executable, *launcher, TRAIN, *arguments]
+def train(
+    folder: Path, *arguments: str, launcher: tuple[str, ...] = (), script: str = TRAIN, **changes: str
+) -> subprocess.CompletedProcess:
+    """Run `recipes/train.py`, or a script in its place, in `folder` to its end, under a launcher if one is named."""
+    command = [sys.executable, *launcher, script, *arguments]
     return subprocess.run(command, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=300)
+
+
+def two_processes() -> tuple[str, ...]:
+    """The launcher of two processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -82,3 +96,10 @@ def final_sums(folder: Path, name: str, iteration: int = 40) -> list[str]:
     """The checksums of weights and optimizer state in a run's last checkpoint."""
     sums = (folder / "runs" / name / "checkpoints" / f"iter-{iteration:06d}" / "SHA256SUMS").read_text()
     return [line for line in sums.splitlines() if line.endswith(".safetensors")]
+
+
+def set_up(recipe: Recipe) -> Run:
+    """A run as the trainer sets it up, in this process, before its first iteration."""
+    accelerator, console = startup.launch(recipe)
+    shards = startup.open_data(recipe, accelerator, console)
+    return startup.set_up(recipe, accelerator, console, RunDirectory(recipe), shards)

@@ -14,7 +14,8 @@ from overnight.recipe import leaves
 from overnight.recipe_file import load
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOPOLOGIES = ROOT / "recipes" / "accelerate_configs" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md")), TOPOLOGIES]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL_RUNS = 4  # each takes seconds; every further command is checked in this process
 LAUNCH = ["accelerate", "launch"]
@@ -53,7 +54,7 @@ SAMPLE = [command for command in commands() if is_script(command, "sample")]
 
 def arguments_of(command: list[str]) -> tuple[list[str], list[str]]:
     """The words of a command up to its script, and those after it without --dry-run."""
-    script = next(position for position, word in enumerate(command) if word.startswith("recipes/"))
+    script = next(at for at, word in enumerate(command) if word.startswith("recipes/") and word.endswith(".py"))
     return command[: script + 1], [word for word in command[script + 1 :] if word != "--dry-run"]
 
 
@@ -62,7 +63,7 @@ def real_runs() -> list:
     chosen = {}
     for command in SCRIPTS:
         started, given = arguments_of(command)
-        if "--multi_gpu" not in started and given and given != ["--help"]:
+        if not any("multi_" in word for word in started) and given and given != ["--help"]:
             chosen.setdefault(" ".join(started), command)
     runs = list(chosen.values())[:REAL_RUNS]
     return [pytest.param(run, marks=[pytest.mark.slow] * (number > 1)) for number, run in enumerate(runs)]

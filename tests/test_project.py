@@ -47,14 +47,43 @@ def test_no_script_hides_a_package_that_could_be_imported(root: Path):
     assert not hidden | (scripts & set(sys.stdlib_module_names))
 
 
-def test_accelerate_accepts_every_key_of_its_configuration(root: Path):
+TOPOLOGIES = {  # machines, processes, several GPUs, only the CPU
+    "accelerate_config.yaml": (1, 1, False, False),
+    "recipes/accelerate_configs/cpu.yaml": (1, 1, False, True),
+    "recipes/accelerate_configs/multi_gpu.yaml": (1, 2, True, False),
+    "recipes/accelerate_configs/multi_node.yaml": (2, 16, True, False),
+}
+
+
+def test_every_accelerate_configuration_is_checked(root: Path):
+    named = {str(path.relative_to(root)) for path in (root / "recipes" / "accelerate_configs").glob("*.yaml")}
+    assert named | {"accelerate_config.yaml"} == set(TOPOLOGIES)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_accelerate_accepts_every_key_and_takes_the_topology(root: Path, name: str):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    load_config_from_file(str(root / name))  # an unknown key is a ValueError
+    options, _, from_file = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(root / name), "script.py"])
+    )
+    assert (options.num_machines, options.num_processes, options.multi_gpu, options.use_cpu) == TOPOLOGIES[name]
+    assert not from_file  # no precision
+    written = set(yaml.safe_load((root / name).read_text()))
+    topology = {"compute_environment", "distributed_type", "num_machines", "num_processes", "machine_rank", "gpu_ids"}
+    topology |= {"main_process_ip", "main_process_port", "rdzv_backend", "same_network", "use_cpu"}
+    assert written <= topology | {"main_training_function", "debug"}
+
+
+def test_an_unknown_key_would_be_refused(root: Path, tmp_path: Path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    path = root / "accelerate_config.yaml"
-    loaded = load_config_from_file(str(path))
-    assert loaded.num_processes == 1
-    owned_by_the_recipe = {"mixed_precision", "dynamo_config", "downcast_bf16", "gradient_accumulation_steps"}
-    assert not owned_by_the_recipe & set(yaml.safe_load(path.read_text()))
+    path = tmp_path / "wrong.yaml"
+    path.write_text((root / "accelerate_config.yaml").read_text() + "gradient_accumulation_steps: 4\n")
+    with pytest.raises(ValueError, match="unknown keys"):
+        load_config_from_file(str(path))
 
 
 def test_accelerate_launches_under_its_configuration_without_a_warning(root: Path, tmp_path: Path):

@@ -4,43 +4,18 @@ import math
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from runs import ROOT, final_sums, losses, make_workplace, records, start, tiny, train
+from runs import ROOT, final_sums, losses, records, start, tiny, train
 
-from overnight import export, startup
+from overnight import startup
 from overnight import train as train_module
 from overnight.model import LanguageModel
 from overnight.recipe import InputError
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(workplace):
-    """One whole run, that others are compared with."""
-    result = train(workplace, "tiny.yaml")
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.fixture
-def in_process(workplace, monkeypatch):
-    """Lets a test call the trainer in its own process; the finished model's check by another process is left out."""
-    monkeypatch.chdir(workplace)
-    monkeypatch.setattr(export, "verify", lambda *arguments: None)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return workplace
 
 
 def slow(*values):
@@ -181,19 +156,12 @@ def test_every_accelerate_configuration_gives_the_same_run(workplace, undisturbe
     assert final_sums(workplace, name) == final_sums(workplace, "tiny")
 
 
-def test_two_processes_have_the_losses_of_one(workplace, undisturbed):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
-    result = train(workplace, "tiny.yaml", "--name", "two", "--threads", "1", launcher=launcher)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "x 1 accumulated x 2 processes" in result.stdout
-    one, two = losses(workplace, "tiny"), losses(workplace, "two")
-    assert two.keys() == one.keys()
-    assert max(abs(two[iteration] - one[iteration]) for iteration in range(1, 21)) < 1e-5
-    validation = [[record["loss"] for record in records(workplace, name, "val")] for name in ("tiny", "two")]
-    assert validation[0][1] == pytest.approx(validation[1][1], abs=1e-5)
+def test_a_configuration_for_the_cpu_keeps_the_run_there_also_where_there_is_a_gpu(in_process, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    accelerator, _ = startup.launch(tiny(in_process))
+    assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no")
 
 
 @pytest.mark.parametrize(

@@ -95,5 +95,16 @@ def to_device(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Ten
     """Rows of t + 1 tokens as ids and targets, (rows, t) int64 each."""
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
     if device.type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
+        tokens = page_locked(tokens).to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def page_locked(tokens: Tensor) -> Tensor:
+    """`tokens` where the device can fetch them by itself, or as they are where the system gives no such memory.
+
+    WSL2 and containers bound it. The copy then holds up the host: slower, the same tokens.
+    """
+    try:
+        return tokens.pin_memory()
+    except RuntimeError:
+        return tokens

@@ -15,6 +15,7 @@ import torch
 from overnight.recipe import InputError, Recipe
 
 GIB = 2**30
+MEMORY_SHARE = 0.9  # of a card's free memory; the rest is for NCCL, cuBLAS and the desktop's windows
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,25 @@ class Device:
     def used_gib(self) -> float:
         """Memory that this process holds on the device: CUDA's reserved peak, on a CPU the resident set."""
         return (torch.cuda.max_memory_reserved(self.torch) if self.cuda else psutil.Process().memory_info().rss) / GIB
+
+    def cap_memory(self) -> float:
+        """Keep this process below the card's free memory, and return how many GiB it may use; on a CPU all there are.
+
+        WSL2 would go on in the host's memory, many times slower, where this cap makes a request fail. Call it before
+        the process has taken memory that it will not give back.
+        """
+        if not self.cuda:
+            return self.total_gib
+        free, total = torch.cuda.mem_get_info(self.torch)
+        limit = MEMORY_SHARE * free + torch.cuda.memory_reserved(self.torch)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.torch)
+        return limit / GIB
+
+    def release(self) -> None:
+        """Give memory that holds nothing back to the card, and forget the peak."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.torch)
 
     def watts(self) -> float | None:
         """Board power now, from NVML; None where there is none."""

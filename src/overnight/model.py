@@ -78,7 +78,8 @@ class LanguageModel(nn.Module):
         self.gpt2 = GPT2LMHeadModel(gpt2_config(model, eos_token_id, training=True))
         self.eos_token_id = eos_token_id
         self.vocab_size = model.vocab_size
-        self.training_body = torch.compile(self.body) if compile else self.body
+        # static shapes: each micro-batch that is tried gets code of its own, and none the slower code for any size
+        self.training_body = torch.compile(self.body, dynamic=False) if compile else self.body
 
     def body(self, ids: Tensor) -> Tensor:
         """(batch, time) token ids to (batch, time, n_embd) hidden states."""
@@ -126,18 +127,24 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, *, gradients):
     grad_hidden = torch.empty_like(hidden if gradients else hidden[:0])
     grad_weight = torch.zeros_like(weight if gradients else weight[:0])
     size = LOSS_CHUNK[hidden.device.type]
+    buffer = rows.new_empty(min(size, len(rows)), len(matrix))  # for all chunks: fresh memory costs a CPU page faults
+    buffer_float = buffer if buffer.dtype == torch.float32 else buffer.new_empty(buffer.shape, dtype=torch.float32)
     for start in range(0, len(rows), size):
         chunk, target = rows[start : start + size], targets[start : start + size, None]
-        logits = (chunk @ matrix.T).float()  # (chunk, padded)
+        logits = torch.mm(chunk, matrix.T, out=buffer[: len(chunk)])  # (chunk, padded)
         logits[:, vocab_size:] = -torch.inf
-        log_total = logits.logsumexp(dim=1, keepdim=True)
-        loss += (log_total - logits.gather(1, target)).sum()
+        own = logits.gather(1, target).float()
+        largest, place = logits.max(dim=1, keepdim=True)
+        error = torch.softmax(logits, 1, dtype=torch.float32, out=buffer_float[: len(chunk)])  # over the logits
+        loss += (largest.float() - error.gather(1, place).log() - own).sum()  # the largest is at least 1 / padded
         if gradients:
-            error = logits.sub_(log_total).exp_()  # softmax, minus one at the target: the gradient of the logits
-            error.scatter_add_(1, target, error.new_full(target.shape, -1.0))
+            error.scatter_add_(1, target, error.new_full(target.shape, -1.0))  # the gradient of the logits
             error = error.to(rows.dtype)
             grad_hidden[start : start + size] = error @ matrix
-            grad_weight += error.T @ chunk
+            if error.dtype == grad_weight.dtype:
+                grad_weight.addmm_(error.T, chunk)
+            else:
+                grad_weight += error.T @ chunk
     return loss, grad_hidden, grad_weight
 
 

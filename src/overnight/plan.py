@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overnight.model import padded_vocabulary
+from overnight.model import LOSS_CHUNK, padded_vocabulary
 from overnight.recipe import InputError, Model, Recipe, decay_iters
 
-AUTO_MICRO_BATCH = {"cpu": 8, "cuda": 16}  # rows of 1,024 tokens; the largest divisor of the batch up to this is taken
+AUTO_MICRO_BATCH = {"cpu": 8, "cuda": 64}  # rows of 1,024 tokens: on a CPU taken as they are, on CUDA the most to try
 
 
 def parameter_count(model: Model, vocabulary: int) -> int:
@@ -25,8 +25,47 @@ def flops_per_token(model: Model, sequence_length: int) -> float:
     return 6 * matmuls + 12 * model.n_layer * model.n_embd * sequence_length
 
 
-def micro_batch_for(recipe: Recipe, device: str, num_processes: int) -> int:
-    """Rows of one micro-batch; raises `InputError` when the batch does not divide over the processes."""
+def peak_memory(
+    model: Model, micro_batch: int, *, sequence_length: int = 1024, optimizer: str = "muon", chunk: int | None = None
+) -> int:
+    """Bytes of all tensors at the peak of an iteration under bf16 autocast, not compiled: inside a chunk of the loss.
+
+    `chunk` is the rows of logits at once, CUDA's by default. benchmarks/memory.py holds it against a traced step; what
+    is no tensor of the step's own, `beside_the_tensors` has.
+    """
+    width, vocabulary, tokens = model.n_embd, padded_vocabulary(model.vocab_size), micro_batch * sequence_length
+    hidden = 12 * model.n_layer * width**2  # elements of the blocks' matrices
+    parameters = parameter_count(model, vocabulary)
+    state = 8 * parameters - (4 * hidden if optimizer == "muon" else 0)  # two moments each, or Muon's one
+    kept = 8 * parameters + state + 2 * hidden  # in float32 with gradients, and the blocks' matrices in bf16 as well
+    # A token and layer: two residuals in float32; in bf16 two norms, q, k, v, attention, both sides of gelu. Then the
+    # norms' mean and deviation, attention's log-sum-exp.
+    activations = tokens * model.n_layer * (36 * width + 16 + 4 * model.n_head)
+    # Around the loss: the last residual, its norm in float32 and bf16, the norm's gradient.
+    activations += tokens * (14 * width + 8)
+    head = vocabulary * width * (2 + 4 + 2)  # in bf16, its gradient, and what a chunk adds to it in bf16
+    logits = min(chunk or LOSS_CHUNK["cuda"], tokens) * vocabulary * (2 + 4 + 2)  # logits, error, error in bf16
+    return kept + activations + head + logits
+
+
+def beside_the_tensors(model: Model, micro_batch: int, traced: int, *, sequence_length: int = 1024) -> dict[str, int]:
+    """What a CUDA process needs beside `traced` bytes of tensors, in bytes by what it is; never measured on CUDA."""
+    return {
+        "CUDA context and kernels (assumed)": 450 * 2**20,
+        "cuBLAS workspace (PyTorch's default :4096:2:16:8, of cards before Hopper)": 8320 * 2**10,
+        "flash attention's backward: the gradient of q in float32 (FlashAttention-2)": (
+            4 * micro_batch * sequence_length * model.n_embd
+        ),
+        "the allocator's rounding and fragments, 5 % of the tensors (assumed)": traced // 20,
+    }
+
+
+def first_micro_batch(recipe: Recipe, device: str, num_processes: int) -> int:
+    """Rows of the micro-batch to begin with: what is asked for, or the largest divisor of a process's rows in reason.
+
+    On CUDA it is where measuring begins (micro_batch.py). Raises `InputError` when the batch does not divide over the
+    processes.
+    """
     rows = recipe.batch.tokens_per_iter // recipe.batch.sequence_length
     asked = recipe.batch.micro_batch
     if rows % num_processes or (asked != "auto" and rows // num_processes % asked):
@@ -40,17 +79,23 @@ def micro_batch_for(recipe: Recipe, device: str, num_processes: int) -> int:
         return asked
     mine = rows // num_processes
     at_most = AUTO_MICRO_BATCH[device] * max(1, 1024 // recipe.batch.sequence_length)
-    return max(size for size in range(1, min(at_most, mine) + 1) if mine % size == 0)
+    return next_divisor(mine, at_most)
+
+
+def next_divisor(rows: int, at_most: int) -> int:
+    """The largest divisor of `rows` that is no larger than `at_most`; 0 when there is none."""
+    return max((size for size in range(1, min(at_most, rows) + 1) if rows % size == 0), default=0)
 
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from a recipe on a given number of processes."""
+    """What follows from a recipe on a given number of processes, before anything is measured."""
 
     parameters: int
     parameters_padded: int
-    micro_batch: int
-    grad_accum: int
+    rows_per_process: int  # of one iteration
+    first_micro_batch: int  # rows at once to begin with; the present number is `Run.micro_batch`
+    measured: bool  # a CUDA device measures which micro-batch is the fastest that fits
     num_processes: int
     tokens: int
     flops_per_token: float
@@ -64,12 +109,12 @@ class Derived:
 
 def derive(recipe: Recipe, device: str, num_processes: int, unique_tokens: int | None) -> Derived:
     """Everything that follows from `recipe` before it runs; `device` is "cpu" or "cuda"."""
-    micro_batch = micro_batch_for(recipe, device, num_processes)
     return Derived(
         parameters=parameter_count(recipe.model, recipe.model.vocab_size),
         parameters_padded=parameter_count(recipe.model, padded_vocabulary(recipe.model.vocab_size)),
-        micro_batch=micro_batch,
-        grad_accum=recipe.batch.tokens_per_iter // recipe.batch.sequence_length // num_processes // micro_batch,
+        rows_per_process=recipe.batch.tokens_per_iter // recipe.batch.sequence_length // num_processes,
+        first_micro_batch=first_micro_batch(recipe, device, num_processes),
+        measured=device == "cuda" and recipe.batch.micro_batch == "auto",
         num_processes=num_processes,
         tokens=recipe.schedule.max_iters * recipe.batch.tokens_per_iter,
         flops_per_token=flops_per_token(recipe.model, recipe.batch.sequence_length),
@@ -82,13 +127,17 @@ def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
     batch, schedule = recipe.batch, recipe.schedule
     epochs = "unknown until the data is prepared" if derived.epochs is None else f"{derived.epochs:.2f} epochs"
     unique = "" if derived.unique_tokens is None else f" of {derived.unique_tokens:,} unique tokens"
+    first, rows = derived.first_micro_batch, derived.rows_per_process
+    tokens, processes = f"{batch.sequence_length} tokens", f"{derived.num_processes} processes"
+    cut = f"{first} rows x {tokens} x {rows // first} accumulated x {processes}"
+    if derived.measured:
+        cut = f"{rows} rows x {tokens} x {processes}, up to {first} rows at once, as the start measures"
     ending = f"linear to zero over the last {decay_iters(schedule):,}" if schedule.kind == "wsd" else "cosine"
     return [
         ("parameters", f"{derived.parameters:,} exported ({derived.parameters_padded:,} while padded)"),
         (
             "tokens per iteration",
-            f"{batch.tokens_per_iter:,} = {derived.micro_batch} rows x {batch.sequence_length} tokens"
-            f" x {derived.grad_accum} accumulated x {derived.num_processes} processes",
+            f"{batch.tokens_per_iter:,} = {cut}",
         ),
         (
             "the run",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from typing import Any
 
 from overnight.console import Console, count, duration, step_line
@@ -12,6 +14,8 @@ from overnight.sampling import Writer
 from overnight.startup import Run
 
 COLD_ITERATIONS = 3  # compilation, allocator and caches: in no rate
+WINDOW = 10  # iterations that a rate is compared over, so that one slow iteration says nothing
+FALL = 0.3  # of the warm rate: a fall that is worth a word
 
 
 class Pace:
@@ -21,6 +25,9 @@ class Pace:
         self.cold = COLD_ITERATIONS
         self.seconds = self.recent_seconds = self.validation_seconds = 0.0
         self.iterations = self.recent_iterations = 0
+        self.window: deque[float] = deque(maxlen=WINDOW)
+        self.usual: float | None = None  # seconds of an iteration when the run had just become warm
+        self.warned = False
 
     def add(self, seconds: float) -> None:
         """Count one iteration."""
@@ -31,6 +38,17 @@ class Pace:
         self.recent_seconds += seconds
         self.iterations += 1
         self.recent_iterations += 1
+        self.window.append(seconds)
+        if self.iterations == WINDOW:
+            self.usual = statistics.median(self.window)
+
+    def fell_by(self) -> float | None:
+        """The share by which the rate has fallen below the warm one, told once, when it is 30 % or more."""
+        if self.usual is None or self.warned:
+            return None
+        fall = 1 - self.usual / statistics.median(self.window)
+        self.warned = fall >= FALL
+        return fall if self.warned else None
 
     def per_iteration(self) -> float | None:
         """Mean seconds over all warm iterations; None before the first."""
@@ -66,9 +84,20 @@ def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
     left = seconds and remaining_seconds(run, seconds, pace.validation_seconds)
     shown = record | run.last_val | {"gib_total": run.device.total_gib, "eta_seconds": left}
     run.console.say(step_line(shown, schedule.max_iters))
+    if (fall := pace.fell_by()) is not None:
+        log_slow(run, fall)
     run.console.progress(run.iteration, schedule.max_iters)
     track(
         run, {f"train/{key}": record[key] for key in ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "watts")}
+    )
+
+
+def log_slow(run: Run, fall: float) -> None:
+    """Say and record that the run became slower than it was."""
+    run.directory.append("event", run.iteration, event="slower", fall=fall)
+    run.console.say(
+        f"the rate is {fall:.0%} below that of the first {WINDOW} warm iterations: another program on the device, heat,"
+        " or on WSL memory that spilled to the host; said once"
     )
 
 

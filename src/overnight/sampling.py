@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from overnight.console import plain
 from overnight.recipe import InputError
@@ -20,6 +21,7 @@ class Writer:
     @classmethod
     def load(cls, name: str) -> Writer:
         """The model in a folder or on the Hub, on the best device; `InputError` when there is none. It runs no code."""
+        disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

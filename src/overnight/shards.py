@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from overnight.recipe import DamagedData, InputError
@@ -113,9 +113,9 @@ def dtype_for(vocab_size: int) -> DType:
     return "uint16" if vocab_size <= 65_536 else "uint32"
 
 
-def little_endian(dtype: DType) -> numpy.dtype[Any]:
+def little_endian(dtype: DType) -> np.dtype[Any]:
     """Return the numpy type of the tokens on disk."""
-    return numpy.dtype(dtype).newbyteorder("<")
+    return np.dtype(dtype).newbyteorder("<")
 
 
 class ShardWriter:
@@ -140,7 +140,7 @@ class ShardWriter:
 
     def write(self, ids: Sequence[int]) -> None:
         """Append one document. Raises ValueError when an id is not in [0, vocab_size)."""
-        tokens = numpy.asarray(ids, dtype=numpy.int64)
+        tokens = np.asarray(ids, dtype=np.int64)
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise ValueError(f"{self.path}: a document is empty or has an id outside [0, {self.vocab_size})")
         raw = tokens.astype(little_endian(self.dtype)).tobytes()
@@ -157,7 +157,7 @@ class ShardWriter:
             self._file.close()
             self._partial.unlink()
             return
-        index = numpy.asarray(self._ends, dtype="<u8").tobytes()
+        index = np.asarray(self._ends, dtype="<u8").tobytes()
         with self._index_partial.open("wb") as file:
             file.write(index)
             _sync(file)
@@ -228,7 +228,7 @@ class Split:
         self._paths = [folder / record.path for record in files]
         self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
 
-    def read(self, file_index: int, start: int, count: int) -> numpy.ndarray:
+    def read(self, file_index: int, start: int, count: int) -> np.ndarray:
         """Return tokens [start, start + count) of one file, shape (count,), in the dtype on disk.
 
         Raises DamagedData naming the file when it ends before that, for it was longer when it was opened.
@@ -237,11 +237,11 @@ class Split:
         raw = os.pread(self._descriptors[file_index], count * size, start * size)
         if len(raw) != count * size:
             raise DamagedData(f"{self._paths[file_index]}: {count} tokens at {start} expected, {len(raw)} bytes found")
-        return numpy.frombuffer(raw, dtype=self.dtype)
+        return np.frombuffer(raw, dtype=self.dtype)
 
-    def read_all(self) -> numpy.ndarray:
+    def read_all(self) -> np.ndarray:
         """Return all tokens of the side, shape (tokens,): for validation, which fits in memory."""
-        return numpy.concatenate([self.read(index, 0, record.tokens) for index, record in enumerate(self.files)])
+        return np.concatenate([self.read(index, 0, record.tokens) for index, record in enumerate(self.files)])
 
     def close(self) -> None:
         """Close the files."""

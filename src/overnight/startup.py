@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from overnight import checkpoint, optim
+from overnight import checkpoint, micro_batch, optim
 from overnight.batches import TrainingBatches
 from overnight.console import Console, estimated_end
 from overnight.device import Device, resolve_precision
@@ -46,12 +46,18 @@ class Run:
     prepared: nn.Module  # what accelerate made of the model: autocast and DDP happen in its forward
     model: LanguageModel
     optimizers: list[torch.optim.Optimizer]
+    micro_batch: int  # rows at once, now: it changes when memory runs out
     iteration: int = 0  # updates done
     best_val: float | None = None
     last_val: dict = field(default_factory=dict)  # {"val_loss": ..., "val_iteration": ...}
     joules: float | None = None  # of the sessions before this one, where the device measures energy
     signalled: bool = False  # this process was asked to stop
     stopping: bool = False  # all processes know of it
+
+    @property
+    def grad_accum(self) -> int:
+        """Micro-batches of one iteration on each process."""
+        return self.derived.rows_per_process // self.micro_batch
 
 
 def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
@@ -62,7 +68,7 @@ def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
     disable_progress_bar()  # transformers' own, which break the lines of a log
     overruled = take_over_environment(os.environ)
     require_trackers(recipe)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")  # `use_cpu: true`
     precision, _ = resolve_precision(
         recipe, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     )
@@ -172,6 +178,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
         prepared=prepared,
         model=model,
         optimizers=optim.build(model, recipe.optim, fused=device.cuda),
+        micro_batch=derived.first_micro_batch,
     )
     facts = machine_facts(run, compiled)
     console.table("this machine", list(facts.items()))
@@ -186,14 +193,16 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
 
 def machine_facts(run: Run, compiled: bool) -> dict[str, str]:
     """What was found out on this machine, for the screen and for environment.json."""
+    chosen = micro_batch.measure(run)
     kernel, seconds = check_attention(run)
-    seconds *= run.derived.grad_accum * run.recipe.schedule.max_iters
+    seconds *= run.grad_accum * run.recipe.schedule.max_iters
     precision = "bf16 autocast" if run.accelerator.mixed_precision == "bf16" else "float32"
-    logits = min(LOSS_CHUNK[run.accelerator.device.type], run.derived.micro_batch * run.recipe.batch.sequence_length)
+    logits = min(LOSS_CHUNK[run.accelerator.device.type], run.micro_batch * run.recipe.batch.sequence_length)
     logits_mib = logits * padded_vocabulary(run.recipe.model.vocab_size) * 4 / 2**20
     return {
         "device": run.device.name,
         "precision": f"{precision}, {'compiled' if compiled else 'eager'}, {torch.get_num_threads()} threads",
+        "micro-batch": chosen,
         "attention": kernel,
         "loss memory": f"{logits_mib:.0f} MiB of float32 logits at once",
         "data": f"{run.recipe.data.dir}, {run.shards.train.tokens:,} + {run.shards.val.tokens:,} validation tokens",
@@ -214,7 +223,7 @@ def check_attention(run: Run) -> tuple[str, float]:
 
     Raises `InputError` when the recipe asks for flash and the device did not give it.
     """
-    ids, targets = next(run.batches.micro_batches(0, run.derived.micro_batch, run.device.torch))
+    ids, targets = next(run.batches.micro_batches(0, run.micro_batch, run.device.torch))
     run.prepared.train()
     report = attention_report(run.prepared, ids)
     if run.recipe.model.attention == "flash":

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from overnight import checkpoint, optim
+from overnight import checkpoint, micro_batch, optim
 from overnight.baselines import ngram_losses, seen_tokens
 from overnight.batches import validation_batches
 from overnight.cli import EXIT_DIVERGED, EXIT_INTERRUPTED
@@ -57,22 +57,12 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> int:
 
 
 def train_step(run: Run) -> tuple[float, float, bool]:
-    """One update on exactly `tokens_per_iter` tokens: (loss in nats per token, gradient norm, was the weight updated).
-
-    The loss of a micro-batch is its sum over tokens times processes / tokens_per_iter: accumulating adds these up, DDP
-    averages over processes, and what remains is the mean over every token of the iteration.
-    """
-    share = run.accelerator.num_processes / run.recipe.batch.tokens_per_iter
+    """One update on exactly `tokens_per_iter` tokens: (loss in nats a token, gradient norm, was the weight updated)."""
     optim.set_lr(run.optimizers, optim.lr_at(run.iteration, run.recipe.schedule))
-    torch.manual_seed(dropout_seed(run.recipe.seed, run.iteration, run.accelerator.process_index))
-    loss = torch.zeros((), device=run.device.torch)
-    batches = run.batches.micro_batches(run.iteration, run.derived.micro_batch, run.device.torch)
-    for number, (ids, targets) in enumerate(batches, start=1):
-        last = number == run.derived.grad_accum
-        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.prepared):
-            micro_loss = run.prepared(ids, targets) * share
-            run.accelerator.backward(micro_loss)
-        loss += micro_loss.detach()
+    loss = accumulate(run)
+    while loss is None:  # out of memory: the same tokens again, fewer of them at once
+        micro_batch.halve(run)
+        loss = accumulate(run)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optim.grad_clip)
     flags = torch.stack([loss, grad_norm, loss.new_tensor(float(run.signalled))])
     loss_value, norm_value, signalled = run.accelerator.reduce(flags, "mean").tolist()  # the one synchronisation
@@ -83,6 +73,31 @@ def train_step(run: Run) -> tuple[float, float, bool]:
             optimizer.step()
     run.model.zero_grad(set_to_none=True)
     return loss_value, norm_value, finite
+
+
+def accumulate(run: Run) -> torch.Tensor | None:
+    """The gradients of one iteration, left in the model, and its loss here; None when a process ran out of memory.
+
+    The loss of a micro-batch is its sum over tokens times processes / tokens_per_iter: accumulating adds these up, DDP
+    averages over processes, and what remains is the mean over every token of the iteration.
+    """
+    share = run.accelerator.num_processes / run.recipe.batch.tokens_per_iter
+    torch.manual_seed(dropout_seed(run.recipe.seed, run.iteration, run.accelerator.process_index))
+    loss, last = torch.zeros((), device=run.device.torch), False
+    batches = run.batches.micro_batches(run.iteration, run.micro_batch, run.device.torch)
+    try:
+        for number, (ids, targets) in enumerate(batches, start=1):
+            last = number == run.grad_accum
+            if last and micro_batch.another_ran_out(run):
+                return None
+            with contextlib.nullcontext() if last else run.accelerator.no_sync(run.prepared):
+                micro_loss = run.prepared(ids, targets) * share
+                run.accelerator.backward(micro_loss)
+            loss += micro_loss.detach()
+    except torch.cuda.OutOfMemoryError:
+        micro_batch.tell_the_others(run, synchronising=last)
+        return None
+    return loss
 
 
 def dropout_seed(seed: int, iteration: int, rank: int) -> int:
@@ -98,7 +113,7 @@ def validate(run: Run) -> float:
     for ids, targets in validation_batches(
         run.shards.val,
         run.recipe.batch.sequence_length,
-        run.derived.micro_batch,
+        run.micro_batch,
         run.device.torch,
         rank=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,

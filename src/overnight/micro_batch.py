@@ -1,0 +1,184 @@
+"""How many rows go through the model at once: measured before the first iteration, halved when memory runs out.
+
+It decides speed and memory, never the result. Only divisors of a process's rows are taken, the same on all processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from overnight.cli import EXIT_INPUT
+from overnight.console import count, duration
+from overnight.device import GIB
+from overnight.plan import next_divisor
+from overnight.recipe import InputError
+
+if TYPE_CHECKING:
+    from overnight.startup import Run
+
+WARM_STEPS, TIMED_STEPS = 2, 5  # the first compiles, the second is the first that has gradients to add to
+TRIALS = 3  # sizes that fit and are compared: compiling one takes longer than timing it
+OPTIMIZER_BYTES = 8  # a parameter, AdamW's two moments; they are allocated after the trials
+
+
+class Trial(NamedTuple):
+    """What one size was measured to take."""
+
+    rows: int
+    seconds: float  # of one forward and backward
+    gib: float  # peak
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows / self.seconds
+
+
+def search(first: int, rows: int, limit_gib: float, attempt: Callable[[int], Trial | None], trials: int) -> list[Trial]:
+    """Try sizes from `first` down, each a divisor of `rows` and at most half of the one before; those that fit.
+
+    It ends when `trials` sizes fit, or when a smaller one was slower per token: still smaller ones would be too.
+    `attempt` returns None for a size that ran out of memory.
+    """
+    fitting: list[Trial] = []
+    size = first
+    while size and len(fitting) < trials:
+        trial = attempt(size)
+        if trial is not None and trial.gib <= limit_gib:
+            fitting.append(trial)
+        if len(fitting) > 1 and fitting[-1].rows_per_second < fitting[-2].rows_per_second:
+            break
+        size = next_divisor(rows, size // 2)
+    return fitting
+
+
+def choose(trials: list[Trial]) -> int:
+    """The size with the most tokens per second, which need not be the largest; 0 when none fits."""
+    return max(trials, key=lambda trial: trial.rows_per_second).rows if trials else 0
+
+
+def measure(run: Run) -> str:
+    """Give a CUDA run the fastest micro-batch that fits, and say in words what was found; a CPU keeps what it has.
+
+    A size that the recipe names is tried alone, and smaller ones only when it does not fit. Raises `InputError` on
+    every process when on one of them not even a single row fits.
+    """
+    if not run.device.cuda:
+        return f"{run.micro_batch} rows"
+    limit = run.device.cap_memory() - OPTIMIZER_BYTES * sum(p.numel() for p in run.model.parameters()) / GIB
+    run.console.say(f"measuring which micro-batch is the fastest in {limit:.1f} GiB; each size is compiled once")
+    trials = search(
+        run.derived.first_micro_batch,
+        run.derived.rows_per_process,
+        limit,
+        lambda rows: attempt(run, rows),
+        TRIALS if run.derived.measured else 1,
+    )
+    chosen = torch.tensor([choose(trials)], device=run.device.torch)
+    run.micro_batch = int(run.accelerator.gather(chosen).min())
+    if not run.micro_batch:
+        raise too_small(run)
+    return f"{run.micro_batch} rows; measured in {limit:.1f} GiB: " + ", ".join(describe(run, t) for t in trials)
+
+
+def describe(run: Run, trial: Trial) -> str:
+    """A trial in words."""
+    tokens = trial.rows_per_second * run.recipe.batch.sequence_length
+    return f"{trial.rows} rows {count(tokens)} tok/s {trial.gib:.1f} GiB"
+
+
+def attempt(run: Run, rows: int) -> Trial | None:
+    """Run micro-batches of `rows` rows as training will, and time them; None when they do not fit."""
+    started, trial = time.monotonic(), None
+    run.device.release()
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        trial = Trial(rows, seconds_per_step(run, rows), run.device.used_gib())
+    run.model.zero_grad(set_to_none=True)
+    run.device.release()
+    found = f"{rows} rows do not fit" if trial is None else describe(run, trial)
+    run.console.say(f"  {found} (tried in {duration(time.monotonic() - started)})")
+    return trial
+
+
+def seconds_per_step(run: Run, rows: int) -> float:
+    """Seconds of one forward and backward of `rows` rows, once warm. No process waits for another here."""
+    ids, targets = next(run.batches.micro_batches(0, rows, run.device.torch))
+    run.prepared.train()
+    started = 0.0
+    with run.accelerator.no_sync(run.prepared):
+        for step in range(WARM_STEPS + TIMED_STEPS):
+            if step == WARM_STEPS:
+                run.device.synchronize()
+                started = time.monotonic()
+            run.accelerator.backward(run.prepared(ids, targets))
+        run.device.synchronize()
+    return (time.monotonic() - started) / TIMED_STEPS
+
+
+def another_ran_out(run: Run) -> bool:
+    """Asked before the one micro-batch in which processes wait for each other: did one of the others run out of memory?
+
+    With one process there is nothing to ask, and nothing to wait for.
+    """
+    return run.accelerator.num_processes > 1 and ran_out_anywhere(run, False)
+
+
+def tell_the_others(run: Run, *, synchronising: bool) -> None:
+    """Answer the others' question after memory ran out here.
+
+    Once gradients are being exchanged the others wait for this process's, and nothing but its end releases them.
+    """
+    if run.accelerator.num_processes == 1:
+        return
+    if synchronising:
+        print(
+            f"process {run.accelerator.process_index} ran out of memory while the processes exchanged gradients;"
+            f" `--batch.micro_batch {max(1, next_size(run))}` would work, and goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_INPUT)
+    ran_out_anywhere(run, True)
+
+
+def ran_out_anywhere(run: Run, here: bool) -> bool:
+    """Whether one of the processes says yes; all of them must ask."""
+    return bool(run.accelerator.reduce(torch.tensor(float(here), device=run.device.torch), "sum") > 0)
+
+
+def next_size(run: Run) -> int:
+    """The largest divisor up to half of the present micro-batch; 0 when that is a single row."""
+    return next_divisor(run.derived.rows_per_process, run.micro_batch // 2)
+
+
+def halve(run: Run) -> None:
+    """Drop the gradients of an iteration that ran out of memory, and make the micro-batch smaller for its repetition.
+
+    Raises `InputError` when it is a single row.
+    """
+    run.model.zero_grad(set_to_none=True)
+    run.device.release()
+    iteration, before, after = run.iteration + 1, run.micro_batch, next_size(run)
+    if run.accelerator.is_main_process:
+        run.directory.append("event", iteration, event="out of memory", micro_batch=before, next_micro_batch=after)
+    if not after:
+        raise too_small(run)
+    run.micro_batch = after
+    run.console.say(
+        f"iteration {iteration}: out of memory with {before} rows at once; its tokens again with {after} rows at once"
+    )
+
+
+def too_small(run: Run) -> InputError:
+    """That there is no smaller micro-batch, and what can be done."""
+    return InputError(
+        f"out of memory with a single row of `batch.sequence_length` {run.recipe.batch.sequence_length} tokens on"
+        f" {run.device.name}: `nvidia-smi` shows what else holds its memory. When that is gone the same command goes on"
+        " from the last checkpoint, if there is one; a smaller model or a shorter row is another run"
+    )

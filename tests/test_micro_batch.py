@@ -1,0 +1,224 @@
+"""Memory runs out and the run goes on as if nothing had happened; before it starts, the fastest size is found."""
+
+import dataclasses
+import itertools
+import sys
+
+import pytest
+import torch
+from runs import losses, records, set_up, tiny, train, two_processes
+
+from overnight import batches, micro_batch, startup
+from overnight import train as train_module
+from overnight.cli import EXIT_INPUT, recipe_command
+from overnight.device import Device
+from overnight.micro_batch import Trial, choose, search
+from overnight.model import LanguageModel
+from overnight.plan import next_divisor
+from overnight.progress import COLD_ITERATIONS, WINDOW, Pace
+
+TOLERANCE = 1e-5  # of a loss in nats
+
+
+@pytest.fixture
+def full_memory(monkeypatch):
+    """Makes the training forwards of these numbers, counted from 1, run out of memory; collects the rows of each."""
+    fails, rows, real = set(), [], LanguageModel.forward
+
+    def forward(self, ids, targets):
+        if self.training:
+            rows.append(len(ids))
+            if len(rows) in fails:
+                raise torch.cuda.OutOfMemoryError("boom")
+        return real(self, ids, targets)
+
+    monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
+    monkeypatch.setattr(LanguageModel, "forward", forward)
+    return fails, rows
+
+
+# An iteration of tiny.yaml is 16 rows, 8 at once: forwards 13 and 14 are those of iteration 7.
+@pytest.mark.parametrize(
+    ("fails", "sizes"),
+    [({13}, [8, 4]), ({14}, [8, 4]), ({13, 14, 16}, [8, 4, 2, 1])],
+    ids=["in the first micro-batch", "in a later micro-batch", "again in the repetitions"],
+)
+def test_out_of_memory_in_an_iteration_repeats_it_with_the_same_tokens(
+    in_process, undisturbed, full_memory, capsys, fails, sizes
+):
+    full_memory[0].update(fails)
+    name = f"full-{len(sizes)}-{min(fails)}"
+    assert train_module.train(tiny(in_process, "--name", name)) == 0
+    assert set(full_memory[1]) == set(sizes)
+    events = [record for record in records(in_process, name, "event") if record["event"] == "out of memory"]
+    changes = [(event["iteration"], event["micro_batch"], event["next_micro_batch"]) for event in events]
+    assert changes == [(7, before, after) for before, after in itertools.pairwise(sizes)]
+    assert "iteration 7: out of memory with 8 rows at once; its tokens again with 4 rows" in capsys.readouterr().out
+    expected, found = losses(in_process, "tiny"), losses(in_process, name)
+    assert found.keys() == expected.keys()
+    assert max(abs(found[iteration] - expected[iteration]) for iteration in expected) < TOLERANCE
+
+
+def test_out_of_memory_with_a_single_row_ends_with_code_2_and_advice(in_process, full_memory, monkeypatch, capsys):
+    full_memory[0].update(range(17, 1000))  # from iteration 2 on
+    arguments = ["train.py", "tiny.yaml", "--name", "too-full", "--batch.micro_batch", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert recipe_command("", lambda recipe, options: train_module.train(recipe)) == EXIT_INPUT == 2
+    said = capsys.readouterr().err
+    assert "out of memory with a single row of `batch.sequence_length` 64 tokens" in said and "nvidia-smi" in said
+    assert "Traceback" not in said
+
+
+ONE_OF_TWO = """\
+import os, sys, torch
+from overnight import startup, train
+from overnight.cli import recipe_command
+from overnight.model import LanguageModel
+
+startup.check_attention = lambda run: ("not looked at", 0.0)
+real, calls = LanguageModel.forward, []
+
+
+def forward(self, ids, targets):
+    calls.append(self.training)
+    if os.environ["RANK"] == "1" and self.training and sum(calls) == int(os.environ["FAILS"]):
+        raise torch.cuda.OutOfMemoryError("boom")
+    return real(self, ids, targets)
+
+
+LanguageModel.forward = forward
+sys.exit(recipe_command("", lambda recipe, options: train.train(recipe)))
+"""
+
+
+def test_when_one_of_two_processes_runs_out_of_memory_both_repeat_the_iteration(workplace, undisturbed, tmp_path):
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO)
+    arguments = ("tiny.yaml", "--name", "one-of-two", "--threads", "1", "--batch.micro_batch", "4")
+    result = train(workplace, *arguments, launcher=two_processes(), script=str(script), FAILS="13")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "iteration 7: out of memory with 4 rows at once; its tokens again with 2 rows at once" in result.stdout
+    expected, found = losses(workplace, "tiny"), losses(workplace, "one-of-two")
+    assert max(abs(found[iteration] - expected[iteration]) for iteration in range(1, 21)) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_out_of_memory_while_processes_exchange_gradients_ends_the_run_with_advice(workplace, tmp_path):
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO)
+    arguments = ("tiny.yaml", "--name", "too-late", "--threads", "1", "--batch.micro_batch", "4")
+    result = train(workplace, *arguments, launcher=two_processes(), script=str(script), FAILS="14")
+    assert result.returncode != 0
+    assert "`--batch.micro_batch 2` would work" in result.stderr
+
+
+@pytest.mark.parametrize("rows", [512, 480, 15, 7, 1])
+def test_every_size_divides_the_rows_and_is_at_most_half_of_the_one_before(rows):
+    sizes = [next_divisor(rows, 64)]
+    while sizes[-1]:
+        sizes.append(next_divisor(rows, sizes[-1] // 2))
+    assert sizes[-2:] == [1, 0]  # it ends with single rows, never before
+    assert all(rows % size == 0 for size in sizes[:-1])
+    assert all(after <= before / 2 for before, after in itertools.pairwise(sizes))
+
+
+def measured(rows_per_second: dict[int, float], gib: dict[int, float]):
+    """What `attempt` would find on a card of these figures; sizes without a rate run out of memory."""
+    return lambda rows: Trial(rows, rows / rows_per_second[rows], gib[rows]) if rows in rows_per_second else None
+
+
+@pytest.mark.parametrize(
+    ("rows_per_second", "tried", "chosen"),
+    [
+        ({32: 118, 16: 115, 8: 110, 4: 100}, [32, 16], 32),
+        ({32: 50, 16: 115, 8: 110, 4: 100}, [32, 16, 8], 16),  # the largest spills, or was compiled worse
+        ({32: 100, 16: 110, 8: 120, 4: 130}, [32, 16, 8], 8),  # three are enough
+        ({64: 999, 16: 115, 8: 110}, [16, 8], 16),  # 64 is over the limit, 32 runs out
+        ({2: 10, 1: 12}, [2, 1], 1),
+        ({}, [], 0),
+    ],
+)
+def test_the_size_with_the_most_tokens_a_second_of_those_that_fit_is_chosen(rows_per_second, tried, chosen):
+    gib = {rows: 0.3 * rows for rows in rows_per_second}
+    trials = search(64, 512, 10.0, measured(rows_per_second, gib), trials=3)
+    assert [trial.rows for trial in trials] == tried
+    assert choose(trials) == chosen
+
+
+def test_a_size_that_was_asked_for_is_tried_alone_when_it_fits():
+    found = measured({8: 1, 4: 2, 2: 3}, {8: 9, 4: 5, 2: 3})
+    assert [trial.rows for trial in search(8, 512, 10.0, found, trials=1)] == [8]
+    assert [trial.rows for trial in search(8, 512, 6.0, found, trials=1)] == [4]
+
+
+class Card(Device):
+    """A CPU that says it is a card of 10 GiB."""
+
+    cuda = property(lambda self: True, lambda self, value: None)
+
+    def __init__(self):
+        self.torch, self.name, self.total_gib = torch.device("cpu"), "a card", 10.0
+
+    def cap_memory(self):
+        return 10.0
+
+    def release(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def used_gib(self):
+        return 5.0
+
+
+def test_measuring_runs_real_micro_batches_and_leaves_nothing_behind(in_process, full_memory):
+    run = set_up(tiny(in_process, "--name", "measured"))
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    full_memory[0].add(1)
+    full_memory[1].clear()
+    run.device = Card()
+    run.derived = dataclasses.replace(run.derived, first_micro_batch=16, measured=True)
+    said = micro_batch.measure(run)
+    assert full_memory[1][:2] == [16, 8]
+    steps = micro_batch.WARM_STEPS + micro_batch.TIMED_STEPS
+    assert all(full_memory[1].count(size) == steps for size in set(full_memory[1]) - {16})
+    assert run.micro_batch in (8, 4, 2) and run.micro_batch * run.grad_accum == 16
+    assert said.startswith(f"{run.micro_batch} rows; measured in 10.0 GiB: 8 rows ")
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+def test_the_micro_batch_of_a_run_stands_in_its_environment(in_process, full_memory):
+    run = set_up(tiny(in_process, "--name", "recorded"))
+    assert '"micro-batch": "8 rows"' in (run.directory.path / "environment.json").read_text()
+
+
+def test_the_process_is_kept_below_the_memory_that_is_free(monkeypatch):
+    device, given = Device(torch.device("cpu")), []
+    device.cuda = True
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: given.append(share))
+    assert device.cap_memory() == pytest.approx(0.9 * 6 + 1)
+    assert given == [pytest.approx(6.4 / 12)]
+
+
+def test_a_copy_goes_on_without_page_locked_memory(monkeypatch):
+    def no_memory(tensor):
+        raise RuntimeError("CUDA error: out of memory")
+
+    tokens = torch.arange(6)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", no_memory)
+    assert batches.page_locked(tokens) is tokens
+
+
+def test_a_rate_that_falls_by_a_third_is_told_once_and_one_slow_iteration_is_not():
+    pace, told = Pace(), []
+    for seconds in [9.0] * COLD_ITERATIONS + [1.0] * WINDOW + [30.0] + [1.2] * 20 + [1.6] * 20 + [3.0] * 20:
+        pace.add(seconds)
+        told.append(pace.fell_by())
+    said = [(iteration, fall) for iteration, fall in enumerate(told) if fall is not None]
+    assert len(said) == 1
+    assert said[0][1] == pytest.approx(1 - 1 / 1.6, abs=0.1)
+    assert said[0][0] >= COLD_ITERATIONS + WINDOW + 21
