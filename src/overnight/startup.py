@@ -198,6 +198,7 @@ def machine_facts(run: Run, compiled: bool) -> dict[str, str]:
     seconds *= run.grad_accum * run.recipe.schedule.max_iters
     precision = "bf16 autocast" if run.accelerator.mixed_precision == "bf16" else "float32"
     logits = min(LOSS_CHUNK[run.accelerator.device.type], run.micro_batch * run.recipe.batch.sequence_length)
+    tokens = f"{run.shards.train.tokens:,} training + {run.shards.val.tokens:,} validation tokens"
     logits_mib = logits * padded_vocabulary(run.recipe.model.vocab_size) * 4 / 2**20
     return {
         "device": run.device.name,
@@ -205,7 +206,7 @@ def machine_facts(run: Run, compiled: bool) -> dict[str, str]:
         "micro-batch": chosen,
         "attention": kernel,
         "loss memory": f"{logits_mib:.0f} MiB of float32 logits at once",
-        "data": f"{run.recipe.data.dir}, {run.shards.train.tokens:,} + {run.shards.val.tokens:,} validation tokens",
+        "data": f"{run.recipe.data.dir}, {tokens}",
         "text SHA-256": run.shards.manifest.corpus_sha256,
         "free disk": f"{free_gib(Path()):.0f} GiB",
         "estimated end": f"{estimated_end(seconds)}, from the time of one micro-batch; the lines below measure it",
