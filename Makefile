@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart overnight test test-all lint
+.PHONY: help setup doctor quickstart overnight test test-all bench lint
 
 PYTHON ?= python3
 TORCH ?=
@@ -56,6 +56,16 @@ test: $(VENV)/.installed-test ## one test of each promise
 test-all: $(VENV)/.installed-test ## every test
 	@$(RUN) -m pytest -q $(ARGS)
 	$(HOW_TO_ACTIVATE)
+
+# Written beside the page first, so that a benchmark that fails leaves the page as it was.
+bench: $(BASE) ## speed and memory beside transformers' Trainer into docs/benchmarks.md, half an hour; ARGS="--nanogpt DIR"
+	@{ echo "# Benchmarks"; echo; \
+	echo "What \`make bench\` printed; the scripts are in [benchmarks/](../benchmarks)."; \
+	for words in loss.py memory.py "training_step.py $(ARGS)"; do \
+	printf '\n```sh\npython benchmarks/%s\n```\n\n```text\n' "$${words% }"; \
+	$(RUN) -W ignore benchmarks/$$words; \
+	echo '```'; done; } > docs/benchmarks.md.partial
+	@mv docs/benchmarks.md.partial docs/benchmarks.md
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	@$(RUN) -m ruff check .

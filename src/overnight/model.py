@@ -128,15 +128,17 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, *, gradients):
     grad_weight = torch.zeros_like(weight if gradients else weight[:0])
     size = LOSS_CHUNK[hidden.device.type]
     buffer = rows.new_empty(min(size, len(rows)), len(matrix))  # for all chunks: fresh memory costs a CPU page faults
-    buffer_float = buffer if buffer.dtype == torch.float32 else buffer.new_empty(buffer.shape, dtype=torch.float32)
+    buffer_float = None if buffer.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
     for start in range(0, len(rows), size):
         chunk, target = rows[start : start + size], targets[start : start + size, None]
         logits = torch.mm(chunk, matrix.T, out=buffer[: len(chunk)])  # (chunk, padded)
         logits[:, vocab_size:] = -torch.inf
-        own = logits.gather(1, target).float()
+        if buffer_float is not None:
+            logits = buffer_float[: len(chunk)].copy_(logits)
+        own = logits.gather(1, target)
         largest, place = logits.max(dim=1, keepdim=True)
-        error = torch.softmax(logits, 1, dtype=torch.float32, out=buffer_float[: len(chunk)])  # over the logits
-        loss += (largest.float() - error.gather(1, place).log() - own).sum()  # the largest is at least 1 / padded
+        error = torch.softmax(logits, 1, out=logits)  # in the same memory
+        loss += (largest - error.gather(1, place).log() - own).sum()  # the largest share is at least 1 / padded
         if gradients:
             error.scatter_add_(1, target, error.new_full(target.shape, -1.0))  # the gradient of the logits
             error = error.to(rows.dtype)
