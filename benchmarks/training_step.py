@@ -83,7 +83,7 @@ def our_step(args: argparse.Namespace, optimizer: str) -> Callable[[], None]:
     shape = Model(n_layer=args.layers, n_head=args.width // 64, n_embd=args.width, vocab_size=VOCABULARY)
     model = LanguageModel(shape, VOCABULARY - 1, compile=False)
     prepared = accelerator.prepare(model)
-    optimizers = optim.build(model, Optim(name=optimizer, lr=1e-4), fused=True)
+    optimizers = optim.build(model, Optim(name=optimizer, lr=1e-4), fused=False)
     rows, length = shape_of(args.shape[0])
     tokens = torch.randint(VOCABULARY, (rows, length + 1))
 

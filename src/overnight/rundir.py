@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from overnight.checkpoint import folder_name
 from overnight.recipe import InputError, Recipe, meaning
 
 RUNS = Path("runs")
@@ -84,7 +85,9 @@ class RunDirectory:
         return [record for record in found if kind in (None, record["kind"])]
 
     def finished(self) -> dict[str, Any] | None:
-        """The record that ends a run of this recipe; written last, when the finished model stands verified."""
+        """The record that ends a run of this recipe, written last; None while its verified model is not there."""
+        if not (self.models / folder_name(self.recipe.schedule.max_iters)).is_dir():
+            return None
         ends = [record for record in self.records("event") if record["event"] == "finished"]
         ends = [record for record in ends if record["iteration"] == self.recipe.schedule.max_iters]
         return ends[-1] if ends else None
