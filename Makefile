@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart overnight test test-all bench lint
+.PHONY: help setup doctor quickstart overnight test test-all bench gpu-check lint
 
 PYTHON ?= python3
 TORCH ?=
@@ -58,14 +58,18 @@ test-all: $(VENV)/.installed-test ## every test
 	$(HOW_TO_ACTIVATE)
 
 # Written beside the page first, so that a benchmark that fails leaves the page as it was.
-bench: $(BASE) ## speed and memory beside transformers' Trainer into docs/benchmarks.md, half an hour; ARGS="--nanogpt DIR"
+bench: $(BASE) ## speed, memory and learning beside others into docs/benchmarks.md, two hours; ARGS="--nanogpt DIR"
 	@{ echo "# Benchmarks"; echo; \
 	echo "What \`make bench\` printed; the scripts are in [benchmarks/](../benchmarks)."; \
-	for words in loss.py memory.py "training_step.py $(ARGS)"; do \
+	for words in loss.py "loss.py --rows 4096 --vocabulary 4096 --width 128" memory.py "training_step.py $(ARGS)" \
+	tokens_to_loss.py; do \
 	printf '\n```sh\npython benchmarks/%s\n```\n\n```text\n' "$${words% }"; \
 	$(RUN) -W ignore benchmarks/$$words; \
 	echo '```'; done; } > docs/benchmarks.md.partial
 	@mv docs/benchmarks.md.partial docs/benchmarks.md
+
+gpu-check: $(VENV)/.installed-test ## what a CUDA device does with this project, minutes, into gpu-check.json
+	@$(RUN) benchmarks/gpu_check.py
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	@$(RUN) -m ruff check .

@@ -39,7 +39,7 @@ class Step(NamedTuple):
 def our_step(shape: Model, optimizer: str) -> Step:
     """The model that is trained, with the recipe's optimizers."""
     model = on_the_cpu(lambda: LanguageModel(shape, 0, compile=False))
-    return Step(model, optim.build(model, Optim(name=optimizer), fused=True), model)  # type: ignore[arg-type]
+    return Step(model, optim.build(model, Optim(name=optimizer)), model)  # type: ignore[arg-type]
 
 
 def stock_step(shape: Model) -> Step:

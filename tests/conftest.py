@@ -22,6 +22,16 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="overnight-tests-hf-")  # no tok
 os.environ.pop("HF_TOKEN", None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the invariants of the model run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Promises of equal bits are a CPU's, so the tests run there even beside a GPU, and so do their processes."""
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave nothing behind."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
@@ -57,6 +67,14 @@ def in_process(workplace: Path, monkeypatch) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return workplace
+
+
+@pytest.fixture
+def device(pytestconfig: pytest.Config):
+    """Where the model of a test computes: `--device`."""
+    import torch
+
+    return torch.device(pytestconfig.getoption("--device"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ FILES = ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json
 def trained(name: str = "muon", steps: int = 2):
     torch.manual_seed(steps)
     model = LanguageModel(SHAPE, 0, compile=False)
-    optimizers = optim.build(model, Optim(name=name), fused=False)
+    optimizers = optim.build(model, Optim(name=name))
     for _ in range(steps):
         ids = torch.randint(0, 50, (2, 8))
         model(ids, ids).backward()

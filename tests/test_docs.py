@@ -48,7 +48,7 @@ def is_script(command: list[str], *names: str) -> bool:
 
 
 MAKE = [command for command in commands() if command[0] == "make"]
-SCRIPTS = [command for command in commands() if is_script(command, "train", "prepare")]
+SCRIPTS = [command for command in commands() if is_script(command, "train", "prepare", "plan")]
 SAMPLE = [command for command in commands() if is_script(command, "sample")]
 
 

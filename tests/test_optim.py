@@ -29,16 +29,14 @@ def test_cosine_ends_at_its_floor():
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_every_parameter_belongs_to_exactly_one_group(name):
     model = LanguageModel(SHAPE, 0, compile=False)
-    grouped = [
-        id(p) for group in optim.all_groups(optim.build(model, Optim(name=name), fused=False)) for p in group["params"]
-    ]
+    grouped = [id(p) for group in optim.all_groups(optim.build(model, Optim(name=name))) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
 def test_weight_decay_acts_on_matrices_alone():
     model = LanguageModel(SHAPE, 0, compile=False)
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = optim.all_groups(optim.build(model, Optim(name="muon"), fused=False))
+    groups = optim.all_groups(optim.build(model, Optim(name="muon")))
     decayed = {names[id(p)] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
     assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "wpe" not in n}
 

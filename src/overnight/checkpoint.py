@@ -143,9 +143,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
         name, _, entry = key.partition("|")
         parameter = parameters[name]
         if id(parameter) in mine:
-            # AdamW counts its steps on the host unless it is fused; moments live beside their parameter
-            device = parameter.device if tensor.ndim or optimizer.defaults.get("fused") else tensor.device
-            optimizer.state[parameter][entry] = tensor.to(device)
+            optimizer.state[parameter][entry] = tensor.to(parameter.device)
 
 
 def prune(folder: Path, keep: int, kept_for_ever: set[int]) -> None:

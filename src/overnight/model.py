@@ -18,7 +18,7 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 from overnight.recipe import InputError, Model
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
-LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # rows of logits that exist at once: a CPU's cache wants fewer than CUDA
+LOSS_CHUNK = {"cpu": 384, "cuda": 2048}  # rows of logits that exist at once: a CPU's cache wants fewer than CUDA
 
 
 def padded_vocabulary(vocab_size: int) -> int:

@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
                 block.add_(direction.to(block.dtype), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
-def build(model: nn.Module, optim: Optim, *, fused: bool) -> list[torch.optim.Optimizer]:
+def build(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     """The optimizers of a recipe over the parameters of a GPT-2; each group remembers its `peak_lr`.
 
     Under `muon` the matrices of the blocks go to Muon and everything else to AdamW. Weight decay acts on matrices: on
@@ -90,7 +90,7 @@ def build(model: nn.Module, optim: Optim, *, fused: bool) -> list[torch.optim.Op
     plain = [p for name, p in others if p.ndim < 2 or ".wpe." in name]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), fused=fused)
+        torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
     ]
     if optim.name == "muon":
         fused_qkv = [p for name, p in hidden.items() if ".c_attn." in name]

@@ -162,4 +162,5 @@ def print_finished(directory: RunDirectory, console: Console) -> None:
         f"model            {done['model']}",
     ]
     console.box(f"{directory.path} is finished", lines)
-    console.say(f'next: python recipes/sample.py {done["model"]} --prompt "{directory.recipe.validation.prompts[0]}"')
+    prompts = directory.recipe.validation.prompts
+    console.say(f"next: python recipes/sample.py {done['model']}" + (f' --prompt "{prompts[0]}"' if prompts else ""))

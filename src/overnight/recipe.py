@@ -132,8 +132,8 @@ class Validation(Section):
     every: PositiveInt = 500
     """Iterations between two validations; the last iteration is always validated."""
     prompts: list[str] = ["The mitochondria"]
-    """Continued at every validation, to see the model learn."""
-    sample_tokens: NonNegativeInt = 48
+    """Continued at every validation, to see the model learn; may be empty."""
+    sample_tokens: PositiveInt = 48
     """Tokens that are sampled for each prompt."""
     ngram_baselines: bool = False
     """Print what unigram and bigram models of the same training tokens reach on the validation set."""

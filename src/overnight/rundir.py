@@ -24,8 +24,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "sa
 class RunDirectory:
     """`runs/<name>`; nothing is created before `claim`."""
 
-    def __init__(self, recipe: Recipe):
-        self.path = RUNS / recipe.name
+    def __init__(self, recipe: Recipe, runs: Path = RUNS):
+        self.path = runs / recipe.name
         self.recipe = recipe
         self.checkpoints = self.path / "checkpoints"
         self.models = self.path / "models"

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -42,9 +43,9 @@ class Run:
     directory: RunDirectory
     shards: Shards
     batches: TrainingBatches
-    tokenizer: PreTrainedTokenizerBase
     prepared: nn.Module  # what accelerate made of the model: autocast and DDP happen in its forward
     model: LanguageModel
+    compiled: bool  # the model's body, in training
     optimizers: list[torch.optim.Optimizer]
     micro_batch: int  # rows at once, now: it changes when memory runs out
     iteration: int = 0  # updates done
@@ -58,6 +59,11 @@ class Run:
     def grad_accum(self) -> int:
         """Micro-batches of one iteration on each process."""
         return self.derived.rows_per_process // self.micro_batch
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that lies beside the shards."""
+        return load_tokenizer(str(self.shards.folder / "tokenizer"))
 
 
 def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
@@ -153,34 +159,16 @@ def identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
 
 def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory: RunDirectory, shards: Shards) -> Run:
     """Model, optimizers and data on the device, the newest checkpoint in them, and the facts on the screen."""
-    device = Device(accelerator.device)
-    derived = derive(recipe, accelerator.device.type, accelerator.num_processes, shards.train.tokens)
-    console.table(f"{directory.path} on {device.name}", derived_rows(recipe, derived))
-    batches = TrainingBatches(
-        shards.train, recipe.batch, recipe.seed, rank=accelerator.process_index, num_processes=accelerator.num_processes
-    )
-    if device.cuda:
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    set_seed(recipe.seed)
-    compiled = device.cuda if recipe.compile == "auto" else recipe.compile
-    model = LanguageModel(recipe.model, shards.manifest.eos_id, compile=compiled)
-    prepared = accelerator.prepare(model)
-    run = Run(
-        recipe=recipe,
-        derived=derived,
-        accelerator=accelerator,
-        device=device,
-        console=console,
-        directory=directory,
-        shards=shards,
-        batches=batches,
-        tokenizer=load_tokenizer(str(Path(recipe.data.dir) / "tokenizer")),
-        prepared=prepared,
-        model=model,
-        optimizers=optim.build(model, recipe.optim, fused=device.cuda),
-        micro_batch=derived.first_micro_batch,
-    )
-    facts = machine_facts(run, compiled)
+    run = assemble(recipe, accelerator, console, directory, shards)
+    console.table(f"{directory.path} on {run.device.name}", derived_rows(recipe, run.derived))
+    facts, seconds = device_facts(run)
+    end = estimated_end(seconds * run.grad_accum * recipe.schedule.max_iters)
+    facts |= {
+        "data": f"{shards.folder}, {shards.train.tokens:,} training + {shards.val.tokens:,} validation tokens",
+        "text SHA-256": shards.manifest.corpus_sha256,
+        "free disk": f"{free_gib(Path()):.0f} GiB",
+        "estimated end": f"{end}, from the time of one micro-batch; the lines below measure it",
+    }
     console.table("this machine", list(facts.items()))
     if accelerator.is_main_process:
         directory.claim(identity(accelerator, shards), facts)
@@ -191,26 +179,53 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
     return run
 
 
-def machine_facts(run: Run, compiled: bool) -> dict[str, str]:
-    """What was found out on this machine, for the screen and for environment.json."""
+def assemble(
+    recipe: Recipe, accelerator: Accelerator, console: Console, directory: RunDirectory, shards: Shards
+) -> Run:
+    """Model, optimizers and data on the device, as they are before the first iteration; nothing is written."""
+    device = Device(accelerator.device)
+    derived = derive(recipe, accelerator.device.type, accelerator.num_processes, shards.train.tokens)
+    batches = TrainingBatches(
+        shards.train, recipe.batch, recipe.seed, rank=accelerator.process_index, num_processes=accelerator.num_processes
+    )
+    if device.cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    set_seed(recipe.seed)
+    compiled = device.cuda if recipe.compile == "auto" else recipe.compile
+    model = LanguageModel(recipe.model, shards.manifest.eos_id, compile=compiled)
+    return Run(
+        recipe=recipe,
+        derived=derived,
+        accelerator=accelerator,
+        device=device,
+        console=console,
+        directory=directory,
+        shards=shards,
+        batches=batches,
+        prepared=accelerator.prepare(model),
+        model=model,
+        compiled=compiled,
+        optimizers=optim.build(model, recipe.optim),
+        micro_batch=derived.first_micro_batch,
+    )
+
+
+def device_facts(run: Run) -> tuple[dict[str, str], float]:
+    """What was found out about the device, for the screen and for environment.json; the seconds of a micro-batch."""
     chosen = micro_batch.measure(run)
     kernel, seconds = check_attention(run)
-    seconds *= run.grad_accum * run.recipe.schedule.max_iters
     precision = "bf16 autocast" if run.accelerator.mixed_precision == "bf16" else "float32"
+    how = "compiled" if run.compiled else "eager"
     logits = min(LOSS_CHUNK[run.accelerator.device.type], run.micro_batch * run.recipe.batch.sequence_length)
-    tokens = f"{run.shards.train.tokens:,} training + {run.shards.val.tokens:,} validation tokens"
     logits_mib = logits * padded_vocabulary(run.recipe.model.vocab_size) * 4 / 2**20
-    return {
+    facts = {
         "device": run.device.name,
-        "precision": f"{precision}, {'compiled' if compiled else 'eager'}, {torch.get_num_threads()} threads",
+        "precision": f"{precision}, {how}, {torch.get_num_threads()} threads",
         "micro-batch": chosen,
         "attention": kernel,
         "loss memory": f"{logits_mib:.0f} MiB of float32 logits at once",
-        "data": f"{run.recipe.data.dir}, {tokens}",
-        "text SHA-256": run.shards.manifest.corpus_sha256,
-        "free disk": f"{free_gib(Path()):.0f} GiB",
-        "estimated end": f"{estimated_end(seconds)}, from the time of one micro-batch; the lines below measure it",
     }
+    return facts, seconds
 
 
 def free_gib(path: Path) -> float:

@@ -13,20 +13,20 @@ CHUNK = 40  # of the 96 rows of `tokens`: two whole chunks and a part
 
 
 @pytest.fixture
-def language_model(monkeypatch):
-    monkeypatch.setitem(model_module.LOSS_CHUNK, "cpu", CHUNK)
-    return build()
+def language_model(monkeypatch, device):
+    monkeypatch.setitem(model_module.LOSS_CHUNK, device.type, CHUNK)
+    return build(device)
 
 
-def build(*, compile=False):
+def build(device, *, compile=False):
     torch.manual_seed(0)
-    return LanguageModel(SHAPE, 0, compile=compile)
+    return LanguageModel(SHAPE, 0, compile=compile).to(device)
 
 
 @pytest.fixture
-def tokens():
+def tokens(device):
     torch.manual_seed(1)
-    rows = torch.randint(0, SHAPE.vocab_size, (3, 33))
+    rows = torch.randint(0, SHAPE.vocab_size, (3, 33)).to(device)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -59,8 +59,8 @@ def test_flash_attention_is_stock_attention_in_value_and_gradients(language_mode
     assert_same(flash, loss_and_gradients(language_model, language_model(*tokens)))
 
 
-def test_the_compiled_model_is_the_eager_one_in_value_and_gradients(language_model, tokens):
-    compiled = build(compile=True)
+def test_the_compiled_model_is_the_eager_one_in_value_and_gradients(language_model, tokens, device):
+    compiled = build(device, compile=True)
     assert_same(
         loss_and_gradients(compiled, compiled(*tokens)),
         loss_and_gradients(language_model, language_model(*tokens)),

@@ -1,0 +1,133 @@
+"""A few real iterations on the device at hand, on random tokens: what it reaches before any data is prepared."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from overnight import shards
+from overnight.console import Console, count, duration
+from overnight.device import GIB
+from overnight.plan import beside_the_tensors, derive, peak_memory
+from overnight.progress import Pace
+from overnight.recipe import Recipe
+from overnight.rundir import RunDirectory, environment
+from overnight.shards import Shards, Split, SplitWriter
+from overnight.startup import Run, assemble, device_facts, launch
+from overnight.train import train_step
+
+ITERATIONS = 20
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a device was measured to reach with a recipe."""
+
+    device: str
+    attention: str  # the kernel that SDPA dispatched, and whether it was given a mask
+    precision: str
+    micro_batch: int  # rows at once
+    tokens_per_iter: int
+    iterations: int  # the cold ones at the start included, which are in no rate
+    tokens_per_second: float
+    mfu: float | None  # None where the device's peak is not known
+    peak_gib: float
+    formula_gib: float | None  # what plan.py says of an eager CUDA step of this micro-batch
+    hours: float  # of the whole recipe at this rate, validations left out
+    watts: float | None
+
+    def report(self) -> list[tuple[str, str]]:
+        """The figures as (what, value)."""
+        mfu = "unknown, no peak of this device in facts/gpus.csv" if self.mfu is None else f"{self.mfu:.1%}"
+        formula = "" if self.formula_gib is None else f"; by the formula of an eager step {self.formula_gib:.1f}"
+        return [
+            ("device", self.device),
+            ("precision", self.precision),
+            ("attention", self.attention),
+            ("micro-batch", f"{self.micro_batch} rows"),
+            ("tokens a second", f"{count(self.tokens_per_second)} over the warm of {self.iterations} iterations"),
+            ("MFU", mfu),
+            ("peak memory", f"{self.peak_gib:.1f} GiB{formula}"),
+            ("power", "not measured" if self.watts is None else f"{self.watts:.0f} W at the end"),
+            ("the recipe at this rate", f"{duration(self.hours * 3600)}, validations left out"),
+        ]
+
+
+def probe(recipe: Recipe, iterations: int = ITERATIONS) -> dict:
+    """Train `iterations` iterations and print what they reached; returns the same as a dict, for JSON.
+
+    On a CPU an iteration is one micro-batch of each process, or the 40M recipe would take the whole night here. Nothing
+    is left behind. Raises `InputError` as the trainer does where recipe and device do not fit.
+    """
+    accelerator, console = launch(recipe)
+    with probe_run(recipe, accelerator, console) as run:
+        facts, seconds = device_facts(run)
+        console.table("this machine", list(facts.items()))
+        tokens = f"{run.recipe.batch.tokens_per_iter:,} random tokens"
+        console.say(f"{iterations} iterations of {tokens}, {duration(seconds * run.grad_accum * iterations)}")
+        pace = Pace()
+        for _ in range(iterations):
+            started = time.monotonic()
+            train_step(run)
+            pace.add(time.monotonic() - started)
+            run.iteration += 1
+            console.progress(run.iteration, iterations)
+        console.stop()
+        measured = evaluate(run, facts, pace, recipe)
+    console.table("probe", measured.report())
+    return asdict(measured) | {"environment": environment()}
+
+
+def evaluate(run: Run, facts: dict[str, str], pace: Pace, recipe: Recipe) -> Probe:
+    """The figures of a run that has just been timed; `recipe` is the whole one."""
+    seconds, batch = pace.per_iteration(), run.recipe.batch
+    assert seconds is not None, "fewer iterations than are thrown away as cold"
+    rate, peak = batch.tokens_per_iter / seconds, run.device.peak_flops
+    length = batch.sequence_length
+    traced = peak_memory(recipe.model, run.micro_batch, sequence_length=length, optimizer=recipe.optim.name)
+    beside = beside_the_tensors(recipe.model, run.micro_batch, traced, sequence_length=length)
+    return Probe(
+        device=run.device.name,
+        attention=facts["attention"],
+        precision=facts["precision"],
+        micro_batch=run.micro_batch,
+        tokens_per_iter=batch.tokens_per_iter,
+        iterations=run.iteration,
+        tokens_per_second=rate,
+        mfu=rate * run.derived.flops_per_token / (peak * run.derived.num_processes) if peak else None,
+        peak_gib=run.device.used_gib(),
+        formula_gib=(traced + sum(beside.values())) / GIB if run.device.cuda else None,
+        hours=recipe.schedule.max_iters * recipe.batch.tokens_per_iter / rate / 3600,
+        watts=run.device.watts(),
+    )
+
+
+@contextmanager
+def probe_run(recipe: Recipe, accelerator: Accelerator, console: Console) -> Iterator[Run]:
+    """A run of `recipe` on random tokens in a folder that goes away; on a CPU its iterations are one micro-batch."""
+    if accelerator.device.type == "cpu":
+        derived = derive(recipe, "cpu", accelerator.num_processes, None)
+        tokens = derived.first_micro_batch * recipe.batch.sequence_length * accelerator.num_processes
+        recipe = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"tokens_per_iter": tokens})})
+    with tempfile.TemporaryDirectory(prefix="overnight-probe-") as folder:
+        data = random_shards(Path(folder), recipe)
+        yield assemble(recipe, accelerator, console, RunDirectory(recipe, Path(folder)), data)
+
+
+def random_shards(folder: Path, recipe: Recipe) -> Shards:
+    """One iteration's worth of uniformly random tokens, training and validation alike, as shards in `folder`."""
+    size, tokens = recipe.model.vocab_size, recipe.batch.tokens_per_iter + 1
+    writer = SplitWriter(folder / "train", size, None)
+    writer.write(np.random.default_rng(0).integers(0, size, tokens).tolist())
+    writer.close()
+    dtype = shards.dtype_for(size)
+    manifest = shards.Manifest.model_construct(eos_id=size - 1, vocab_size=size, dtype=dtype, train=writer.records)
+    split = Split(folder, writer.records, dtype)
+    return Shards(folder, manifest, train=split, val=split)
