@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from overnight.doctor import GIB, Check, Driver, Gpu, Machine, Place, checks, filesystem_of, pins
+from overnight.doctor import GIB, Check, checks
+from overnight.machine import Driver, Gpu, Machine, Place, filesystem_of, pins
 
 RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * GIB, total=12 * GIB, capability=(8, 9))
 GOOD = Machine(

@@ -11,6 +11,7 @@ import pytest
 
 from overnight import night
 from overnight.recipe_file import load
+from overnight.signals import handled
 
 # Counts the signals that arrive within a second of the first one, and ends as the trainer does.
 COUNTS_SIGNALS = """
@@ -29,7 +30,7 @@ sys.exit(75 if len(seen) == 1 else 1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_the_running_step_once_and_its_exit_code_comes_back(number: signal.Signals):
     child = night.Child()
-    with child.signals_passed_on():
+    with handled(child.pass_on):
         threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
         assert child.run([sys.executable, "-c", COUNTS_SIGNALS], dict(os.environ)) == 75
     assert child.stopped_by == number

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from overnight.doctor import pins
+from overnight.machine import pins
 
 
 def project(root: Path) -> dict:

@@ -7,9 +7,7 @@ order of the data and the dropout of an iteration are functions of (seed, iterat
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from overnight.files import sha256, sync
 
 SUMS = "SHA256SUMS"
 _NAME = re.compile(r"iter-(\d{6,})")
@@ -54,28 +54,11 @@ def publish(aside: Path, final: Path) -> None:
     names = sorted(path.name for path in aside.iterdir())
     (aside / SUMS).write_text("".join(f"{sha256(aside / name)}  {name}\n" for name in names), encoding="utf-8")
     for path in [*aside.iterdir(), aside]:
-        _sync(path)
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     aside.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    sync(final.parent)
 
 
 def damage(folder: Path) -> str | None:

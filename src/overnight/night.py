@@ -12,8 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from overnight import doctor
@@ -21,15 +19,16 @@ from overnight.checkpoint import folder_name, saved_iterations
 from overnight.cli import EXIT_INTERRUPTED, default_recipe, recipe_command
 from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory
+from overnight.shards import MANIFEST, is_prepared
+from overnight.signals import handled
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_DOCTOR = 1
 MAX_RESTARTS = 10
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Child:
-    """A step that runs as a process; the signals that we are sent are passed on to it."""
+    """A step that runs as a process; the signals that we are sent can be passed on to it."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
@@ -42,21 +41,11 @@ class Child:
         self.process = subprocess.Popen(command, env=environment, process_group=0)
         return self.process.wait()
 
-    @contextmanager
-    def signals_passed_on(self) -> Iterator[None]:
-        """While this lasts, SIGINT, SIGTERM and SIGHUP do not end us but reach the running step."""
-
-        def pass_on(number: int, frame: object) -> None:
-            self.stopped_by = signal.Signals(number)
-            if self.process is not None:
-                self.process.send_signal(number)
-
-        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def pass_on(self, number: int, frame: object) -> None:
+        """Answer a signal: the running step gets it, and no further step is started."""
+        self.stopped_by = signal.Signals(number)
+        if self.process is not None:
+            self.process.send_signal(number)
 
 
 def night(recipe: Recipe, arguments: list[str], config_file: Path, *, dry_run: bool = False) -> int:
@@ -73,8 +62,8 @@ def night(recipe: Recipe, arguments: list[str], config_file: Path, *, dry_run: b
         print("The lines that begin with `fail` would stop the training; mend them, then type the same command again.")
         return EXIT_DOCTOR
     child = Child()
-    with child.signals_passed_on():
-        if not prepares_itself(recipe) and not doctor.is_prepared(recipe):
+    with handled(child.pass_on):
+        if not prepares_itself(recipe) and not is_prepared(Path(recipe.data.dir)):
             code = child.run([sys.executable, str(ROOT / "recipes" / "prepare.py"), *arguments], dict(os.environ))
             if code != 0:
                 return EXIT_INTERRUPTED if child.stopped_by else code
@@ -85,8 +74,8 @@ def plan(recipe: Recipe) -> list[str]:
     """One line a step: what will be done, or why it is skipped."""
     if prepares_itself(recipe):
         prepare = "skipped: the trainer makes the shards of the embedded corpus itself, in seconds"
-    elif doctor.is_prepared(recipe):
-        prepare = f"skipped: {recipe.data.dir}/manifest.json is there"
+    elif is_prepared(Path(recipe.data.dir)):
+        prepare = f"skipped: {recipe.data.dir}/{MANIFEST} is there"
     else:
         size = f", {recipe.data.download_gb:g} GB to download" if recipe.data.download_gb else ""
         prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from overnight import shards
 from overnight.corpus import Row, is_reserved, rows, text_hash
+from overnight.files import sync
 from overnight.recipe import DamagedData, Data, InputError
 from overnight.shards import Manifest, SourceRecord, SplitRule, SplitWriter
 from overnight.tokenizer import encode, fingerprint, load_tokenizer, train_tokenizer
@@ -97,7 +98,7 @@ def prepare(data: Data, vocab_size: int, report: Callable[[str], None] = print) 
     read, does not fit or falls short, and DamagedData for a folder or source that is not what it should be.
     """
     folder = Path(data.dir)
-    if (folder / shards.MANIFEST).exists():
+    if shards.is_prepared(folder):
         _require_same_request(folder, data, vocab_size)
         report(f"{folder}: already prepared; verifying it")
         return shards.verify(folder)
@@ -123,8 +124,10 @@ def _building(folder: Path) -> Iterator[Path]:
         try:
             _empty(partial)  # of what a killed process left
             yield partial
-            _sync(partial)
+            for path in (partial, *partial.rglob("*")):
+                sync(path)
             partial.rename(folder)
+            sync(folder.parent)
         except BaseException:
             shutil.rmtree(partial)
             raise
@@ -314,14 +317,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Make a finished folder durable before it gets its name."""
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _tokens(files: list[shards.FileRecord]) -> int:

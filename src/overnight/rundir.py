@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 import yaml
 
 from overnight.checkpoint import folder_name
+from overnight.files import write_whole
 from overnight.recipe import InputError, Recipe, meaning
 
 RUNS = Path("runs")
@@ -96,13 +96,6 @@ class RunDirectory:
         """Drop what was measured after `iteration`: a resumed run measures it again."""
         kept = [record for record in self.records() if record["iteration"] <= iteration]
         write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step, so that no reader ever sees half of it."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def environment() -> dict[str, Any]:

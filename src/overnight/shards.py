@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from overnight import files
 from overnight.recipe import DamagedData, InputError
 from overnight.tokenizer import json_fingerprint
 
@@ -158,11 +159,10 @@ class ShardWriter:
             self._partial.unlink()
             return
         index = np.asarray(self._ends, dtype="<u8").tobytes()
-        with self._index_partial.open("wb") as file:
-            file.write(index)
-            _sync(file)
-        _sync(self._file)
+        self._index_partial.write_bytes(index)
         self._file.close()
+        files.sync(self._index_partial)
+        files.sync(self._partial)
         self._index_partial.rename(self.path.with_name(self.path.name + ".index"))
         self._partial.rename(self.path)  # last: where a .ds stands, its index stands
         self.record = FileRecord(
@@ -173,11 +173,6 @@ class ShardWriter:
             sha256=self._sha256.hexdigest(),
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class SplitWriter:
@@ -222,10 +217,10 @@ class Split:
     `files` are the manifest's records in order and `tokens` their sum.
     """
 
-    def __init__(self, folder: Path, files: list[FileRecord], dtype: DType):
-        self.files, self.tokens = files, sum(record.tokens for record in files)
+    def __init__(self, folder: Path, records: list[FileRecord], dtype: DType):
+        self.files, self.tokens = records, sum(record.tokens for record in records)
         self.dtype = little_endian(dtype)
-        self._paths = [folder / record.path for record in files]
+        self._paths = [folder / record.path for record in records]
         self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
 
     def read(self, file_index: int, start: int, count: int) -> np.ndarray:
@@ -267,8 +262,13 @@ def open_shards(folder: str | Path, *, verify: bool = True) -> Shards:
     folder = Path(folder)
     manifest = read_manifest(folder)
     _check(folder, manifest, hashed=verify)
-    train, val = (Split(folder, files, manifest.dtype) for files in (manifest.train, manifest.val))
+    train, val = (Split(folder, records, manifest.dtype) for records in (manifest.train, manifest.val))
     return Shards(folder, manifest, train, val)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether the folder's shards are all there: the manifest is written last."""
+    return (folder / MANIFEST).exists()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -314,6 +314,5 @@ def _differences(path: Path, size: int, sha256: str | None) -> list[str]:
         return [f"{path}: {size} bytes expected, {path.stat().st_size} found"]
     if sha256 is None:
         return []
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = files.sha256(path)
     return [] if found == sha256 else [f"{path}: SHA-256 {sha256} expected, {found} found"]

@@ -27,7 +27,7 @@ from overnight.plan import Derived, derive, derived_rows
 from overnight.prepare import expected_cost, prepare
 from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory
-from overnight.shards import Shards, open_shards
+from overnight.shards import Shards, is_prepared, open_shards
 from overnight.tokenizer import load_tokenizer
 
 
@@ -138,7 +138,7 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
         if accelerator.is_main_process:
             prepare(recipe.data, recipe.model.vocab_size, report=console.say)
         accelerator.wait_for_everyone()
-    elif not (folder / "manifest.json").exists():
+    elif not is_prepared(folder):
         raise InputError(
             f"`data.dir`: {folder} holds no prepared data. `python recipes/prepare.py {recipe.file}` makes it:"
             f" {expected_cost(recipe.data)}"

@@ -12,7 +12,6 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from overnight.model import published
 from overnight.progress import Pace, baseline_line, log_skip, log_step, log_validation, print_finished
 from overnight.recipe import Recipe, decay_iters
 from overnight.rundir import RunDirectory
+from overnight.signals import ENDING, handled
 from overnight.startup import Run, identity, launch, open_data, print_plan, set_up
 
 SKIPS_BEFORE_GIVING_UP = 10
@@ -161,26 +161,19 @@ def loop(run: Run) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def stop_on_signal(run: Run) -> Iterator[None]:
+def stop_on_signal(run: Run) -> contextlib.AbstractContextManager[None]:
     """SIGTERM, SIGINT and SIGHUP let the iteration finish, and then save; a second signal ends the process at once."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def ask(number: int, frame: object) -> None:
         run.signalled = True
-        for each in numbers:
+        for each in ENDING:
             signal.signal(each, signal.SIG_DFL)
         if run.accelerator.is_main_process:  # not through the console: it may be in the middle of a line of its own
             os.write(
                 2, f"{signal.Signals(number).name}: finishing iteration {run.iteration + 1}, then saving\n".encode()
             )
 
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handled(ask)
 
 
 def first_look(run: Run, pace: Pace) -> None:

@@ -1,0 +1,192 @@
+"""What this machine is, as plain values for the doctor's checks: nothing is judged here, and nothing is changed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from overnight.recipe import Recipe
+
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"  # beside the source of an editable install
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU as NVML describes it; memory in bytes."""
+
+    name: str
+    free: int
+    total: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver: its version, the newest CUDA it can run, and its GPUs."""
+
+    version: str
+    cuda: tuple[int, int]
+    gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that the run writes to: free bytes, bytes it needs (0: unknown or none), and its file system's type."""
+
+    name: str
+    path: Path
+    free: int
+    needed: int
+    filesystem: str
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Everything that the checks look at."""
+
+    python: tuple[int, int]
+    installed: dict[str, str | None]
+    pinned: dict[str, str]
+    torch: str | None
+    torch_cuda: str | None
+    torch_archs: tuple[str, ...]
+    driver: Driver | None
+    gcc: str | None
+    python_header: bool
+    compiles: bool
+    kernel: str
+    places: tuple[Place, ...]
+    hub_token: bool
+    threads: int
+    omp_threads: str | None
+
+
+def survey(recipe: Recipe | None = None) -> Machine:
+    """Read this machine; opens no connection and makes no CUDA context."""
+    torch, torch_cuda, archs = _torch_build()
+    return Machine(
+        python=sys.version_info[:2],
+        installed=_installed(),
+        pinned=pins(CONSTRAINTS.read_text(encoding="utf-8")) if CONSTRAINTS.exists() else {},
+        torch=torch,
+        torch_cuda=torch_cuda,
+        torch_archs=archs,
+        driver=_driver(),
+        gcc=shutil.which("gcc") or shutil.which("cc") or shutil.which("clang"),
+        python_header=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+        compiles=recipe is None or recipe.compile is not False,
+        kernel=platform.release(),
+        places=_places(recipe),
+        hub_token=_hub_token(),
+        threads=len(os.sched_getaffinity(0)),
+        omp_threads=os.environ.get("OMP_NUM_THREADS"),
+    )
+
+
+def pins(constraints: str) -> dict[str, str]:
+    """`name==version` lines as a dictionary with normalised names."""
+    found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", constraints, re.MULTILINE)
+    return {_normalised(name): version for name, version in found}
+
+
+def filesystem_of(path: Path, mounts: str) -> str:
+    """The file system type of the mount that holds `path`, from the text of /proc/mounts."""
+    best, kind = "", "unknown"
+    for line in mounts.splitlines():
+        _, mount, found, *_ = line.split(" ")
+        point = mount.replace("\\040", " ")
+        if path.is_relative_to(point) and len(point) >= len(best):  # a later mount on the same point hides the earlier
+            best, kind = point, found
+    return kind
+
+
+def run_bytes(recipe: Recipe) -> int:
+    """What a run folder holds at once: the checkpoints kept, the branch point's, one being written, and a model."""
+    from overnight.plan import parameter_count  # brings torch, which may be what is missing
+
+    parameters = parameter_count(recipe.model, recipe.model.vocab_size)
+    moments = 8  # AdamW's two in float32; Muon keeps one
+    return (recipe.checkpoint.keep + 2) * parameters * (4 + moments) + 4 * parameters
+
+
+def data_bytes(recipe: Recipe) -> int:
+    """What the data folder still needs: nothing once it is prepared, else its tokens; the download is streamed."""
+    from overnight.shards import is_prepared  # brings transformers, which may be what is missing
+
+    if is_prepared(Path(recipe.data.dir)):
+        return 0
+    tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
+    return tokens * (2 if recipe.model.vocab_size <= 65_536 else 4)
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _installed() -> dict[str, str | None]:
+    """The version of every direct dependency; None where it is missing."""
+    try:
+        required = importlib.metadata.requires("overnight") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {"overnight": None}
+    names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in required if "extra ==" not in line]
+    return {_normalised(name): _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_build() -> tuple[str | None, str | None, tuple[str, ...]]:
+    try:
+        import torch
+    except ImportError:
+        return None, None, ()
+    return torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list())
+
+
+def _driver() -> Driver | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, or a container without one
+        return None
+    cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    gpus = []
+    for handle in handles:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        gpus.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.free, memory.total, tuple(capability)))
+    return Driver(pynvml.nvmlSystemGetDriverVersion(), (cuda // 1000, cuda % 1000 // 10), tuple(gpus))
+
+
+def _places(recipe: Recipe | None) -> tuple[Place, ...]:
+    wanted = [("runs", Path("runs"), run_bytes(recipe) if recipe else 0)]
+    if recipe:
+        wanted.insert(0, ("data", Path(recipe.data.dir), data_bytes(recipe)))
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
+    places = []
+    for name, path, needed in wanted:
+        existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+        free, writable = shutil.disk_usage(existing).free, os.access(existing, os.W_OK)
+        places.append(Place(name, path, free, needed, filesystem_of(existing, mounts), writable))
+    return tuple(places)
+
+
+def _hub_token() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
