@@ -26,7 +26,6 @@ ITERATIONS, WARMUP = 320, 16  # the quickstart's
 TUNING_SEED = 1337  # on which the recipe's own learning rate was found too (docs/log.md)
 BUDGETS = (0.375, 0.5, 0.75, 1.0)  # of those iterations, for ours
 
-ADAMW = {"optim.name": "adamw"}
 PRACTITIONER = {  # recipes/practitioner_40m.yaml, on the quickstart's shape; its warmup is a tenth of the run there too
     "model.dropout": 0.1,
     "model.attention": "sdpa",
@@ -37,7 +36,7 @@ PRACTITIONER = {  # recipes/practitioner_40m.yaml, on the quickstart's shape; it
     "schedule.final_lr_fraction": 0.1,
 }
 SWEEPS = {"practitioner": (1e-3, 2e-3, 4e-3, 8e-3), "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2)}
-SETTINGS = {"ours": {}, "adamw": ADAMW, "practitioner": PRACTITIONER}
+SETTINGS = {"ours": {}, "adamw": {"optim.name": "adamw"}, "practitioner": PRACTITIONER}
 TARGETS = {"practitioner": 0.5, "adamw": 0.75}  # of the other's tokens, at most
 
 
@@ -142,8 +141,8 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
 
     ours = [Job("ours", seed, None, round(share * ITERATIONS)) for seed in args.seeds for share in BUDGETS]
-    results = run(ours[0], args.folder)  # alone: it prepares the data that all others open
-    results = run_all(ours, args.folder, args.at_once)
+    results = {ours[0]: run(ours[0], args.folder)}  # alone: it prepares the data that all others open
+    results |= run_all(ours[1:], args.folder, args.at_once)
     print(f"the quickstart's model and data, {ITERATIONS * 4096:,} tokens a run, seeds {args.seeds}")
     print(f"ours: the recipe as it is; others: learning rate swept on seed {TUNING_SEED}\n")
     print("learning rates tried, with the validation loss at the end")

@@ -106,6 +106,12 @@ class Derived:
         """How often each unique token is seen; None while the unique tokens are not known."""
         return self.tokens / self.unique_tokens if self.unique_tokens else None
 
+    def mfu(self, tokens_per_second: float | None, peak_flops: float | None) -> float | None:
+        """Share of the devices' dense peak, FLOP/s of one of them, that this rate makes use of; None if unknown."""
+        if not tokens_per_second or not peak_flops:
+            return None
+        return tokens_per_second * self.flops_per_token / (peak_flops * self.num_processes)
+
 
 def derive(recipe: Recipe, device: str, num_processes: int, unique_tokens: int | None) -> Derived:
     """Everything that follows from `recipe` before it runs; `device` is "cpu" or "cuda"."""

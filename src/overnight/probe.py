@@ -63,7 +63,7 @@ class Probe:
 def probe(recipe: Recipe, iterations: int = ITERATIONS) -> dict:
     """Train `iterations` iterations and print what they reached; returns the same as a dict, for JSON.
 
-    On a CPU an iteration is one micro-batch of each process, or the 40M recipe would take the whole night here. Nothing
+    On a CPU an iteration is one micro-batch of each process, or the 40M recipe's would take hours. Nothing
     is left behind. Raises `InputError` as the trainer does where recipe and device do not fit.
     """
     accelerator, console = launch(recipe)
@@ -89,10 +89,7 @@ def evaluate(run: Run, facts: dict[str, str], pace: Pace, recipe: Recipe) -> Pro
     """The figures of a run that has just been timed; `recipe` is the whole one."""
     seconds, batch = pace.per_iteration(), run.recipe.batch
     assert seconds is not None, "fewer iterations than are thrown away as cold"
-    rate, peak = batch.tokens_per_iter / seconds, run.device.peak_flops
-    length = batch.sequence_length
-    traced = peak_memory(recipe.model, run.micro_batch, sequence_length=length, optimizer=recipe.optim.name)
-    beside = beside_the_tensors(recipe.model, run.micro_batch, traced, sequence_length=length)
+    rate = batch.tokens_per_iter / seconds
     return Probe(
         device=run.device.name,
         attention=facts["attention"],
@@ -101,12 +98,19 @@ def evaluate(run: Run, facts: dict[str, str], pace: Pace, recipe: Recipe) -> Pro
         tokens_per_iter=batch.tokens_per_iter,
         iterations=run.iteration,
         tokens_per_second=rate,
-        mfu=rate * run.derived.flops_per_token / (peak * run.derived.num_processes) if peak else None,
+        mfu=run.derived.mfu(rate, run.device.peak_flops),
         peak_gib=run.device.used_gib(),
-        formula_gib=(traced + sum(beside.values())) / GIB if run.device.cuda else None,
+        formula_gib=formula_gib(run) if run.device.cuda else None,
         hours=recipe.schedule.max_iters * recipe.batch.tokens_per_iter / rate / 3600,
         watts=run.device.watts(),
     )
+
+
+def formula_gib(run: Run) -> float:
+    """What plan.py says that an eager step of the run's micro-batch takes of a CUDA device, in GiB."""
+    model, length = run.recipe.model, run.recipe.batch.sequence_length
+    traced = peak_memory(model, run.micro_batch, sequence_length=length, optimizer=run.recipe.optim.name)
+    return (traced + sum(beside_the_tensors(model, run.micro_batch, traced, sequence_length=length).values())) / GIB
 
 
 @contextmanager

@@ -68,7 +68,6 @@ def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
     batch, schedule = run.recipe.batch, run.recipe.schedule
     seconds = pace.since_last_line()
     rate = batch.tokens_per_iter / seconds if seconds else None
-    peak = run.device.peak_flops
     record = run.directory.append(
         "train",
         run.iteration,
@@ -77,7 +76,7 @@ def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
         grad_norm=grad_norm,
         lr=run.recipe.optim.lr * lr_at(run.iteration - 1, schedule),
         tokens_per_second=rate,
-        mfu=rate * run.derived.flops_per_token / (peak * run.derived.num_processes) if rate and peak else None,
+        mfu=run.derived.mfu(rate, run.device.peak_flops),
         gib=run.device.used_gib(),
         watts=run.device.watts(),
     )
