@@ -140,8 +140,8 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def resolve_precision(recipe: Recipe, *, cuda: bool, bf16: bool) -> tuple[str, bool]:
-    """("bf16" | "fp32", compile?) for the device at hand.
+def resolve_precision(recipe: Recipe, *, cuda: bool, bf16: bool) -> str:
+    """Return "bf16" or "fp32" for the device at hand.
 
     Raises `InputError` where the recipe asks by name for what the device does not have.
     """
@@ -153,5 +153,4 @@ def resolve_precision(recipe: Recipe, *, cuda: bool, bf16: bool) -> tuple[str, b
         problems.append("`compile` is True, but this machine has no CUDA device; 'auto' would work here")
     if problems:
         raise InputError(problems)
-    precision = ("bf16" if bf16 else "fp32") if recipe.precision == "auto" else recipe.precision
-    return precision, cuda if recipe.compile == "auto" else recipe.compile
+    return ("bf16" if bf16 else "fp32") if recipe.precision == "auto" else recipe.precision

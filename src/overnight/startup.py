@@ -75,7 +75,7 @@ def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
     overruled = take_over_environment(os.environ)
     require_trackers(recipe)
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")  # `use_cpu: true`
-    precision, _ = resolve_precision(
+    precision = resolve_precision(
         recipe, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     accelerator = Accelerator(
