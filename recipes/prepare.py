@@ -1,18 +1,67 @@
 """Turn a recipe's text into verified token shards: python recipes/prepare.py RECIPE [--section.key VALUE ...]"""
 
+import argparse
+import os
 import sys
+from pathlib import Path
 
-from overnight.cli import recipe_command
+import yaml
+
+from overnight.cli import EXIT_INTERRUPTED, recipe_command
+from overnight.recipe import InputError
+from overnight.signals import handled
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="files that are worked on at once (default: cores)")
+    parser.add_argument("--executor", choices=("local", "slurm", "ray"), default="local", help="datatrove's")
+    parser.add_argument(
+        "--executor-options", default="{}", help="what that executor takes: '{partition: cpu, time: \"02:00:00\"}'"
+    )
+    parser.add_argument("--adopt", type=Path, metavar="DIR", help="use the token files there (datatrove's, nanoGPT's)")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder; needs no RECIPE")
 
 
 def run(recipe, options) -> int:
-    from overnight.prepare import expected_cost, prepare
+    from overnight.prepare import Workers, expected_cost, prepare
 
+    given = yaml.safe_load(options.executor_options)
+    if not isinstance(given, dict):
+        raise InputError(f"`--executor-options` is {options.executor_options!r}; '{{partition: cpu}}' would work")
+    if options.workers < 1:
+        raise InputError(f"`--workers` is {options.workers}; 1 would work")
+    if options.adopt:
+        from overnight.adopt import adopt
+
+        adopt(options.adopt, recipe.data, recipe.model.vocab_size, dry_run=options.dry_run)
+        return 0
     print(f"{recipe.data.dir}: {expected_cost(recipe.data)}", flush=True)
     if not options.dry_run:
-        prepare(recipe.data, recipe.model.vocab_size)
+        prepare(recipe.data, recipe.model.vocab_size, workers=Workers(options.executor, options.workers, given))
     return 0
 
 
+def verify(options) -> int | None:
+    if options.verify is None:
+        return None
+    from overnight.shards import verify
+
+    manifest = verify(options.verify)
+    print(
+        f"{options.verify}: {len(manifest.train) + len(manifest.val)} shards and the tokenizer are as its manifest says"
+    )
+    return 0
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    sys.exit(recipe_command(__doc__, run))
+    try:
+        with handled(interrupt):
+            sys.exit(recipe_command(__doc__, run, options=add_options, alone=verify))
+    except KeyboardInterrupt:
+        print("interrupted; what is staged is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

@@ -81,3 +81,13 @@ def device(pytestconfig: pytest.Config):
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory) -> Path:
+    """GPT-2's own tokenizer in a folder, as a recipe names one."""
+    from texts import gpt2
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    gpt2().save_pretrained(folder)
+    return folder

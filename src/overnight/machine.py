@@ -119,7 +119,7 @@ def run_bytes(recipe: Recipe) -> int:
 
 def data_bytes(recipe: Recipe) -> int:
     """What the data folder still needs: nothing once it is prepared, else its tokens; the download is streamed."""
-    from overnight.shards import is_prepared  # brings transformers, which may be what is missing
+    from overnight.shards import is_prepared  # brings tokenizers, which may be what is missing
 
     if is_prepared(Path(recipe.data.dir)):
         return 0

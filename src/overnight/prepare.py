@@ -1,101 +1,75 @@
-"""Documents to verified token shards: deduplicate, split by text, tokenise, write, and name the folder when whole."""
+"""Documents to verified token shards: every file staged by itself, then put together, and named when whole.
+
+`DIR.partial` holds the work in hand and survives whatever ends it; the same command goes on from there:
+
+    inputs/         files that are being fetched
+    tokenizer-KEY/  the tokenizer
+    stage/KEY/      a staged file (staging.py)
+    whole/          the prepared folder, before it gets its name
+"""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-import time
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
-from operator import attrgetter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
+from datatrove.pipeline.base import PipelineStep
 from transformers import PreTrainedTokenizerFast
 
-from overnight import shards
-from overnight.corpus import Row, is_reserved, rows, text_hash
-from overnight.files import sync
-from overnight.recipe import DamagedData, Data, InputError
+from overnight import executors, shards, sources
+from overnight.corpus import NOT_TEXT, TOO_LONG, is_reserved, rows, text_hash
+from overnight.encoder import FastTokenizer
+from overnight.files import room_in, sync
+from overnight.prepare_progress import watched
+from overnight.recipe import Data, InputError
 from overnight.shards import Manifest, SourceRecord, SplitRule, SplitWriter
-from overnight.tokenizer import encode, fingerprint, load_tokenizer, train_tokenizer
+from overnight.sources import SourceFile
+from overnight.staging import DUPLICATE, EMPTY, Allotment, Job, Stage, allot, pipeline, raise_left, read_stage
+from overnight.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 
-BATCH_CHARACTERS = 4_000_000
-"""Text handed to the tokenizer at once: enough to keep every core busy, little enough to hold."""
 TOKENIZER_CHARACTERS = 50_000_000
 """A tokenizer is trained on the first training documents, up to this much text."""
-MOST_UNREADABLE = 0.01
-"""Share of rows that are no text above which the source is taken to be damaged."""
-SECONDS_BETWEEN_REPORTS = 10
+TOKENS_AT_ONCE = 16_000_000
+"""What is held in memory while staged files are put together."""
 CHARACTERS_PER_TOKEN = 4.61
 """GPT-2's vocabulary on FineWeb-Edu."""
-TOKENIZER_BYTES_PER_SECOND = 1.2e6
-"""`tokenizers` on English text, measured per core of a slow cloud machine."""
+BYTES_PER_SECOND = {"fastokens": 20e6, "tokenizers": 1.2e6}
+"""Of text on one core, from parquet to shards, on a slow cloud machine; benchmarks/prepare.py measures it."""
+TOKEN_BYTES_PER_INPUT_BYTE = {".parquet": 0.75, ".jsonl": 0.5, ".txt": 0.5}
+"""Of two-byte tokens, at most, for English text; FineWeb-Edu's parquet files have 0.70."""
 SOURCE_KEYS = {"source", "path", "files", "revision", "text_column"}
 SPLIT_KEYS = {"reserved_fraction", "val_tokens", "train_tokens"}
 """With the tokenizer and the vocabulary, what a prepared folder must agree in to serve a recipe."""
 
 
-class Item(NamedTuple):
-    """A document that survived: the file it stands in, the hash of its text, the text, and whether it never trains."""
+@dataclass(frozen=True)
+class Workers:
+    """Where the files are staged: `executor` is one of executors.EXECUTORS, `options` are its own."""
 
-    file: int
-    digest: bytes
-    text: str
-    reserved: bool
-
-
-class Reader:
-    """One pass over a source: keeps the first of equal documents, names their sides, counts and hashes what it read."""
-
-    def __init__(self, data: Data):
-        self.data = data
-        self.counts: Counter[str] = Counter()
-        self.sha256 = hashlib.sha256()
-        self._seen: set[bytes] = set()
-
-    def items(self) -> Iterator[Item]:
-        """Yield the surviving documents in order. Raises DamagedData when too many rows are no text."""
-        for row in rows(self.data):
-            self.counts["rows"] += 1
-            if (item := self._item(row)) is not None:
-                yield item
-        if self.counts["unreadable"] > MOST_UNREADABLE * self.counts["rows"]:
-            raise DamagedData(
-                f"`data.path` is {self.data.path}: {self.counts['unreadable']:,} of {self.counts['rows']:,} rows hold "
-                f"no UTF-8 text in {self.data.text_column}, first {self.first_unreadable}; fetch or write it again"
-            )
-
-    def _item(self, row: Row) -> Item | None:
-        try:
-            raw = (row.text or "").encode()
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
-            row = row._replace(text=None)
-        if row.text is None:
-            if not self.counts["unreadable"]:
-                self.first_unreadable = row.place
-            self.counts["unreadable"] += 1
-            return None
-        self.sha256.update(len(raw).to_bytes(8, "little") + raw)
-        self.counts.update(documents=1, characters=len(row.text), bytes=len(raw))
-        digest = text_hash(row.text)
-        if not row.text.strip() or digest in self._seen:
-            self.counts["duplicates" if row.text.strip() else "empty"] += 1
-            return None
-        self._seen.add(digest)
-        return Item(row.file, digest, row.text, is_reserved(digest, self.data.reserved_fraction))
+    executor: str = "local"
+    count: int = 1
+    options: dict[str, Any] | None = None
 
 
-def prepare(data: Data, vocab_size: int, report: Callable[[str], None] = print) -> Manifest:
-    """Write the token shards of `data` into `data.dir` and return their manifest.
+def prepare(
+    data: Data, vocab_size: int, report: Callable[[str], None] = print, workers: Workers | None = None
+) -> Manifest | None:
+    """Write the token shards of `data` into `data.dir` and return their manifest; None when Slurm will do it.
 
-    The folder is built under another name and renamed when it is whole; equal inputs give equal bytes. A folder that
-    already holds what is asked for is verified and returned. Raises InputError naming the recipe key for what cannot be
-    read, does not fit or falls short, and DamagedData for a folder or source that is not what it should be.
+    Equal inputs give equal bytes, whatever the workers. A folder that already holds what is asked for is verified and
+    returned. Raises InputError naming the recipe key for what cannot be read, does not fit or falls short, DamagedData
+    for a folder or source that is not what it should be, and Unreachable for a network that stays away.
     """
     folder = Path(data.dir)
     if shards.is_prepared(folder):
@@ -104,54 +78,90 @@ def prepare(data: Data, vocab_size: int, report: Callable[[str], None] = print) 
         return shards.verify(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"`data.dir` is {folder}, which holds other files and no {shards.MANIFEST}: name a new folder")
-    with _building(folder) as partial:
-        manifest = _build(partial, data, vocab_size, report)
+    workers = workers or Workers()
+    with _claimed(folder) as partial, room_in(partial, "data.dir"):
+        commit = sources.pinned_commit(data)
+        job = _job(partial, data, commit, vocab_size, report)
+        if workers.executor == "slurm":
+            number = _submit(job, folder, commit, workers)
+            report(f"{folder}: handed to Slurm; it is there when job {number} has ended, and says so in {partial}/logs")
+            return None
+        with watched(job, report):
+            _stage(job, workers)
+        raise_left(job.error(0).parent)
+        manifest = finish(job, folder, commit)
+    shutil.rmtree(partial)
     report(f"{folder}: {_tokens(manifest.train):,} training and {_tokens(manifest.val):,} validation tokens")
     return manifest
 
 
 @contextmanager
-def _building(folder: Path) -> Iterator[Path]:
-    """Lend an empty folder beside `folder` to one process; it gets that name if the block ends well, else goes away."""
+def _claimed(folder: Path) -> Iterator[Path]:
+    """Lend the folder of the work in hand to one process, when no worker of an earlier one is left in it."""
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
+    with (partial / "lock").open("a") as lock, (partial / "workers.lock").open("a") as workers:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"`data.dir` is {folder}: another process is preparing it; wait for it to end") from None
-        try:
-            _empty(partial)  # of what a killed process left
-            yield partial
-            for path in (partial, *partial.rglob("*")):
-                sync(path)
-            partial.rename(folder)
-            sync(folder.parent)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
-    finally:
-        os.close(lock)
+        fcntl.flock(workers, fcntl.LOCK_EX)  # those of a killed process die with it
+        fcntl.flock(workers, fcntl.LOCK_UN)
+        for left in [partial / "errors", partial / "progress", *partial.glob("stage/*.partial")]:
+            shutil.rmtree(left, ignore_errors=True)
+        (partial / "progress").mkdir()
+        yield partial
 
 
-def _build(folder: Path, data: Data, vocab_size: int, report: Callable[[str], None]) -> Manifest:
-    tokenizer = _tokenizer(data, vocab_size, report)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    reader = Reader(data)
-    val = SplitWriter(folder / "val", vocab_size, data.val_tokens)
-    train = SplitWriter(folder / "train", vocab_size, data.train_tokens)
-    _write_sides(reader, tokenizer, val, train, report)
-    _require_enough(data, val.tokens, train.tokens)
-    val.close()
-    train.close()
-    return _write_manifest(folder, data, tokenizer, reader, val, train)
+def _job(partial: Path, data: Data, commit: str | None, vocab_size: int, report: Callable[[str], None]) -> Job:
+    """What the tasks need: the files, found and with room for what they become, and the tokenizer in the folder."""
+    files = sources.find(data, commit)
+    _require_room(partial, data, vocab_size, files)
+    about = [data.tokenizer, vocab_size]
+    if data.tokenizer == "trained":
+        about += [data.reserved_fraction, data.text_column, [file.key for file in files]]
+    name = f"tokenizer-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
+    if (partial / name).exists():
+        tokenizer = load_tokenizer(str(partial / name))
+    else:
+        tokenizer = _tokenizer(partial / "inputs", data, files, vocab_size, report)
+        tokenizer.save_pretrained(partial / f"{name}.partial")
+        (partial / f"{name}.partial").rename(partial / name)
+    return Job(
+        folder=partial.absolute(),  # tasks on a cluster may start elsewhere
+        data=data,
+        files=tuple(files),
+        tokenizer=name,
+        tokenizer_sha256=fingerprint(tokenizer),
+        vocab_size=vocab_size,
+        eos_id=tokenizer.eos_token_id,
+        dtype=shards.dtype_for(vocab_size),
+    )
 
 
-def _tokenizer(data: Data, vocab_size: int, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
+def _require_room(partial: Path, data: Data, vocab_size: int, files: list[SourceFile]) -> None:
+    """Raise InputError when the disk will not hold the staged files, the shards and what has to be fetched."""
+    size = np.dtype(shards.dtype_for(vocab_size)).itemsize
+    staged = sum(file.size * TOKEN_BYTES_PER_INPUT_BYTE[file.suffix] for file in files) * size / 2
+    wanted = staged if data.train_tokens is None else (data.train_tokens + data.val_tokens) * size
+    fetched = sum(file.size for file in files if file.remote)
+    held = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    needed, free = staged + min(wanted, staged) + fetched - held, shutil.disk_usage(partial).free
+    if needed > free:
+        parts = {"fetched": fetched, "staged": staged, "shards": min(wanted, staged)}
+        listed = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
+        raise InputError(
+            f"`data.dir`: {partial.parent} has {free / 1e9:,.1f} GB free, and preparing needs about "
+            f"{needed / 1e9:,.1f} GB more ({listed}): make room, name a folder on another disk, or take fewer files"
+        )
+
+
+def _tokenizer(
+    inputs: Path, data: Data, files: list[SourceFile], vocab_size: int, report: Callable[[str], None]
+) -> PreTrainedTokenizerFast:
     if data.tokenizer == "trained":
         report(f"training a tokenizer of {vocab_size:,} entries on the training documents")
-        return train_tokenizer(_tokenizer_texts(data), vocab_size)
+        return train_tokenizer(_tokenizer_texts(inputs, data, files), vocab_size)
     tokenizer = load_tokenizer(data.tokenizer)
     if len(tokenizer) != vocab_size:
         raise InputError(
@@ -161,85 +171,124 @@ def _tokenizer(data: Data, vocab_size: int, report: Callable[[str], None]) -> Pr
     return tokenizer
 
 
-def _tokenizer_texts(data: Data) -> Iterator[str]:
+def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Iterator[str]:
+    """The first training documents, as the shards will have them."""
+    seen: set[bytes] = set()
     left = TOKENIZER_CHARACTERS
-    for item in Reader(data).items():
-        if not item.reserved:
-            yield item.text
-            left -= len(item.text)
-            if left <= 0:
-                return
+    for file in files:
+        path, _ = sources.fetch(file, inputs)
+        for row in rows(path, file.suffix, data.text_column, file.name):
+            if not row.text or not row.text.strip() or (key := text_hash(row.text)) in seen:
+                continue
+            seen.add(key)
+            if not is_reserved(key, data.reserved_fraction):
+                yield row.text
+                left -= len(row.text)
+                if left <= 0:
+                    return
 
 
-def _write_sides(
-    reader: Reader,
-    tokenizer: PreTrainedTokenizerFast,
-    val: SplitWriter,
-    train: SplitWriter,
-    report: Callable[[str], None],
-) -> None:
-    """Write both sides, one source file after the other, until both budgets are met or the source ends.
-
-    Validation takes the reserved documents of the first file in the order of their hashes, and those of a later file
-    only when the files before it did not suffice: files that are added at the end change nothing of it.
-    """
-    progress = Progress(reader, train, report)
-    for _, items in groupby(reader.items(), key=attrgetter("file")):
-        reserved: list[Item] = []
-        for batch in _batches(items):
-            reserved += [item for item in batch if item.reserved and not val.full]
-            reader.counts["reserved"] += sum(item.reserved for item in batch)
-            training = [item for item in batch if not item.reserved]
-            reader.counts["train"] += len(training)
-            _write(training, tokenizer, train)
-            progress.tick()
-            if train.full and val.full:
-                return
-        for batch in _batches(sorted(reserved, key=attrgetter("digest"))):
-            _write(batch, tokenizer, val)
-        if train.full and val.full:
-            return
+def _stage(job: Job, workers: Workers) -> None:
+    """Run the task of every file; a single worker is this process."""
+    tasks, logs, options = len(job.files), job.folder / "logs", workers.options or {}
+    count = min(workers.count, tasks)
+    if workers.executor == "ray":
+        executors.run_ray(lambda: pipeline(job), tasks, count, logs, options)
+    elif count > 1:
+        executors.run_local(lambda: pipeline(job), tasks, count, logs, options)
+    else:
+        executors.run_here(lambda: pipeline(job), tasks)
 
 
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += len(item.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+class Finish(PipelineStep):
+    """The last task on a cluster: raises what the others left, or puts their output together."""
+
+    type, name = "WRITER", "prepared folder"
+
+    def __init__(self, job: Job, folder: Path, commit: str | None):
+        super().__init__()
+        self.job, self.folder, self.commit = job, folder, commit
+
+    def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
+        """Make the prepared folder."""
+        raise_left(self.job.error(0).parent)
+        finish(self.job, self.folder, self.commit)
+        shutil.rmtree(self.job.folder)
 
 
-def _write(items: list[Item], tokenizer: PreTrainedTokenizerFast, writer: SplitWriter) -> None:
-    if writer.full:
+def _submit(job: Job, folder: Path, commit: str | None, workers: Workers) -> str:
+    options = {"venv_path": f"{sys.prefix}/bin/activate", "workers": workers.count} | (workers.options or {})
+    finishing: list[PipelineStep] = [Finish(job, folder.absolute(), commit)]
+    return executors.submit_slurm(pipeline(job), len(job.files), finishing, job.folder / "logs", options)
+
+
+def finish(job: Job, folder: Path, commit: str | None) -> Manifest:
+    """Put the staged files together and give the folder its name. Raises InputError when they fall short."""
+    staged, chosen = _staged(job)
+    whole = job.folder / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    try:
+        shutil.copytree(job.folder / job.tokenizer, whole / "tokenizer")
+        val = SplitWriter(whole / "val", job.vocab_size, job.data.val_tokens)
+        train = SplitWriter(whole / "train", job.vocab_size, job.data.train_tokens)
+        for stage, kept, held in zip(staged, chosen.train, chosen.val, strict=True):
+            _copy_in_order(stage, kept, job, train)
+            _copy_one_by_one(stage, held, job, val)
+        _require_enough(job.data, val.tokens, train.tokens)
+        val.close()
+        train.close()
+        manifest = _manifest(job, commit, staged, chosen, val, train)
+        (whole / shards.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in (whole, *whole.rglob("*")):
+            sync(path)
+        whole.rename(folder)
+    except BaseException:
+        shutil.rmtree(whole, ignore_errors=True)
+        raise
+    sync(folder.parent)
+    return manifest
+
+
+def _staged(job: Job) -> tuple[list[Stage], Allotment]:
+    """The staged files that are needed, in order, and what becomes of their documents."""
+    found: list[Stage] = []
+    for rank, file in enumerate(job.files):
+        stage = read_stage(job.stage(rank))
+        if stage is None:
+            if found and (chosen := allot([stage.documents for stage in found], job.data)).enough:
+                break
+            raise InputError(f"`data.path`: {file.name} was not staged; its task has ended, see {job.folder / 'logs'}")
+        found.append(stage)
+    chosen = allot([stage.documents for stage in found], job.data)
+    return found[: len(chosen.train)], chosen
+
+
+def _copy_in_order(stage: Stage, kept: np.ndarray, job: Job, writer: SplitWriter) -> None:
+    """Append the documents numbered `kept`, ascending, reading the staged tokens once from end to end."""
+    if not len(kept):
         return
-    for ids in encode(tokenizer, [item.text for item in items]):
+    lengths = stage.documents["tokens"].astype(np.int64)
+    chosen = np.zeros(len(lengths), bool)
+    chosen[kept] = True
+    dtype = shards.little_endian(job.dtype)
+    parts = np.searchsorted(np.cumsum(lengths), np.arange(TOKENS_AT_ONCE, lengths.sum(), TOKENS_AT_ONCE))
+    with (stage.folder / "tokens.bin").open("rb") as file:
+        for sizes, wanted in zip(np.split(lengths, parts), np.split(chosen, parts), strict=True):
+            tokens = np.fromfile(file, dtype, int(sizes.sum()))
+            if wanted.any() and not writer.full:
+                writer.write(tokens[np.repeat(wanted, sizes)], sizes[wanted])
+
+
+def _copy_one_by_one(stage: Stage, held: np.ndarray, job: Job, writer: SplitWriter) -> None:
+    """Append the documents numbered `held`, in that order."""
+    lengths = stage.documents["tokens"].astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    dtype = shards.little_endian(job.dtype)
+    for number in held:
         if writer.full:
             return
-        writer.write([*ids, tokenizer.eos_token_id])
-
-
-class Progress:
-    """Says every few seconds how far the reading has come."""
-
-    def __init__(self, reader: Reader, train: SplitWriter, report: Callable[[str], None]):
-        self.reader, self.train, self.report = reader, train, report
-        self.started = self.last = time.monotonic()
-
-    def tick(self) -> None:
-        """Report documents, tokens and speed, if it is time to."""
-        now = time.monotonic()
-        if now - self.last < SECONDS_BETWEEN_REPORTS:
-            return
-        self.last = now
-        read, tokens = self.reader.counts, self.train.tokens
-        budget = f" of {self.train.limit:,}" if self.train.limit else ""
-        speed = read["bytes"] / 1e6 / (now - self.started)
-        self.report(f"{read['documents']:,} documents, {tokens:,}{budget} training tokens, {speed:.1f} MB/s")
+        offset = int(starts[number]) * dtype.itemsize
+        writer.write(np.fromfile(stage.folder / "tokens.bin", dtype, int(lengths[number]), offset=offset))
 
 
 def _require_enough(data: Data, val_tokens: int, train_tokens: int) -> None:
@@ -260,47 +309,51 @@ def _require_enough(data: Data, val_tokens: int, train_tokens: int) -> None:
         raise InputError(problems)
 
 
-def _write_manifest(
-    folder: Path,
-    data: Data,
-    tokenizer: PreTrainedTokenizerFast,
-    reader: Reader,
+def _manifest(
+    job: Job,
+    commit: str | None,
+    staged: list[Stage],
+    chosen: Allotment,
     val: SplitWriter,
     train: SplitWriter,
 ) -> Manifest:
-    counts = reader.counts
-    written = {"reserved": _documents(val.records), "train": _documents(train.records)}
-    manifest = Manifest(
-        tokenizer=shards.TokenizerRecord(name=data.tokenizer, sha256=fingerprint(tokenizer)),
-        vocab_size=len(tokenizer),
-        eos_id=tokenizer.eos_token_id,
-        dtype=shards.dtype_for(len(tokenizer)),
-        source=SourceRecord.model_validate(
-            data.model_dump(include=SOURCE_KEYS | {"licence"})
-            | {name: counts[name] for name in ("documents", "characters", "bytes")}
-        ),
-        corpus_sha256=reader.sha256.hexdigest(),
-        split=SplitRule(**data.model_dump(include=SPLIT_KEYS)),
+    counts = sum((Counter(stage.counts) for stage in staged), Counter())
+    about = job.data.model_dump(include=SOURCE_KEYS | {"licence"}) | {"commit": commit, "path": _path(job.data)}
+    return Manifest(
+        tokenizer=shards.TokenizerRecord(name=job.data.tokenizer, sha256=job.tokenizer_sha256),
+        vocab_size=job.vocab_size,
+        eos_id=job.eos_id,
+        dtype=job.dtype,
+        source=SourceRecord.model_validate(about),
+        inputs=[stage.record for stage in staged],
+        split=SplitRule(**job.data.model_dump(include=SPLIT_KEYS)),
         val=val.records,
         train=train.records,
         counts=shards.Counts(
-            duplicates=counts["duplicates"],
-            reserved_unused=counts["reserved"] - written["reserved"],
-            empty=counts["empty"],
-            unreadable=counts["unreadable"],
-            after_budget=counts["train"] - written["train"],
+            duplicates=counts[DUPLICATE] + chosen.duplicates,
+            reserved_unused=chosen.reserved - _documents(val.records),
+            empty=counts[EMPTY],
+            unreadable=counts[NOT_TEXT],
+            too_long=counts[TOO_LONG],
+            after_budget=chosen.training - _documents(train.records),
         ),
     )
-    (folder / shards.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return manifest
+
+
+def _path(data: Data) -> str | list[str] | None:
+    """`data.path`, a list in the order in which its files are read."""
+    return sorted(data.path) if isinstance(data.path, list) else data.path
 
 
 def _require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
     manifest = shards.read_manifest(folder)
+    if manifest.split.rule == "adopted":
+        return  # what the recipe says of text and split has no bearing on it
     held = manifest.source.model_dump(include=SOURCE_KEYS) | manifest.split.model_dump(include=SPLIT_KEYS)
     held = {f"data.{key}": value for key, value in held.items()}
     held |= {"data.tokenizer": manifest.tokenizer.name, "model.vocab_size": manifest.vocab_size}
-    asked = {f"data.{key}": value for key, value in data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS).items()}
+    asked = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": _path(data)}
+    asked = {f"data.{key}": value for key, value in asked.items()}
     asked |= {"data.tokenizer": data.tokenizer, "model.vocab_size": vocab_size}
     problems = [
         f"`{key}` is {asked[key]}, but {folder} was prepared with {held[key]}"
@@ -309,14 +362,6 @@ def _require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
     ]
     if problems:
         raise InputError([*problems, f"`data.dir` is {folder}: name a new folder, or go back to those values"])
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _tokens(files: list[shards.FileRecord]) -> int:
@@ -328,18 +373,19 @@ def _documents(files: list[shards.FileRecord]) -> int:
 
 
 def expected_cost(data: Data) -> str:
-    """Say in one line what preparing `data` takes: download, disk, and minutes of tokenising on this machine."""
+    """Say in one line what preparing `data` takes: download, disk, and minutes on this machine."""
     if data.source == "embedded":
         return "nothing to download, 10 MB of text, under a minute"
     download = "nothing to download" if data.source == "files" else "a download of unknown size"
-    if data.source == "datasets" and data.download_gb is not None:
+    if data.download_gb is not None:
         download = f"{data.download_gb:,.1f} GB to download"
     if data.train_tokens is None:
         return f"{download}; disk and time depend on the size of the text (data.train_tokens is empty)"
     tokens = data.train_tokens + data.val_tokens
-    cores = os.cpu_count() or 1
-    minutes = tokens * CHARACTERS_PER_TOKEN / TOKENIZER_BYTES_PER_SECOND / cores / 60
+    cores, tool = os.cpu_count() or 1, "fastokens" if FastTokenizer else "tokenizers"
+    minutes = tokens * CHARACTERS_PER_TOKEN / BYTES_PER_SECOND[tool] / cores / 60
     return (
-        f"{download}, {tokens * 2 / 1e9:,.1f} GB of shards, about {minutes:,.0f} minutes to tokenise on {cores} cores "
-        f"(at {TOKENIZER_BYTES_PER_SECOND / 1e6} MB/s a core and {CHARACTERS_PER_TOKEN} characters a token)"
+        f"{download}, {tokens * 2 / 1e9:,.1f} GB of shards and as much again while they are made, about {minutes:,.0f} "
+        f"minutes of computing on {cores} cores with {tool} (at {BYTES_PER_SECOND[tool] / 1e6:g} MB/s a core and "
+        f"{CHARACTERS_PER_TOKEN} characters a token)"
     )

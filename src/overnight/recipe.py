@@ -15,7 +15,14 @@ class InputError(Exception):
 
     def __init__(self, problems: list[str] | str):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__(self.problems)  # what pickle makes it from again
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class Unreachable(InputError):
+    """A server that stays away; what was done is kept. Scripts print it and end with exit code 75."""
 
 
 class DamagedData(InputError):
@@ -39,9 +46,9 @@ class Data(Section):
     """Where the text comes from and where its token shards lie."""
 
     source: Literal["embedded", "files", "datasets"] = "embedded"
-    """`embedded`: the documentation installed with the project; `files`: local files; `datasets`: a Hub name."""
-    path: str | None = None
-    """For `files` a path or glob of .txt, .jsonl or .parquet files; for `datasets` the dataset's name."""
+    """`embedded`: the documentation installed with the project; `files`: files or URLs; `datasets`: one on the Hub."""
+    path: str | list[str] | None = None
+    """`files`: a path, glob or URL (http, hf) of .txt, .jsonl or .parquet files, or a list; `datasets`: a name."""
     files: str | None = None
     """For `datasets`: a glob inside the dataset's repository that picks its files."""
     revision: str | None = None

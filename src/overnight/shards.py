@@ -19,12 +19,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from overnight import files
+from overnight.encoder import json_fingerprint
 from overnight.recipe import DamagedData, InputError
-from overnight.tokenizer import json_fingerprint
 
 MANIFEST = "manifest.json"
 TOKENS_PER_FILE = 100_000_000
 DType = Literal["uint16", "uint32"]
+Ids = Sequence[int] | np.ndarray
 
 
 class Record(BaseModel):
@@ -52,42 +53,57 @@ class TokenizerRecord(Record):
 
 
 class SourceRecord(Record):
-    """Where the text came from, and how much of it was read."""
+    """What the recipe named; `commit` is what a Hub dataset's revision meant."""
 
     source: str
-    path: str | None
+    path: str | list[str] | None
     files: str | None
     revision: str | None
+    commit: str | None
     text_column: str
     licence: str | None
+
+
+class InputRecord(Record):
+    """An input file as it was read: size and SHA-256, rows, and of the documents in them number, characters, UTF-8
+    bytes. `rejected` names rows that were not used, at most 100, and why."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: int
     documents: int
     characters: int
-    bytes: int
+    text_bytes: int
+    rejected: list[str]
 
 
 class SplitRule(Record):
-    """How documents came to a side, and the budgets asked for."""
+    """How documents came to a side, and the budgets asked for. Sides that came from elsewhere are "adopted": whether
+    a text stands on both was not checked."""
 
-    rule: Literal["sha256-nfc-whitespace"] = "sha256-nfc-whitespace"
-    reserved_fraction: float
+    rule: Literal["sha256-nfc-whitespace", "adopted"] = "sha256-nfc-whitespace"
+    leakage: Literal["none", "not checked"] = "none"
+    reserved_fraction: float | None
     val_tokens: int
     train_tokens: int | None
 
 
 class Counts(Record):
     """What was read and written nowhere: exact duplicates, reserved documents validation did not need, whitespace
-    only, rows that are no text, and training documents after `train_tokens`."""
+    only, rows that are no text, rows that are too long, and training documents after `train_tokens`."""
 
     duplicates: int
     reserved_unused: int
     empty: int
     unreadable: int
+    too_long: int
     after_budget: int
 
 
 class Manifest(Record):
-    """The content of `manifest.json`. `corpus_sha256` is of the exact text read: of the UTF-8 length (8 bytes,
-    little-endian) and the UTF-8 of every readable document, in order."""
+    """The content of `manifest.json`. `inputs` are in the order in which their documents were written; files that
+    `train_tokens` made needless are not among them."""
 
     format: Literal[1] = 1
     tokenizer: TokenizerRecord
@@ -95,7 +111,7 @@ class Manifest(Record):
     eos_id: int
     dtype: DType
     source: SourceRecord
-    corpus_sha256: str
+    inputs: list[InputRecord]
     split: SplitRule
     val: list[FileRecord]
     train: list[FileRecord]
@@ -132,23 +148,27 @@ class ShardWriter:
     def __init__(self, path: Path, vocab_size: int):
         self.path, self.vocab_size, self.dtype = path, vocab_size, dtype_for(vocab_size)
         self.tokens = 0
-        self._ends: list[int] = []
+        self._ends: list[np.ndarray] = []
         self._sha256 = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = path.with_name(path.name + ".partial")
         self._index_partial = path.with_name(path.name + ".index.partial")
         self._file = self._partial.open("wb")
 
-    def write(self, ids: Sequence[int]) -> None:
-        """Append one document. Raises ValueError when an id is not in [0, vocab_size)."""
-        tokens = np.asarray(ids, dtype=np.int64)
-        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.vocab_size:
+    def write(self, ids: Ids, lengths: Ids | None = None) -> None:
+        """Append documents: their ids one after the other, and the tokens of each; without `lengths` it is one.
+
+        Raises ValueError when an id is not in [0, vocab_size) or a document is empty.
+        """
+        tokens = np.asarray(ids)
+        sizes = np.asarray([len(tokens)] if lengths is None else lengths, dtype=np.int64)
+        if sizes.min() <= 0 or tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise ValueError(f"{self.path}: a document is empty or has an id outside [0, {self.vocab_size})")
-        raw = tokens.astype(little_endian(self.dtype)).tobytes()
+        raw = tokens.astype(little_endian(self.dtype), copy=False).tobytes()
         self._file.write(raw)
         self._sha256.update(raw)
+        self._ends.append(self.tokens + np.cumsum(sizes))
         self.tokens += len(tokens)
-        self._ends.append(self.tokens)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -158,7 +178,8 @@ class ShardWriter:
             self._file.close()
             self._partial.unlink()
             return
-        index = np.asarray(self._ends, dtype="<u8").tobytes()
+        ends = np.concatenate(self._ends).astype("<u8")
+        index = ends.tobytes()
         self._index_partial.write_bytes(index)
         self._file.close()
         files.sync(self._index_partial)
@@ -168,7 +189,7 @@ class ShardWriter:
         self.record = FileRecord(
             path=f"{self.path.parent.name}/{self.path.name}",
             tokens=self.tokens,
-            documents=len(self._ends),
+            documents=len(ends),
             bytes=self.tokens * little_endian(self.dtype).itemsize,
             sha256=self._sha256.hexdigest(),
             index_sha256=hashlib.sha256(index).hexdigest(),
@@ -192,16 +213,23 @@ class SplitWriter:
         """Whether the limit is reached."""
         return self.tokens == self.limit
 
-    def write(self, ids: Sequence[int]) -> None:
-        """Append one document, as far as there is room for it; must not be called when `full`."""
-        if self.limit is not None:
-            ids = ids[: self.limit - self.tokens]
-        if self._writer is None:
-            self._writer = ShardWriter(self.folder / f"{len(self.records):05d}.ds", self.vocab_size)
-        self._writer.write(ids)
-        self.tokens += len(ids)
-        if self._writer.tokens >= TOKENS_PER_FILE:
-            self.close()
+    def write(self, ids: Ids, lengths: Ids | None = None) -> None:
+        """Append documents, as `ShardWriter.write` takes them while there is room; a `full` side takes none."""
+        tokens = np.asarray(ids)
+        sizes = np.asarray([len(tokens)] if lengths is None else lengths, dtype=np.int64)
+        if self.limit is not None and self.tokens + len(tokens) > self.limit:
+            tokens, sizes = _cut(tokens, sizes, self.limit - self.tokens)
+        while len(sizes):
+            if self._writer is None:
+                self._writer = ShardWriter(self.folder / f"{len(self.records):05d}.ds", self.vocab_size)
+            ends = np.cumsum(sizes)
+            whole = int(np.searchsorted(ends, TOKENS_PER_FILE - self._writer.tokens)) + 1  # documents of this file
+            here = int(ends[:whole][-1])
+            self._writer.write(tokens[:here], sizes[:whole])
+            tokens, sizes = tokens[here:], sizes[whole:]
+            self.tokens += here
+            if self._writer.tokens >= TOKENS_PER_FILE:
+                self.close()
 
     def close(self) -> None:
         """Finish the shard being written."""
@@ -209,6 +237,14 @@ class SplitWriter:
             self._writer.__exit__(None)
             self.records.append(self._writer.record)
             self._writer = None
+
+
+def _cut(tokens: np.ndarray, sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `room` tokens of documents, the last of them cut there."""
+    whole = int(np.searchsorted(np.cumsum(sizes), room)) + 1
+    kept = sizes[:whole].copy()
+    kept[-1] -= kept.sum() - room
+    return tokens[:room], kept
 
 
 class Split:

@@ -24,10 +24,9 @@ from overnight.console import Console, estimated_end
 from overnight.device import Device, resolve_precision
 from overnight.model import LOSS_CHUNK, LanguageModel, attention_report, padded_vocabulary, require_flash
 from overnight.plan import Derived, derive, derived_rows
-from overnight.prepare import expected_cost, prepare
 from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory
-from overnight.shards import Shards, is_prepared, open_shards
+from overnight.shards import Manifest, Shards, is_prepared, open_shards
 from overnight.tokenizer import load_tokenizer
 
 
@@ -133,6 +132,8 @@ def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> No
 
 def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Shards:
     """The verified shards of the recipe; the embedded corpus is prepared on the way, any other must be there."""
+    from overnight.prepare import expected_cost, prepare  # and with it datatrove, which training has no use for
+
     folder = Path(recipe.data.dir)
     if recipe.data.source == "embedded":
         if accelerator.is_main_process:
@@ -165,7 +166,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
     end = estimated_end(seconds * run.grad_accum * recipe.schedule.max_iters)
     facts |= {
         "data": f"{shards.folder}, {shards.train.tokens:,} training + {shards.val.tokens:,} validation tokens",
-        "text SHA-256": shards.manifest.corpus_sha256,
+        "text": text_facts(shards.manifest),
         "free disk": f"{free_gib(Path()):.0f} GiB",
         "estimated end": f"{end}, from the time of one micro-batch; the lines below measure it",
     }
@@ -177,6 +178,18 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
     if recipe.logging.trackers:
         accelerator.init_trackers(recipe.name)
     return run
+
+
+def text_facts(manifest: Manifest) -> str:
+    """The text behind the tokens, in one line: how much of it, and what identifies it."""
+    if manifest.split.leakage == "not checked":
+        return f"adopted from {manifest.source.path}; leakage between the sides: not checked"
+    documents = sum(record.documents for record in manifest.inputs)
+    [first, *others] = manifest.inputs
+    files = (
+        f"{first.name}, SHA-256 {first.sha256}" if not others else f"{len(manifest.inputs)} files, sums in the manifest"
+    )
+    return f"{documents:,} documents of {files}"
 
 
 def assemble(

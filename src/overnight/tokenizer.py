@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
+from overnight.encoder import json_fingerprint
 from overnight.recipe import InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -60,24 +60,6 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each text, encoded on all cores, with no special token added.
-
-    A special token that is spelled out inside a text is encoded as plain text: a document cannot forge its own end.
-    """
-    return tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
-
-
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the SHA-256 of the canonical tokenizer.json: equal for tokenizers that give the same ids."""
     return json_fingerprint(tokenizer.backend_tokenizer.to_str())
-
-
-def json_fingerprint(tokenizer_json: str) -> str:
-    """Return the fingerprint of the text of a tokenizer.json, whatever its layout and batch settings."""
-    content = json.loads(tokenizer_json)
-    content["truncation"] = content["padding"] = None  # the last caller's settings, not the tokenizer's
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()

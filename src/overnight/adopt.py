@@ -1,0 +1,170 @@
+"""Token files that others wrote, made trainable where they lie: nothing is copied but a validation set to be cut.
+
+Taken are nanoGPT's `train.bin` and `val.bin` (raw uint16, data/openwebtext/prepare.py there), and what datatrove's
+DocumentTokenizer writes: `.ds` files in `train/` and `val/`, or in one folder, whose last file then validates.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from overnight import files, shards
+from overnight.recipe import DamagedData, Data, InputError
+from overnight.shards import FileRecord, Manifest, SourceRecord, SplitRule, SplitWriter
+from overnight.tokenizer import fingerprint, load_tokenizer
+
+TOKENS_AT_ONCE = 16_000_000
+
+
+def adopt(
+    origin: Path, data: Data, vocab_size: int, report: Callable[[str], None] = print, *, dry_run: bool = False
+) -> Manifest | None:
+    """Make `data.dir` a prepared folder whose shards are links to the token files in `origin`; returns its manifest.
+
+    Whether a text stands on both sides is not checked. Raises InputError for files that are not there or do not fit
+    the tokenizer, and DamagedData for an index that does not fit its tokens.
+    """
+    folder = Path(data.dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"`data.dir` is {folder}, which is not empty: name a new folder")
+    sides = find_sides(origin)
+    if dry_run:
+        for side, paths in sides.items():
+            report(f"{side}: {', '.join(map(str, paths))}")
+        return None
+    tokenizer = load_tokenizer(data.tokenizer)
+    if len(tokenizer) != vocab_size:
+        raise InputError(f"`model.vocab_size` is {vocab_size}, but {data.tokenizer} has {len(tokenizer)} entries")
+    partial = folder.with_name(folder.name + ".adopting")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        tokenizer.save_pretrained(partial / "tokenizer")
+        train = [
+            _linked(path, partial / "train" / f"{number:05d}.ds", vocab_size, tokenizer.eos_token_id)
+            for number, path in enumerate(sides["train"])
+        ]
+        val = _validation(sides["val"], partial, data.val_tokens, vocab_size, tokenizer.eos_token_id)
+        manifest = Manifest(
+            tokenizer=shards.TokenizerRecord(name=data.tokenizer, sha256=fingerprint(tokenizer)),
+            vocab_size=vocab_size,
+            eos_id=tokenizer.eos_token_id,
+            dtype=shards.dtype_for(vocab_size),
+            source=SourceRecord(
+                source="adopted",
+                path=str(origin.absolute()),
+                files=None,
+                revision=None,
+                commit=None,
+                text_column=data.text_column,
+                licence=data.licence,
+            ),
+            inputs=[],
+            split=SplitRule(
+                rule="adopted",
+                leakage="not checked",
+                reserved_fraction=None,
+                val_tokens=sum(record.tokens for record in val),
+                train_tokens=None,
+            ),
+            val=val,
+            train=train,
+            counts=shards.Counts(duplicates=0, reserved_unused=0, empty=0, unreadable=0, too_long=0, after_budget=0),
+        )
+        (partial / shards.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in (partial, *partial.rglob("*")):
+            files.sync(path)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    tokens = {side: sum(record.tokens for record in records) for side, records in (("train", train), ("val", val))}
+    report(
+        f"{folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens adopted from {origin}; "
+        "leakage between the sides: not checked"
+    )
+    return manifest
+
+
+def find_sides(origin: Path) -> dict[str, list[Path]]:
+    """The token files of each side. Raises InputError when `origin` is neither of the two layouts."""
+    if (origin / "train.bin").is_file() and (origin / "val.bin").is_file():
+        return {"train": [origin / "train.bin"], "val": [origin / "val.bin"]}
+    sides = {side: sorted((origin / side).glob("*.ds")) for side in ("train", "val")}
+    if all(sides.values()):
+        return sides
+    together = sorted(origin.glob("*.ds"))
+    if len(together) > 1:
+        return {"train": together[:-1], "val": together[-1:]}
+    found = ", ".join(sorted(path.name for path in origin.iterdir())[:8]) if origin.is_dir() else "no such folder"
+    raise InputError(
+        f"`--adopt` is {origin}: {found or 'an empty folder'}; train.bin and val.bin, train/*.ds and val/*.ds, or two "
+        "*.ds files would work"
+    )
+
+
+def _linked(origin: Path, path: Path, vocab_size: int, eos_id: int) -> FileRecord:
+    """Link `path` to the token file and write its index: the one that came with it, or made by scanning."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokens = _tokens(origin, vocab_size)
+    came = origin.with_name(origin.name + ".index")
+    ends = np.fromfile(came, "<u8") if came.is_file() else _ends(tokens, eos_id)
+    if not len(ends) or ends[-1] != len(tokens) or (np.diff(ends.astype(np.int64)) <= 0).any():
+        raise DamagedData(f"{came}: does not rise to the {len(tokens):,} tokens of {origin.name}; remove or remake it")
+    path.symlink_to(origin.absolute())
+    index = path.with_name(path.name + ".index")
+    index.write_bytes(ends.astype("<u8").tobytes())
+    return FileRecord(
+        path=f"{path.parent.name}/{path.name}",
+        tokens=len(tokens),
+        documents=len(ends),
+        bytes=tokens.nbytes,
+        sha256=files.sha256(origin),
+        index_sha256=files.sha256(index),
+    )
+
+
+def _validation(origins: list[Path], partial: Path, limit: int, vocab_size: int, eos_id: int) -> list[FileRecord]:
+    """The validation side: linked when it is no larger than `limit` tokens, otherwise its head, copied."""
+    size = sum(len(_tokens(path, vocab_size)) for path in origins)
+    if size <= limit:
+        return [
+            _linked(path, partial / "val" / f"{number:05d}.ds", vocab_size, eos_id)
+            for number, path in enumerate(origins)
+        ]
+    writer = SplitWriter(partial / "val", vocab_size, limit)
+    for path in origins:
+        if not writer.full:
+            head = np.asarray(_tokens(path, vocab_size)[:limit])
+            writer.write(head, np.diff(_ends(head, eos_id), prepend=0))
+    writer.close()
+    return writer.records
+
+
+def _tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """The tokens of a file, mapped. Raises InputError when it is not a whole number of ids below `vocab_size`."""
+    dtype = shards.little_endian(shards.dtype_for(vocab_size))
+    size = path.stat().st_size
+    if not size or size % dtype.itemsize:
+        raise InputError(f"{path}: {size} bytes are not a whole number of {dtype.name} tokens")
+    tokens = np.memmap(path, dtype, mode="r")
+    for start in range(0, len(tokens), TOKENS_AT_ONCE):
+        largest = int(tokens[start : start + TOKENS_AT_ONCE].max())
+        if largest >= vocab_size:
+            raise InputError(
+                f"{path}: holds token {largest}, and the tokenizer has {vocab_size} entries: it is another's"
+            )
+    return tokens
+
+
+def _ends(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """Where each document ends, behind its end of text; what follows the last one is a document too."""
+    parts = range(0, len(tokens), TOKENS_AT_ONCE)
+    ends = (
+        np.concatenate([start + np.flatnonzero(tokens[start : start + TOKENS_AT_ONCE] == eos_id) for start in parts])
+        + 1
+    )
+    return ends if len(ends) and ends[-1] == len(tokens) else np.append(ends, len(tokens))

@@ -1,0 +1,79 @@
+"""Where the tasks of a preparation run: in this process, on its cores, on a Slurm or on a Ray cluster.
+
+The last three are datatrove's executors; options for them go through as they are. Its marks of completed tasks carry
+no identity of the input, so they are not used: a task is done when its staged file is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+
+from overnight.recipe import InputError
+from overnight.signals import die_with_parent
+
+EXECUTORS = ("local", "slurm", "ray")
+
+
+def run_here(pipeline: Callable[[], list[PipelineStep]], tasks: int) -> None:
+    """Run the tasks one after the other in this process."""
+    for rank in range(tasks):
+        data: Any = None
+        for step in pipeline():
+            data = step(data, rank, tasks)
+        deque(data or (), maxlen=0)
+
+
+class Silent(LocalPipelineExecutor):
+    """Tasks log into files; what the first worker's say, datatrove would print on the terminal as well."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
+        try:
+            return super()._run_for_rank(rank, local_rank + 1, node_rank)
+        finally:
+            logger.remove()  # which ending the task's log has added again
+
+
+def run_local(pipeline: Callable[[], list[PipelineStep]], tasks: int, workers: int, logs: Path, options: dict) -> None:
+    """Run the tasks on the cores of this machine, `workers` at once, each in a process that is single-threaded."""
+    logger.remove()
+    os.register_at_fork(after_in_child=die_with_parent)  # datatrove's manager would outlive a killed command
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of both tokenizers, in the workers: this process tokenises nothing
+    try:
+        _made(Silent, pipeline(), tasks=tasks, workers=workers, logging_dir=str(logs), **options).run()
+    finally:
+        del os.environ["RAYON_NUM_THREADS"]
+
+
+def run_ray(pipeline: Callable[[], list[PipelineStep]], tasks: int, workers: int, logs: Path, options: dict) -> None:
+    """Run the tasks on a Ray cluster whose nodes share the folder, and wait for them."""
+    try:
+        import ray
+    except ImportError:
+        raise InputError("`--executor ray` needs Ray: pip install ray") from None
+    ray.init(ignore_reinit_error=True)
+    _made(RayPipelineExecutor, pipeline(), tasks=tasks, workers=workers, logging_dir=str(logs), **options).run()
+
+
+def submit_slurm(stage: list[PipelineStep], tasks: int, finish: list[PipelineStep], logs: Path, options: dict) -> str:
+    """Hand the tasks to Slurm, and behind them the one that puts their output together; returns that job's id."""
+    first = _made(SlurmPipelineExecutor, stage, tasks=tasks, logging_dir=str(logs / "stage"), **options)
+    alone = {name: value for name, value in options.items() if name != "workers"}
+    last = _made(SlurmPipelineExecutor, finish, tasks=1, depends=first, logging_dir=str(logs / "finish"), **alone)
+    last.run()
+    return str(last.job_id)
+
+
+def _made(kind: type[PipelineExecutor], pipeline: list[PipelineStep], **options: Any) -> PipelineExecutor:
+    try:
+        return kind(pipeline, **({"skip_completed": False} | options))
+    except TypeError as error:  # an option that the executor does not have, or one that it needs
+        raise InputError(f"`--executor-options`: {kind.__name__} says: {error}") from error

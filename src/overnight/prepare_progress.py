@@ -1,0 +1,133 @@
+"""What a person sees while data is prepared: files, documents, tokens, speed and the time left.
+
+The tasks write how far they are into files, wherever they run; a thread reads these, and notices a worker that was
+killed, which the pool that started it would wait for without end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from overnight.console import count, duration
+from overnight.recipe import Unreachable
+from overnight.staging import Job, read_stage
+
+SECONDS_BETWEEN_LINES = 10
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@contextmanager
+def watched(job: Job, report: Callable[[str], None]) -> Iterator[None]:
+    """Tell every ten seconds, and on a terminal all the time, how far the tasks of `job` are.
+
+    Raises Unreachable when a worker was killed: what it had finished is kept, so the same command goes on.
+    """
+    watcher = Watcher(job, report)
+    thread = threading.Thread(target=watcher.watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if watcher.killed is None:
+            raise
+        raise Unreachable(
+            f"worker {watcher.killed} was killed, perhaps for want of memory; what it had finished is kept: the same "
+            "command goes on from there, and takes less memory with fewer --workers"
+        ) from None
+    finally:
+        watcher.stopped.set()
+        thread.join()
+        watcher.look()
+        report(watcher.line())
+
+
+class Watcher:
+    """Adds up what the tasks report."""
+
+    def __init__(self, job: Job, report: Callable[[str], None]):
+        self.job, self.report = job, report
+        self.stopped = threading.Event()
+        self.killed: int | None = None
+        self.done: dict[int, Counter[str]] = {}  # of files that are staged
+        self.started = time.monotonic()
+        self.look()
+        self.before = self._sums()  # by an earlier command
+
+    def watch(self) -> None:
+        """Look until `stopped`."""
+        last = self.started
+        with Progress(BarColumn(), TextColumn("{task.description}"), transient=True, disable=not terminal()) as bar:
+            shown = bar.add_task("", total=1)
+            while not self.stopped.wait(SECONDS_BETWEEN_LOOKS):
+                self.look()
+                bar.update(shown, completed=self._sums()["share"], description=self.line())
+                if time.monotonic() - last > SECONDS_BETWEEN_LINES and not terminal():
+                    last = time.monotonic()
+                    self.report(self.line())
+
+    def line(self) -> str:
+        """Files, documents, tokens, speed and time left."""
+        now = self._sums()
+        seconds = max(time.monotonic() - self.started, 1e-3)
+        speed = (now["text_bytes"] - self.before["text_bytes"]) / seconds
+        gained = now["share"] - self.before["share"]
+        left = duration((1 - now["share"]) / gained * seconds) if gained > 0 else "-"
+        return (
+            f"{len(self.done)}/{len(self.job.files)} files, {count(now['documents'])} documents, "
+            f"{count(now['tokens'])} tokens, {speed / 1e6:.1f} MB/s, {left} left"
+        )
+
+    def look(self) -> None:
+        """Read what the tasks have written."""
+        self.running: dict[int, dict] = {}
+        for rank in range(len(self.job.files)):
+            if rank in self.done:
+                continue
+            if (stage := read_stage(self.job.stage(rank))) is not None:
+                self.done[rank] = Counter(stage.counts) + Counter(tokens=int(stage.documents["tokens"].sum()))
+            elif (path := self.job.report(rank)).exists():
+                self._look_at(rank, path)
+
+    def _look_at(self, rank: int, path: Path) -> None:
+        try:
+            self.running[rank] = json.loads(path.read_bytes())
+        except FileNotFoundError:  # its task has just ended
+            return
+        pid = self.running[rank]["pid"]
+        if self.killed is None and not _lives(pid) and path.exists():
+            self.killed = pid
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which waits for the pool
+
+    def _sums(self) -> Counter[str]:
+        sizes = [file.size for file in self.job.files]
+        sums: Counter = Counter()
+        for each in (*self.done.values(), *self.running.values()):
+            sums.update({name: each[name] for name in ("documents", "tokens", "text_bytes")})
+        read = sum(sizes[rank] for rank in self.done)
+        read += sum(sizes[rank] * about["share"] for rank, about in self.running.items())
+        sums["share"] = read / max(sum(sizes), 1)
+        return sums
+
+
+def terminal() -> bool:
+    """Whether a person looks on."""
+    return sys.stdout.isatty()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

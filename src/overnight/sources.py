@@ -1,0 +1,220 @@
+"""The files of a source, wherever they lie: found, fetched to the byte, and hashed before anything is decoded.
+
+Local files are read where they are. What lies behind a URL (http, https, hf, and whatever else fsspec has a file
+system for) is fetched in blocks, so that an interrupted transfer goes on at the byte that it had reached.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import fsspec
+from fsspec.core import url_to_fs
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from overnight import files
+from overnight.corpus import SUFFIXES
+from overnight.embedded import embedded_documents, embedded_version
+from overnight.recipe import DamagedData, Data, InputError, Unreachable
+
+EMBEDDED = "embedded.jsonl"
+EMBEDDED_BYTES = 11_000_000
+SHA256SUMS = "SHA256SUMS"
+BLOCK = 32 * 2**20
+"""Bytes of one request; what is lost at most when a transfer breaks."""
+PAUSES = (1, 2, 4, 8, 16, 32)
+"""Seconds before each further try of a request that failed; progress starts them anew."""
+REFUSALS = {400, 401, 403, 404, 405, 410, 451}
+"""HTTP answers that another try does not change."""
+
+T = TypeVar("T")
+
+
+class SourceFile(NamedTuple):
+    """One input file: path or URL, size, what changes when its content does, and its SHA-256 where one is published."""
+
+    name: str
+    size: int
+    version: str
+    sha256: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Its format: .txt, .jsonl or .parquet."""
+        return Path(self.name).suffix
+
+    @property
+    def remote(self) -> bool:
+        """Whether it has to be fetched."""
+        return "://" in self.name
+
+    @property
+    def key(self) -> str:
+        """A short name for this very content, for what is kept about it."""
+        return hashlib.sha256(json.dumps([self.name, self.size, self.version]).encode()).hexdigest()[:16]
+
+
+def find(data: Data, commit: str | None) -> list[SourceFile]:
+    """The files of the source, sorted by name; those of a Hub dataset at `commit`.
+
+    Raises InputError naming the recipe key for what cannot be found or read, and Unreachable for a network that fails.
+    """
+    if data.source == "embedded":
+        return [SourceFile(EMBEDDED, EMBEDDED_BYTES, embedded_version())]
+    if data.path is None:
+        raise InputError(f"`data.path` is empty, but data.source is {data.source}: name a path, a URL or a dataset")
+    named = [data.path] if isinstance(data.path, str) else data.path
+    if data.source == "datasets":
+        named = [_hub_url(data, commit)]
+    found = {file.name: file for pattern in named for file in (_remote if "://" in pattern else _local)(pattern)}
+    return [found[name] for name in sorted(found)]
+
+
+def pinned_commit(data: Data) -> str | None:
+    """The commit that a Hub dataset's revision means now; None for other sources."""
+    if data.source != "datasets":
+        return None
+    from huggingface_hub import HfApi
+
+    name = data.path
+    if not isinstance(name, str) or name.count("/") != 1:
+        raise InputError(f"`data.path` is {name}; the name of one dataset, owner/name, would work")
+    place = f"{name} at {data.revision or 'its main branch'}"
+    return patiently(lambda: HfApi().dataset_info(name, revision=data.revision), place).sha
+
+
+def _hub_url(data: Data, commit: str | None) -> str:
+    return f"hf://datasets/{data.path}@{commit}/{data.files or '**'}"
+
+
+def _local(pattern: str) -> Iterator[SourceFile]:
+    root = Path(pattern).expanduser()
+    names = [str(path) for path in root.iterdir()] if root.is_dir() else glob.glob(str(root), recursive=True)
+    found = sorted(Path(name) for name in names if not root.is_dir() or Path(name).suffix in SUFFIXES)
+    if not found:
+        raise InputError(f"`data.path` is {pattern}: no file found there; it takes {', '.join(SUFFIXES)} or a folder")
+    for path in found:
+        _require_format(str(path), pattern)
+        about = path.stat()
+        yield SourceFile(str(path), about.st_size, str(about.st_mtime_ns), _published(path))
+
+
+def _published(path: Path) -> str | None:
+    """The SHA-256 that a SHA256SUMS beside the file has for it."""
+    sums = path.with_name(SHA256SUMS)
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
+    return {name.lstrip("*"): sha256 for sha256, _, name in (line.partition("  ") for line in lines)}.get(path.name)
+
+
+def _remote(pattern: str) -> Iterator[SourceFile]:
+    system, root = patiently(lambda: url_to_fs(pattern), pattern)
+    names = [root]
+    if glob.has_magic(root) and not pattern.startswith("http"):
+        names = patiently(lambda: [name for name in system.glob(root) if Path(name).suffix in SUFFIXES], pattern)
+        if not names:
+            raise InputError(f"`data.path` or `data.files` is {pattern}: no {', '.join(SUFFIXES)} file found there")
+    for name in names:
+        url = system.unstrip_protocol(name)
+        _require_format(url, pattern)
+        about = patiently(partial(system.info, name), url)
+        if not about.get("size"):
+            raise InputError(f"`data.path`: {url} has no size, or its server does not tell it; copy it to a local file")
+        sha256 = (about.get("lfs") or {}).get("sha256")
+        version = sha256 or about.get("blob_id") or about.get("ETag") or about.get("LastModified") or ""
+        yield SourceFile(url, about["size"], str(version), sha256)
+
+
+def _require_format(name: str, pattern: str) -> None:
+    if Path(name).suffix not in SUFFIXES:
+        raise InputError(f"`data.path` is {pattern}: cannot read {name}; files end in {', '.join(SUFFIXES)}")
+
+
+def patiently(action: Callable[[], T], name: str) -> T:
+    """Return `action()`, tried again with growing pauses while the network fails.
+
+    Raises InputError when the answer is a refusal, and Unreachable when it still fails after the last pause.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return action()
+        except Exception as error:  # the clients of fsspec's file systems and of the Hub share no base class
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            if _is_refusal(error):
+                raise InputError(
+                    f"`data.path`: {name} cannot be had ({said}); check spelling, revision and access"
+                ) from error
+            if pause is None:
+                raise Unreachable(
+                    f"`data.path`: {name} cannot be reached ({said}), tried {len(PAUSES) + 1} times; what has been "
+                    "fetched and tokenised is kept: the same command goes on from there"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("unreachable: the last pause is None")
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether another try would be answered in the same way."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        return _is_refusal(error.__cause__)  # fsspec says so of every file of a server that it cannot reach
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in REFUSALS
+    return isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError | OfflineModeIsEnabled)
+
+
+def fetch(file: SourceFile, folder: Path) -> tuple[Path, str]:
+    """Return where the whole file lies on this machine, and its SHA-256.
+
+    `folder` keeps what was fetched, and the sums, between two calls. Raises DamagedData when the SHA-256 is not the
+    published one, and what `patiently` raises.
+    """
+    path = folder / f"{file.key}{file.suffix}" if file.remote or file.name == EMBEDDED else Path(file.name)
+    known = folder / f"{file.key}.sha256"
+    if path.is_file() and known.is_file():
+        return path, known.read_text()
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.name == EMBEDDED:
+        files.write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in embedded_documents()))
+    elif file.remote:
+        _fetch_remote(file, path)
+    found = files.sha256(path)
+    if file.sha256 not in (None, found):
+        if file.remote:
+            path.unlink()  # so that the next try fetches it anew
+        raise DamagedData(f"{file.name}: SHA-256 {file.sha256} expected, {found} found; fetch or write it again")
+    files.write_whole(known, found)
+    return path, found
+
+
+def _fetch_remote(file: SourceFile, path: Path) -> None:
+    system, root = url_to_fs(file.name)
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("ab") as out:
+        while (have := out.tell()) < file.size:
+            end = min(have + BLOCK, file.size)
+            out.write(patiently(partial(_block, system, root, have, end), file.name))
+        out.flush()
+        os.fsync(out.fileno())
+    aside.rename(path)
+
+
+def _block(system: fsspec.AbstractFileSystem, root: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a remote file; raises OSError, which is tried again, when there are more or fewer."""
+    block = system.cat_file(root, start=start, end=end)
+    if len(block) != end - start:
+        raise OSError(f"{end - start} bytes asked for at {start}, {len(block)} received")
+    return block
+
+
+def discard(file: SourceFile, folder: Path) -> None:
+    """Remove what `fetch` keeps of a file that is done with; a local file itself is the user's."""
+    for path in (folder / f"{file.key}{file.suffix}", folder / f"{file.key}.sha256"):
+        path.unlink(missing_ok=True)

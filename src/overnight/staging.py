@@ -1,0 +1,365 @@
+"""One input file to staged tokens, as a datatrove pipeline: read its documents, key them, tokenise and write them.
+
+A file is a task of its own; what it becomes depends on nothing but the file and the tokenizer, so tasks may run
+anywhere and in any order. Which documents are used, and on which side, is decided when the staged files are put
+together (prepare.py). A staged file is a folder that has its name only when it is whole:
+
+    tokens.bin     the ids of all documents, each followed by the end of text, little-endian uint16 or uint32
+    documents.bin  a DOCUMENT for each, in the order of the file; of texts that are equal the first alone
+    stage.json     what was read: an InputRecord and the counts of what was not used
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from overnight import files, sources
+from overnight.corpus import NOT_TEXT, TOO_LONG, first_training_key, rows, text_hash
+from overnight.encoder import encoder_of
+from overnight.recipe import DamagedData, Data, InputError, Unreachable
+from overnight.shards import DType, InputRecord, little_endian
+from overnight.signals import die_with_parent
+from overnight.sources import SourceFile
+
+DOCUMENT = np.dtype([("high", ">u8"), ("low", ">u8"), ("tokens", "<u4")])
+"""A document's key, in two halves that sort as its bytes do, and its tokens, the end of text included."""
+BATCH_CHARACTERS = 2_000_000
+"""Text that is tokenised at once."""
+CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 16, 100_000
+"""At the head of every file so many are tokenised with `tokenizers` as well."""
+MOST_REJECTED = 0.01
+"""Share of a file's rows that cannot be used above which the file is taken to be damaged."""
+MOST_LISTED = 100
+SECONDS_BETWEEN_REPORTS = 0.5
+STAGE_FORMAT = 1
+DUPLICATE, EMPTY = "duplicate", "empty"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of a preparation share; `folder` is the one that is built in."""
+
+    folder: Path
+    data: Data
+    files: tuple[SourceFile, ...]
+    tokenizer: str  # its folder's name in `folder`
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    dtype: DType
+
+    @property
+    def inputs(self) -> Path:
+        """Where fetched files are kept until they are staged."""
+        return self.folder / "inputs"
+
+    def stage(self, rank: int) -> Path:
+        """The staged folder of one file, named for all that decides its content."""
+        about = json.dumps([self.files[rank].key, self.data.text_column, self.tokenizer, STAGE_FORMAT])
+        return self.folder / "stage" / hashlib.sha256(about.encode()).hexdigest()[:16]
+
+    def report(self, rank: int) -> Path:
+        """Where the task of one file says how far it is."""
+        return self.folder / "progress" / f"{rank:05d}.json"
+
+    def error(self, rank: int) -> Path:
+        """Where the task of one file leaves the problem that ended it."""
+        return self.folder / "errors" / f"{rank:05d}.json"
+
+
+class Stage(NamedTuple):
+    """A staged file, opened."""
+
+    folder: Path
+    record: InputRecord
+    counts: dict[str, int]
+    documents: np.ndarray
+
+
+def read_stage(folder: Path) -> Stage | None:
+    """Open a staged file; None while there is none."""
+    try:
+        about = json.loads((folder / "stage.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    documents = np.fromfile(folder / "documents.bin", DOCUMENT)
+    return Stage(folder, InputRecord.model_validate(about["record"]), about["counts"], documents)
+
+
+class Allotment(NamedTuple):
+    """For each file in order, by document number: those that train, in order, and those that validate, in key order.
+
+    `training` and `reserved` count the documents of these files that survived, used or not; `duplicates` are those
+    across the files. `enough` says that both budgets are met.
+    """
+
+    train: list[np.ndarray]
+    val: list[np.ndarray]
+    training: int
+    reserved: int
+    duplicates: int
+    enough: bool
+
+
+def allot(documents: list[np.ndarray], data: Data) -> Allotment:
+    """Say what becomes of the documents of a set's first files; files that the budgets make needless are left out.
+
+    Equal keys: the first survives. Reserved documents never train: validation takes those of the first file in the
+    order of their keys, and those of a later file only when the files before it did not suffice.
+    """
+    every = np.concatenate([*documents, np.empty(0, DOCUMENT)])
+    high, low = every["high"].astype(np.uint64), every["low"].astype(np.uint64)
+    first = _first_of_equal(high, low)
+    border = first_training_key(data.reserved_fraction)
+    reserved = first & (high <= border - 1) if border else np.zeros(len(first), bool)
+    training = first & ~reserved
+    train, val = [], []
+    train_left, val_left = data.train_tokens or np.inf, data.val_tokens
+    stop = 0
+    for file in documents:
+        start, stop = stop, stop + len(file)
+        kept = np.flatnonzero(training[start:stop]) if train_left > 0 else np.empty(0, np.int64)
+        held = np.flatnonzero(reserved[start:stop]) if val_left > 0 else np.empty(0, np.int64)
+        train.append(kept)
+        val.append(held[np.lexsort((file["low"][held], file["high"][held]))])
+        train_left -= int(file["tokens"][kept].sum())
+        val_left -= int(file["tokens"][held].sum())
+        if train_left <= 0 and val_left <= 0:
+            break
+    counts = {name: int(marks[:stop].sum()) for name, marks in (("training", training), ("reserved", reserved))}
+    duplicates = int((~first[:stop]).sum())
+    return Allotment(train, val, **counts, duplicates=duplicates, enough=train_left <= 0 and val_left <= 0)
+
+
+def _first_of_equal(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Marks the documents before which no other has the same key."""
+    order = np.lexsort((low, high))  # stable: of equal keys the earliest comes first
+    again = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+    first = np.ones(len(order), bool)
+    first[order[1:][again]] = False
+    return first
+
+
+def pipeline(job: Job) -> list[PipelineStep]:
+    """The steps of a task, for any of datatrove's executors."""
+    return [ReadDocuments(job), KeyDocuments(), StageTokens(job)]
+
+
+class ReadDocuments(PipelineStep):
+    """Fetches the task's file and yields a Document for each of its rows; `metadata` says why a row has no text."""
+
+    type, name = "READER", "text files"
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.job = job
+
+    def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yield the rows of file number `rank`. Raises what `sources.fetch` and `corpus.rows` raise."""
+        file = self.job.files[rank]
+        path, _ = sources.fetch(file, self.job.inputs)
+        for number, row in enumerate(rows(path, file.suffix, self.job.data.text_column, file.name)):
+            yield Document(row.text or "", str(number), metadata={"share": row.share, "rejected": row.rejected})
+
+
+class KeyDocuments(PipelineStep):
+    """Gives each document the key that deduplication and split go by, and drops the text of what the file repeats."""
+
+    type, name = "DEDUP", "keys"
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yield all documents with `metadata["key"]`, or with the reason why they are not used."""
+        seen: set[bytes] = set()
+        for document in data:
+            if not document.metadata["rejected"]:
+                key = text_hash(document.text)
+                if not document.text.strip():
+                    document.metadata["rejected"] = EMPTY
+                elif key in seen:
+                    document.metadata["rejected"] = DUPLICATE
+                seen.add(key)
+                document.metadata["key"] = key
+            yield document
+
+
+class StageTokens(PipelineStep):
+    """Tokenises the documents of a task and writes the staged file, unless it is there or not needed any more."""
+
+    type, name = "WRITER", "token shards"
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.job = job
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Stage file number `rank`; a problem with the input is left in `Job.error`, and no further task begins."""
+        job = self.job
+        with _bound_to_parent(job.folder):
+            if job.stage(rank).exists() or any(job.error(0).parent.glob("*.json")) or _enough_before(job, rank):
+                return
+            try:
+                with files.room_in(job.folder, "data.dir"):
+                    self._stage(data, rank)
+                sources.discard(job.files[rank], job.inputs)
+            except InputError as error:
+                _leave(job.error(rank), error)
+            finally:
+                job.report(rank).unlink(missing_ok=True)
+
+    def _stage(self, data: Iterable[Document], rank: int) -> None:
+        target = self.job.stage(rank)
+        aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        aside.mkdir(parents=True)
+        try:
+            self._write(aside, data, rank)
+            files.sync(aside)
+            aside.rename(target)
+            files.sync(target.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _write(self, folder: Path, data: Iterable[Document], rank: int) -> None:
+        tally = Tally(self.job, rank)
+        encode = encoder_of(self.job.folder / self.job.tokenizer)
+        with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as documents:
+            for number, batch in enumerate(_batches(tally.counted(data))):
+                texts = [document.text for document in batch]
+                if number == 0:
+                    encode.check(_head(texts), self.job.files[rank].name)
+                ids, ends = encode(texts)
+                # Each end of text stands behind the last token of its document.
+                tokens.write(np.insert(ids, ends, self.job.eos_id).astype(little_endian(self.job.dtype)).tobytes())
+                lengths = np.diff(ends, prepend=0) + 1
+                documents.write(_documents([document.metadata["key"] for document in batch], lengths))
+                tally.tokens += int(lengths.sum())
+            for file in (tokens, documents):
+                file.flush()
+                os.fsync(file.fileno())
+        path, sha256 = sources.fetch(self.job.files[rank], self.job.inputs)  # which knows it since it was read
+        files.write_whole(folder / "stage.json", json.dumps(tally.summary(path.stat().st_size, sha256)))
+        files.sync(folder / "stage.json")
+
+
+class Tally:
+    """Counts the documents of one file on their way, and says every half second how far it is."""
+
+    def __init__(self, job: Job, rank: int):
+        self.file, self.path = job.files[rank], job.report(rank)
+        self.counts: Counter[str] = Counter()
+        self.rejected: list[str] = []
+        self.tokens = 0
+        self._last = 0.0
+
+    def counted(self, data: Iterable[Document]) -> Iterator[Document]:
+        """Yield what is to be written. Raises DamagedData at the end when too many rows could not be used."""
+        for document in data:
+            self.counts["rows"] += 1
+            reason = document.metadata["rejected"]
+            if reason in (NOT_TEXT, TOO_LONG):
+                self.counts[reason] += 1
+                if len(self.rejected) < MOST_LISTED:
+                    self.rejected.append(f"row {document.id}: {reason}")
+                continue
+            raw = len(document.text) if document.text.isascii() else len(document.text.encode())
+            self.counts.update(documents=1, characters=len(document.text), text_bytes=raw)
+            if reason:
+                self.counts[reason] += 1
+            else:
+                yield document
+            self._report(document.metadata["share"])
+        bad = self.counts[NOT_TEXT] + self.counts[TOO_LONG]
+        if bad > MOST_REJECTED * self.counts["rows"]:
+            raise DamagedData(
+                f"`data.path`: {self.file.name}: {bad:,} of {self.counts['rows']:,} rows cannot be used, first "
+                f"{self.rejected[0]}; fetch or write it again"
+            )
+
+    def _report(self, share: float) -> None:
+        if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
+            self._last = time.monotonic()
+            about = {"share": share, "tokens": self.tokens, "pid": os.getpid()} | self.counts
+            files.write_whole(self.path, json.dumps(about))
+
+    def summary(self, size: int, sha256: str) -> dict:
+        """The content of `stage.json` for a file of that size and SHA-256."""
+        numbers = {name: self.counts[name] for name in ("rows", "documents", "characters", "text_bytes")}
+        record = InputRecord(name=self.file.name, bytes=size, sha256=sha256, rejected=self.rejected, **numbers)
+        return {"record": record.model_dump(), "counts": dict(self.counts)}
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _head(texts: list[str]) -> list[str]:
+    sizes = np.cumsum([len(text) for text in texts[:CHECKED_DOCUMENTS]])
+    return texts[: max(1, int(np.searchsorted(sizes, CHECKED_CHARACTERS)))]
+
+
+def _documents(keys: list[bytes], lengths: np.ndarray) -> bytes:
+    records = np.empty(len(keys), DOCUMENT)
+    halves = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
+    records["high"], records["low"], records["tokens"] = halves[:, 0], halves[:, 1], lengths
+    return records.tobytes()
+
+
+def _enough_before(job: Job, rank: int) -> bool:
+    """Whether the files before this one, as far as they are staged, meet both budgets."""
+    before = []
+    for number in range(rank):
+        if (stage := read_stage(job.stage(number))) is None:
+            break
+        before.append(stage.documents)
+    return bool(before) and job.data.train_tokens is not None and allot(before, job.data).enough
+
+
+def _leave(path: Path, error: InputError) -> None:
+    path.parent.mkdir(exist_ok=True)
+    files.write_whole(path, json.dumps([type(error).__name__, error.problems]))
+
+
+def raise_left(folder: Path) -> None:
+    """Raise the problems that tasks left there, as one error of the gravest kind."""
+    left = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+    kinds = {kind.__name__: kind for kind in (Unreachable, InputError, DamagedData)}
+    if left:
+        gravest = max((kind for kind, _ in left), key=list(kinds).index)
+        raise kinds[gravest]([problem for _, problems in left for problem in problems])
+
+
+@contextmanager
+def _bound_to_parent(folder: Path) -> Iterator[None]:
+    """In a worker process: die with the one that started it, leave Ctrl-C to it, and hold the lock of the workers."""
+    import multiprocess
+
+    if multiprocess.parent_process() is not None:
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with (folder / "workers.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
