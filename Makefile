@@ -58,11 +58,11 @@ test-all: $(VENV)/.installed-test ## every test
 	$(HOW_TO_ACTIVATE)
 
 # Written beside the page first, so that a benchmark that fails leaves the page as it was.
-bench: $(BASE) ## speed, memory and learning beside others into docs/benchmarks.md, two hours; ARGS="--nanogpt DIR"
+bench: $(VENV)/.installed-test ## speed, memory and learning beside others into docs/benchmarks.md, hours; ARGS="--nanogpt DIR"
 	@{ echo "# Benchmarks"; echo; \
 	echo "What \`make bench\` printed; the scripts are in [benchmarks/](../benchmarks)."; \
 	for words in loss.py "loss.py --rows 4096 --vocabulary 4096 --width 128" memory.py "training_step.py $(ARGS)" \
-	tokens_to_loss.py; do \
+	prepare.py tokens_to_loss.py; do \
 	printf '\n```sh\npython benchmarks/%s\n```\n\n```text\n' "$${words% }"; \
 	$(RUN) -W ignore benchmarks/$$words; \
 	echo '```'; done; } > docs/benchmarks.md.partial

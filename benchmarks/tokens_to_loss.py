@@ -4,7 +4,9 @@ Every arm trains the quickstart's model on the embedded corpus through recipes/t
 and batch. An arm's learning rate is the best of a sweep on the tuning seed, widened while the best lies at its edge;
 ours keeps the recipe's. Then every arm trains on other seeds. Ours does so at several budgets, each a whole run with
 its own decay; the budget that reaches another arm's final loss is read off between them, linear in the log of tokens.
-A run that was finished before in the same folder is not trained again.
+All of it is some thirty runs of ten minutes on one core. What a run came to is added to tokens_to_loss.jsonl beside
+this script, with the commit and the machine; a run that stands there is not trained again, unless --record names
+another file.
 """
 
 from __future__ import annotations
@@ -74,6 +76,28 @@ class Outcome(NamedTuple):
         return self.curve[max(self.curve)]
 
 
+def read_record(record: Path) -> dict[str, dict]:
+    """What runs came to before, by their names."""
+    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    return {each["name"]: each for each in map(json.loads, lines)}
+
+
+def outcome_of(job: Job, folder: Path, record: Path) -> Outcome:
+    """What `job` came to: from the record, or else by running it and adding it there."""
+    known = read_record(record).get(job.name)
+    if known is None:
+        outcome = run(job, folder)
+        environment = json.loads((folder / "runs" / job.name / "environment.json").read_text(encoding="utf-8"))
+        about = {"name": job.name, "overrides": job.overrides}
+        about |= {name: environment[name] for name in ("commit", "device", "data")}
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(about | outcome._asdict()) + "\n")
+        return outcome
+    if known["overrides"] != job.overrides:
+        sys.exit(f"{record} has {job.name} with other settings; name another --record, or remove the line")
+    return Outcome({int(mark): loss for mark, loss in known["curve"].items()}, known["tokens_per_second"])
+
+
 def run(job: Job, folder: Path) -> Outcome:
     """Train `job` in `folder`, one thread, and read its metrics."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "recipes" / "train.py")]
@@ -92,18 +116,18 @@ def run(job: Job, folder: Path) -> Outcome:
     return outcome
 
 
-def run_all(jobs: list[Job], folder: Path, at_once: int) -> dict[Job, Outcome]:
-    """All jobs, `at_once` of them side by side."""
-    with ThreadPoolExecutor(at_once) as pool:
-        return dict(zip(jobs, pool.map(lambda job: run(job, folder), jobs), strict=True))
+def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[Job, Outcome]:
+    """All jobs, `args.at_once` of them side by side."""
+    with ThreadPoolExecutor(args.at_once) as pool:
+        return dict(zip(jobs, pool.map(lambda job: outcome_of(job, args.folder, args.record), jobs), strict=True))
 
 
-def sweep(arm: str, folder: Path, at_once: int) -> tuple[float, dict[float, float]]:
+def sweep(arm: str, args: argparse.Namespace) -> tuple[float, dict[float, float]]:
     """The best learning rate of an arm on the tuning seed, and the final loss of each that was tried."""
     tried: dict[float, float] = {}
     wanted = list(SWEEPS[arm])
     while wanted:
-        found = run_all([Job(arm, TUNING_SEED, lr) for lr in wanted], folder, at_once)
+        found = run_all([Job(arm, TUNING_SEED, lr) for lr in wanted], args)
         tried |= {job.lr: outcome.loss for job, outcome in found.items() if job.lr is not None}
         best = min(tried, key=lambda lr: tried[lr])
         wanted = [best / 2] if best == min(tried) else [best * 2] if best == max(tried) else []
@@ -134,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="other than the tuning seed")
     parser.add_argument("--folder", type=Path, default=Path("runs/tokens_to_loss"), help="where the runs are kept")
+    parser.add_argument("--record", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="what runs came to")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
     args = parser.parse_args()
     if TUNING_SEED in args.seeds:
@@ -141,15 +166,17 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
 
     ours = [Job("ours", seed, None, round(share * ITERATIONS)) for seed in args.seeds for share in BUDGETS]
-    results = {ours[0]: run(ours[0], args.folder)}  # alone: it prepares the data that all others open
-    results |= run_all(ours[1:], args.folder, args.at_once)
+    before = len(read_record(args.record))
+    results = run_all(ours[:1], args)  # alone: it prepares the data that all others open
+    results |= run_all(ours[1:], args)
     print(f"the quickstart's model and data, {ITERATIONS * 4096:,} tokens a run, seeds {args.seeds}")
+    print(f"{before} runs were read from {args.record.name}, the others trained now")
     print(f"ours: the recipe as it is; others: learning rate swept on seed {TUNING_SEED}\n")
     print("learning rates tried, with the validation loss at the end")
     for arm in SWEEPS:
-        best, tried = sweep(arm, args.folder, args.at_once)
+        best, tried = sweep(arm, args)
         print(f"  {arm:13}" + "  ".join(f"{lr:g}: {loss:.4f}{'*' if lr == best else ''}" for lr, loss in tried.items()))
-        results |= run_all([Job(arm, seed, best) for seed in args.seeds], args.folder, args.at_once)
+        results |= run_all([Job(arm, seed, best) for seed in args.seeds], args)
 
     whole = {
         arm: [o for job, o in results.items() if (job.arm, job.iterations) == (arm, ITERATIONS)] for arm in SETTINGS

@@ -13,7 +13,7 @@ from overnight.cli import recipe_command
 from overnight.recipe import Recipe
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe", action="store_true", help="train 20 iterations on this device and measure them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="with --probe, write the measurements there as well")
 
@@ -32,4 +32,4 @@ def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(recipe_command(__doc__, run, options=options))
+    sys.exit(recipe_command(__doc__, run, options=add_options))

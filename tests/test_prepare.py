@@ -125,16 +125,22 @@ if sys.argv[1] == "writing":
     shards.ShardWriter.write = die
 else:
     rename = Path.rename
-    Path.rename = lambda self, target: die() if self.name == "whole" else rename(self, target)
+    def renamed(self, target):
+        if self.name != "whole":
+            return rename(self, target)
+        if sys.argv[1] == "named":
+            rename(self, target)
+        die()
+    Path.rename = renamed
 prepare(Data.model_validate_json(sys.argv[2]), 300)
 """
 
 
-@pytest.mark.parametrize("moment", ["writing", "naming"])
-def test_a_killed_preparation_leaves_no_folder_and_the_next_one_gives_the_same_bytes(data, tmp_path, moment):
+@pytest.mark.parametrize("moment", ["writing", "naming", "named"])
+def test_a_killed_preparation_leaves_no_half_folder_and_the_next_one_gives_the_same_bytes(data, tmp_path, moment):
     killed = subprocess.run([sys.executable, "-c", KILLED, moment, data.model_dump_json()], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert not Path(data.dir).exists()
+    assert Path(data.dir).exists() == (moment == "named")
     assert Path(data.dir + ".partial").exists()
     prepare(data, VOCAB, **SILENT)
     prepare(data.model_copy(update={"dir": str(tmp_path / "undisturbed")}), VOCAB, **SILENT)

@@ -118,13 +118,14 @@ def run_bytes(recipe: Recipe) -> int:
 
 
 def data_bytes(recipe: Recipe) -> int:
-    """What the data folder still needs: nothing once it is prepared, else its tokens; the download is streamed."""
+    """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
     from overnight.shards import is_prepared  # brings tokenizers, which may be what is missing
 
     if is_prepared(Path(recipe.data.dir)):
         return 0
     tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
-    return tokens * (2 if recipe.model.vocab_size <= 65_536 else 4)
+    token_bytes = 2 if recipe.model.vocab_size <= 65_536 else 4
+    return 2 * tokens * token_bytes + int((recipe.data.download_gb or 0) * 1e9)
 
 
 def _normalised(name: str) -> str:

@@ -75,13 +75,16 @@ def prepare(
     if shards.is_prepared(folder):
         _require_same_request(folder, data, vocab_size)
         report(f"{folder}: already prepared; verifying it")
+        if _partial(folder).exists():  # killed after the folder had its name
+            with _claimed(folder) as partial:
+                shutil.rmtree(partial)
         return shards.verify(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"`data.dir` is {folder}, which holds other files and no {shards.MANIFEST}: name a new folder")
     workers = workers or Workers()
     with _claimed(folder) as partial, room_in(partial, "data.dir"):
         commit = sources.pinned_commit(data)
-        job = _job(partial, data, commit, vocab_size, report)
+        job = _job(partial, data, commit, vocab_size, workers.count, report)
         if workers.executor == "slurm":
             number = _submit(job, folder, commit, workers)
             report(f"{folder}: handed to Slurm; it is there when job {number} has ended, and says so in {partial}/logs")
@@ -95,10 +98,14 @@ def prepare(
     return manifest
 
 
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
 @contextmanager
 def _claimed(folder: Path) -> Iterator[Path]:
     """Lend the folder of the work in hand to one process, when no worker of an earlier one is left in it."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial = _partial(folder)
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("a") as lock, (partial / "workers.lock").open("a") as workers:
         try:
@@ -113,10 +120,12 @@ def _claimed(folder: Path) -> Iterator[Path]:
         yield partial
 
 
-def _job(partial: Path, data: Data, commit: str | None, vocab_size: int, report: Callable[[str], None]) -> Job:
+def _job(
+    partial: Path, data: Data, commit: str | None, vocab_size: int, workers: int, report: Callable[[str], None]
+) -> Job:
     """What the tasks need: the files, found and with room for what they become, and the tokenizer in the folder."""
     files = sources.find(data, commit)
-    _require_room(partial, data, vocab_size, files)
+    _require_room(partial, data, vocab_size, files, workers)
     about = [data.tokenizer, vocab_size]
     if data.tokenizer == "trained":
         about += [data.reserved_fraction, data.text_column, [file.key for file in files]]
@@ -139,12 +148,13 @@ def _job(partial: Path, data: Data, commit: str | None, vocab_size: int, report:
     )
 
 
-def _require_room(partial: Path, data: Data, vocab_size: int, files: list[SourceFile]) -> None:
-    """Raise InputError when the disk will not hold the staged files, the shards and what has to be fetched."""
+def _require_room(partial: Path, data: Data, vocab_size: int, files: list[SourceFile], workers: int) -> None:
+    """Raise InputError when the disk will not hold the staged files, the shards, and the files fetched at one time."""
     size = np.dtype(shards.dtype_for(vocab_size)).itemsize
     staged = sum(file.size * TOKEN_BYTES_PER_INPUT_BYTE[file.suffix] for file in files) * size / 2
     wanted = staged if data.train_tokens is None else (data.train_tokens + data.val_tokens) * size
-    fetched = sum(file.size for file in files if file.remote)
+    remote = sorted((file.size for file in files if file.remote), reverse=True)
+    fetched = sum(remote if data.tokenizer == "trained" else remote[:workers])  # each goes when it is staged
     held = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     needed, free = staged + min(wanted, staged) + fetched - held, shutil.disk_usage(partial).free
     if needed > free:
