@@ -138,22 +138,15 @@ def datatrove(text: Path, tokenizer: Path, out: Path, workers: int) -> None:
 
 
 def timed(action) -> None:
-    """Run `action` and print the CPU-seconds and the wall seconds of this process and all that it starts."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    before, started = cpu_seconds(), time.monotonic()
+    """Run `action`; print its wall seconds, and the CPU-seconds that went before it."""
+    before, started = cpu_seconds(resource.RUSAGE_SELF), time.monotonic()
     action()
-    wall = time.monotonic() - started
-    while True:  # those whose parents have ended are ours to wait for
-        try:
-            os.wait()
-        except ChildProcessError:
-            break
-    print(json.dumps({"cpu": cpu_seconds() - before, "wall": wall}))
+    print(json.dumps({"before": before, "wall": time.monotonic() - started}))
 
 
-def cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+def cpu_seconds(who: int) -> float:
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
 
 
 def documents(arm: str, out: Path) -> list[str]:
@@ -190,10 +183,17 @@ def run(arm: str, text: Path, tokenizer: Path, out: Path, workers: int) -> dict:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "DATATROVE_COLORIZE_LOGS": "0"}
     if workers == 1:
         quiet["RAYON_NUM_THREADS"] = "1"
+    spent = cpu_seconds(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | quiet)
     if done.returncode:
         sys.exit(f"{arm} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    while True:  # workers whose parents have ended are ours to wait for
+        try:
+            os.wait()
+        except ChildProcessError:
+            break
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return measured | {"cpu": cpu_seconds(resource.RUSAGE_CHILDREN) - spent - measured["before"]}
 
 
 def main() -> None:
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=100, help="of text, at most what is installed")
     parser.add_argument("--rounds", type=int, default=3, help="of all arms")
     args = parser.parse_args()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         write_tokenizer(place / "gpt2")

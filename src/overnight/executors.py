@@ -20,8 +20,6 @@ from loguru import logger
 from overnight.recipe import InputError
 from overnight.signals import die_with_parent
 
-EXECUTORS = ("local", "slurm", "ray")
-
 
 def run_here(pipeline: Callable[[], list[PipelineStep]], tasks: int) -> None:
     """Run the tasks one after the other in this process."""

@@ -55,7 +55,7 @@ SPLIT_KEYS = {"reserved_fraction", "val_tokens", "train_tokens"}
 
 @dataclass(frozen=True)
 class Workers:
-    """Where the files are staged: `executor` is one of executors.EXECUTORS, `options` are its own."""
+    """Where the files are staged: `executor` is local, slurm or ray, `options` are its own."""
 
     executor: str = "local"
     count: int = 1
