@@ -2,9 +2,9 @@
 
 ours: what recipes/prepare.py does, deduplication, split, checks and checksums included. nanogpt: `datasets.map` with
 `tokenizers` and then a memmap, as nanoGPT's data/openwebtext/prepare.py does it. datatrove: its ParquetReader and its
-DocumentTokenizer, under its local executor. The arms alternate in fresh processes; of each, the CPU-seconds of all its
-processes count from when its libraries are imported to its end. The text is the installed Python packages': every
-source file, code and English, is a document, in FineWeb-Edu's columns.
+DocumentTokenizer, under its local executor. The arms alternate in fresh processes, ours before and after the others;
+the CPU-seconds of all their processes count, from when the first has imported its libraries. The text is the installed
+Python packages': every source file, code and English, is a document.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: whoever loses its parent becomes our child, and its CPU time ours
 ARMS = ("ours", "nanogpt", "datatrove")
+ROUND = ("ours", "nanogpt", "ours", "datatrove", "ours")
 AIMS = {"nanogpt": 10, "datatrove": 8}
 FILES = 4
 VOCABULARY, END = 50_257, 50_256
@@ -138,10 +139,11 @@ def datatrove(text: Path, tokenizer: Path, out: Path, workers: int) -> None:
 
 
 def timed(action) -> None:
-    """Run `action`; print its wall seconds, and the CPU-seconds that went before it."""
+    """Run `action`, print its wall seconds and the CPU-seconds that went before it, and end at once."""
     before, started = cpu_seconds(resource.RUSAGE_SELF), time.monotonic()
     action()
-    print(json.dumps({"before": before, "wall": time.monotonic() - started}))
+    print(json.dumps({"before": before, "wall": time.monotonic() - started}), flush=True)
+    os._exit(0)
 
 
 def cpu_seconds(who: int) -> float:
@@ -205,14 +207,15 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100, help="of text, at most what is installed")
-    parser.add_argument("--rounds", type=int, default=3, help="of all arms")
+    parser.add_argument("--rounds", type=int, default=1, help="of ours, nanogpt, ours, datatrove, ours")
     args = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         write_tokenizer(place / "gpt2")
         size = write_text(place / "text", args.megabytes)
-        print(f"{size:.0f} MB of text in {FILES} parquet files, GPT-2's vocabulary, {args.rounds} rounds, medians")
+        print(f"{size:.0f} MB of text in {FILES} parquet files, GPT-2's vocabulary")
+        print(f"{args.rounds} x {', '.join(ROUND)}; medians")
         for workers in (1, 2):
             report(place, size, workers, args.rounds)
 
@@ -222,7 +225,7 @@ def report(place: Path, size: float, workers: int, rounds: int) -> None:
     found: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     ids: dict[str, list[str]] = {}
     for number in range(rounds):
-        for arm in ARMS:
+        for arm in ROUND:
             found[arm].append(run(arm, place / "text", place / "gpt2", place / arm, workers))
             if number == 0:
                 ids[arm] = documents(arm, place / arm)

@@ -47,6 +47,14 @@ def test_the_trainer_is_started_again_only_after_progress_and_not_without_end():
     assert night.goes_on(1, False, progressed=True, restarts=0)  # the launcher of several processes says 1 for all
 
 
+@pytest.mark.parametrize(("codes", "result"), [([75, 75, 0], 0), ([75, 3, 0], 3), ([75] * 20, 75)])
+def test_preparing_is_started_again_when_the_network_stayed_away(codes, result, monkeypatch):
+    child, runs = night.Child(), []
+    monkeypatch.setattr(child, "run", lambda command, environment: runs.append(command) or codes[len(runs) - 1])
+    assert night.prepare(["a.yaml"], child) == result
+    assert len(runs) == min(codes.index(result) + 1 if result != 75 else len(codes), night.MAX_RESTARTS + 1)
+
+
 def test_one_process_is_started_directly_and_several_through_the_launcher(root: Path, tmp_path: Path):
     command, environment, one_process = night.trainer(root / "accelerate_config.yaml", ["a.yaml", "--optim.lr", "1"])
     assert one_process

@@ -70,6 +70,28 @@ def test_d12_a_network_that_stays_away_ends_with_75_and_the_next_try_goes_on_at_
     assert path.read_bytes() == (server.folder / "sample" / "000_00000.parquet").read_bytes()
 
 
+AWAY = """
+import runpy, sys
+from overnight import sources
+sources.PAUSES = ()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_d12_the_script_ends_with_75_when_the_network_stays_away_and_with_2_when_it_is_refused(server, tmp_path, root):
+    script = str(root / "recipes" / "prepare.py")
+    for url, code in (("http://127.0.0.1:9/a.parquet", 75), (f"{server.url}/nowhere.parquet", 2)):
+        arguments = [str(root / "recipes" / "quickstart.yaml"), "--data.source", "files", "--data.path", url]
+        arguments += ["--data.dir", str(tmp_path / "data")]
+        done = subprocess.run(
+            [sys.executable, "-c", AWAY, script, *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert url in done.stderr
+
+
 def fails_after(count: int):
     """`sources._block` for so many blocks, and then a network that is gone."""
     real, given = sources._block, []

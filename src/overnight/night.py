@@ -64,7 +64,7 @@ def night(recipe: Recipe, arguments: list[str], config_file: Path, *, dry_run: b
     child = Child()
     with handled(child.pass_on):
         if not prepares_itself(recipe) and not is_prepared(Path(recipe.data.dir)):
-            code = child.run([sys.executable, str(ROOT / "recipes" / "prepare.py"), *arguments], dict(os.environ))
+            code = prepare(arguments, child)
             if code != 0:
                 return EXIT_INTERRUPTED if child.stopped_by else code
         return train(recipe, arguments, config_file, child)
@@ -104,6 +104,17 @@ def finished_model(recipe: Recipe) -> Path:
 def newest_checkpoint(recipe: Recipe) -> int | None:
     """The iteration of the newest checkpoint, None without one."""
     return max(saved_iterations(RunDirectory(recipe).checkpoints), default=None)
+
+
+def prepare(arguments: list[str], child: Child) -> int:
+    """Prepare the shards, again when the network stayed away for a minute; returns the last exit code."""
+    command = [sys.executable, str(ROOT / "recipes" / "prepare.py"), *arguments]
+    for restart in range(MAX_RESTARTS + 1):
+        code = child.run(command, dict(os.environ))
+        if code != EXIT_INTERRUPTED or child.stopped_by:
+            break
+        print(f"Preparing was interrupted: restart {restart + 1} of {MAX_RESTARTS}", flush=True)
+    return code
 
 
 def train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child) -> int:

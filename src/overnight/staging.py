@@ -39,7 +39,7 @@ from overnight.sources import SourceFile
 
 DOCUMENT = np.dtype([("high", ">u8"), ("low", ">u8"), ("tokens", "<u4")])
 """A document's key, in two halves that sort as its bytes do, and its tokens, the end of text included."""
-BATCH_CHARACTERS = 2_000_000
+BATCH_CHARACTERS = 4_000_000
 """Text that is tokenised at once."""
 CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 16, 100_000
 """At the head of every file so many are tokenised with `tokenizers` as well."""
