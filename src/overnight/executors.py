@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -44,6 +45,9 @@ def run_local(pipeline: Callable[[], list[PipelineStep]], tasks: int, workers: i
     """Run the tasks on the cores of this machine, `workers` at once, each in a process that is single-threaded."""
     logger.remove()
     os.register_at_fork(after_in_child=die_with_parent)  # datatrove's manager would outlive a killed command
+    multiprocess.get_context("forkserver").set_forkserver_preload(
+        [__name__, "overnight.staging"]
+    )  # once for all workers
     os.environ["RAYON_NUM_THREADS"] = "1"  # of both tokenizers, in the workers: this process tokenises nothing
     try:
         _made(Silent, pipeline(), tasks=tasks, workers=workers, logging_dir=str(logs), **options).run()
