@@ -50,6 +50,7 @@ def test_two_workers_and_a_shuffled_list_of_files_give_the_bytes_of_one(data, tm
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_files_that_the_budget_makes_needless_are_not_in_the_result(data, tmp_path):
     cut = data.model_copy(update={"train_tokens": 30_000})
     manifest = prepare(cut, GPT2_VOCABULARY, **SILENT)
@@ -131,6 +132,7 @@ def running(data: Data) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_command_with_75_and_a_word(long_data):
     process = running(long_data)
     os.kill(wait_for_worker(Path(long_data.dir + ".partial"), process), signal.SIGKILL)
@@ -181,6 +183,7 @@ SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; do
 SCONTROL = '#!/bin/bash\necho "$3"\n'
 
 
+@pytest.mark.slow
 def test_slurm_is_handed_the_right_scripts_and_gives_the_same_bytes(data, tmp_path):
     programs, calls = tmp_path / "bin", tmp_path / "calls"
     for folder in (programs, calls):
@@ -210,6 +213,7 @@ def test_slurm_is_handed_the_right_scripts_and_gives_the_same_bytes(data, tmp_pa
     assert digests(data.dir) == digests(one.dir)
 
 
+@pytest.mark.slow
 def test_options_that_an_executor_does_not_know_are_refused(data):
     done = script(data, "--executor", "slurm", "--executor-options", "{partitoin: cpu}")
     assert done.returncode == 2

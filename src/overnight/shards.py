@@ -118,6 +118,13 @@ class Manifest(Record):
     counts: Counts
 
     @property
+    def text_sha256(self) -> str:
+        """SHA-256 of the input: of the one file, or of the sums of several, in order, as text with a newline each."""
+        sums = [record.sha256 for record in self.inputs]
+        together = "".join(f"{each}\n" for each in sums)
+        return sums[0] if len(sums) == 1 else hashlib.sha256(together.encode()).hexdigest()
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of what defines the data a model sees: tokenizer and ordered files. Goes into checkpoints."""
         defining = {"format", "vocab_size", "eos_id", "dtype", "val", "train"}

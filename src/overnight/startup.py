@@ -166,7 +166,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
     end = estimated_end(seconds * run.grad_accum * recipe.schedule.max_iters)
     facts |= {
         "data": f"{shards.folder}, {shards.train.tokens:,} training + {shards.val.tokens:,} validation tokens",
-        "text": text_facts(shards.manifest),
+        **text_facts(shards.manifest),
         "free disk": f"{free_gib(Path()):.0f} GiB",
         "estimated end": f"{end}, from the time of one micro-batch; the lines below measure it",
     }
@@ -180,16 +180,13 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
     return run
 
 
-def text_facts(manifest: Manifest) -> str:
-    """The text behind the tokens, in one line: how much of it, and what identifies it."""
+def text_facts(manifest: Manifest) -> dict[str, str]:
+    """The text behind the tokens: how much of it, and what identifies it."""
     if manifest.split.leakage == "not checked":
-        return f"adopted from {manifest.source.path}; leakage between the sides: not checked"
+        return {"text": f"adopted from {manifest.source.path}; leakage between the sides: not checked"}
     documents = sum(record.documents for record in manifest.inputs)
-    [first, *others] = manifest.inputs
-    files = (
-        f"{first.name}, SHA-256 {first.sha256}" if not others else f"{len(manifest.inputs)} files, sums in the manifest"
-    )
-    return f"{documents:,} documents of {files}"
+    files = manifest.inputs[0].name if len(manifest.inputs) == 1 else f"{len(manifest.inputs)} files"
+    return {"text": f"{documents:,} documents of {files}", "text SHA-256": manifest.text_sha256}
 
 
 def assemble(
