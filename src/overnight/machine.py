@@ -119,12 +119,12 @@ def run_bytes(recipe: Recipe) -> int:
 
 def data_bytes(recipe: Recipe) -> int:
     """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
-    from overnight.shards import is_prepared  # brings tokenizers, which may be what is missing
+    from overnight.shards import dtype_for, is_prepared, little_endian  # with tokenizers, which may be missing
 
     if is_prepared(Path(recipe.data.dir)):
         return 0
     tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
-    token_bytes = 2 if recipe.model.vocab_size <= 65_536 else 4
+    token_bytes = little_endian(dtype_for(recipe.model.vocab_size)).itemsize
     return 2 * tokens * token_bytes + int((recipe.data.download_gb or 0) * 1e9)
 
 

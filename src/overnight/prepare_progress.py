@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import sys
 import threading
@@ -104,8 +105,8 @@ class Watcher:
             self.running[rank] = json.loads(path.read_bytes())
         except FileNotFoundError:  # its task has just ended
             return
-        pid = self.running[rank]["pid"]
-        if self.killed is None and not _lives(pid) and path.exists():
+        pid, here = self.running[rank]["pid"], self.running[rank]["host"] == platform.node()
+        if self.killed is None and here and not _lives(pid) and path.exists():
             self.killed = pid
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which waits for the pool
 

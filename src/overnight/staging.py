@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import time
@@ -293,7 +294,7 @@ class Tally:
     def _report(self, share: float) -> None:
         if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
             self._last = time.monotonic()
-            about = {"share": share, "tokens": self.tokens, "pid": os.getpid()} | self.counts
+            about = {"share": share, "tokens": self.tokens, "pid": os.getpid(), "host": platform.node()} | self.counts
             files.write_whole(self.path, json.dumps(about))
 
     def summary(self, size: int, sha256: str) -> dict:
