@@ -129,8 +129,8 @@ def _linked(origin: Path, path: Path, vocab_size: int, eos_id: int) -> FileRecor
 
 def _validation(origins: list[Path], partial: Path, limit: int, vocab_size: int, eos_id: int) -> list[FileRecord]:
     """The validation side: linked when it is no larger than `limit` tokens, otherwise its head, copied."""
-    size = sum(len(_tokens(path, vocab_size)) for path in origins)
-    if size <= limit:
+    token_bytes = shards.little_endian(shards.dtype_for(vocab_size)).itemsize
+    if sum(path.stat().st_size for path in origins) <= limit * token_bytes:
         return [
             _linked(path, partial / "val" / f"{number:05d}.ds", vocab_size, eos_id)
             for number, path in enumerate(origins)
