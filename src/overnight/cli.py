@@ -53,10 +53,15 @@ def recipe_command(
         chosen.arguments = [str(path), *overrides]
         return run(load(path, overrides), chosen)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # the processes of a run all find the same
-            print("\n".join(error.problems), file=sys.stderr)
-        kinds = {DamagedData: EXIT_DAMAGED, Unreachable: EXIT_INTERRUPTED}
-        return kinds.get(type(error), EXIT_INPUT)
+        return exit_code(error)
+
+
+def exit_code(error: InputError) -> int:
+    """Print every problem of `error`, once for all processes of a run, and return the exit code of its kind."""
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(error.problems), file=sys.stderr)
+    kinds = {DamagedData: EXIT_DAMAGED, Unreachable: EXIT_INTERRUPTED}
+    return kinds.get(type(error), EXIT_INPUT)
 
 
 def default_recipe() -> Path:

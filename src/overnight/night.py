@@ -1,4 +1,4 @@
-"""The whole night in one command: doctor, prepare, train, each step skipped when it is done.
+"""The whole night in one command: doctor, prepare, train, evaluate, each step skipped when it is done.
 
 The trainer is started as `accelerate launch` would start it, but for two things. Where the configuration names one
 process, that process is started directly: accelerate's launcher turns every exit code into 1, and dies of a signal
@@ -67,7 +67,8 @@ def night(recipe: Recipe, arguments: list[str], config_file: Path, *, dry_run: b
             code = prepare(arguments, child)
             if code != 0:
                 return EXIT_INTERRUPTED if child.stopped_by else code
-        return train(recipe, arguments, config_file, child)
+        code = train(recipe, arguments, config_file, child)
+        return code or evaluate(recipe, config_file, child)
 
 
 def plan(recipe: Recipe) -> list[str]:
@@ -88,7 +89,17 @@ def plan(recipe: Recipe) -> list[str]:
         train = f"recipes/train.py, {recipe.schedule.max_iters:,} iterations into runs/{recipe.name}"
     if not finished.exists():
         train += f"; restarted when interrupted, up to {MAX_RESTARTS} times, each time only after new progress"
-    return ["doctor   checks this machine", f"prepare  {prepare}", f"train    {train}"]
+    if comparison(recipe).exists():
+        compare = f"skipped: {comparison(recipe)} is there"
+    else:
+        against = ", ".join(recipe.evaluation.against) or "nothing"
+        compare = f"recipes/eval.py, {len(recipe.evaluation.tasks)} tasks, against {against}"
+    return [
+        "doctor   checks this machine",
+        f"prepare  {prepare}",
+        f"train    {train}",
+        f"eval     {compare}",
+    ]
 
 
 def prepares_itself(recipe: Recipe) -> bool:
@@ -99,6 +110,11 @@ def prepares_itself(recipe: Recipe) -> bool:
 def finished_model(recipe: Recipe) -> Path:
     """Where the run's finished model lies once the run is over."""
     return RunDirectory(recipe).models / folder_name(recipe.schedule.max_iters)
+
+
+def comparison(recipe: Recipe) -> Path:
+    """What an evaluation of the finished model writes last."""
+    return RunDirectory(recipe).path / "evaluation" / finished_model(recipe).name / "comparison.md"
 
 
 def newest_checkpoint(recipe: Recipe) -> int | None:
@@ -119,7 +135,7 @@ def prepare(arguments: list[str], child: Child) -> int:
 
 def train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child) -> int:
     """Run the trainer until it ends, starting it again where `goes_on` says so; returns its last exit code."""
-    command, environment, one_process = trainer(config_file, arguments)
+    command, environment, one_process = launched(config_file, "train.py", arguments)
     restarts = 0
     while True:
         before = newest_checkpoint(recipe)
@@ -152,12 +168,23 @@ def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bo
     return interrupted and progressed and restarts < MAX_RESTARTS
 
 
-def trainer(config_file: Path, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
-    """The trainer's command and environment under an accelerate configuration, and whether it is one process."""
+def evaluate(recipe: Recipe, config_file: Path, child: Child) -> int:
+    """Measure the finished model as the recipe says, unless that was done; returns the exit code."""
+    if comparison(recipe).exists():
+        return 0
+    command, environment, _ = launched(config_file, "eval.py", [str(finished_model(recipe))])
+    code = child.run(command, environment)
+    if code and not child.stopped_by:
+        print(f"The model is finished, its evaluation is not (code {code}); the same command tries that again")
+    return EXIT_INTERRUPTED if child.stopped_by else code if code >= 0 else 128 - code
+
+
+def launched(config_file: Path, script: str, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
+    """A script's command and environment under an accelerate configuration, and whether it is one process."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-    launch = ["--config_file", str(config_file), str(ROOT / "recipes" / "train.py"), *arguments]
+    launch = ["--config_file", str(config_file), str(ROOT / "recipes" / script), *arguments]
     options, _, _ = _validate_launch_command(launch_command_parser().parse_args(launch))
     if options.multi_gpu or options.use_fsdp or options.use_deepspeed or options.use_megatron_lm or options.tpu:
         return [sys.executable, "-m", "accelerate.commands.launch", *launch], dict(os.environ), False

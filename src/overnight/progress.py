@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 from overnight.console import Console, count, duration, step_line
+from overnight.evaluation.milestone import Look
 from overnight.model import published
 from overnight.optim import lr_at
 from overnight.rundir import RunDirectory
@@ -139,6 +140,15 @@ def log_skip(run: Run, loss: float, grad_norm: float) -> None:
         run.directory.append("event", run.iteration, event="skipped", **values, rows=rows)
 
 
+def log_look(run: Run, look: Look) -> None:
+    """What the finished model scores on the first items of each task, once they are scored."""
+    scores, problem = look.scores()
+    run.directory.append("event", run.iteration, event="scores", items=run.recipe.evaluation.at_milestones, **scores)
+    shown = ", ".join(f"{task} {score:.1%}" for task, score in scores.items())
+    run.console.say(f"first {run.recipe.evaluation.at_milestones} items: {shown or f'not scored: {problem}'}")
+    track(run, {f"benchmark/{task}": score for task, score in scores.items()})
+
+
 def baseline_line(losses: dict[str, float]) -> str:
     """The n-gram models' losses on the validation set, in words."""
     return f"unigram {losses['unigram']:.4f}, smoothed (Witten-Bell) bigram {losses['bigram']:.4f}"
@@ -162,4 +172,5 @@ def print_finished(directory: RunDirectory, console: Console) -> None:
     ]
     console.box(f"{directory.path} is finished", lines)
     prompts = directory.recipe.validation.prompts
-    console.say(f"next: python recipes/sample.py {done['model']}" + (f' --prompt "{prompts[0]}"' if prompts else ""))
+    console.say(f"next: python recipes/eval.py {done['model']}")
+    console.say(f"      python recipes/sample.py {done['model']}" + (f' --prompt "{prompts[0]}"' if prompts else ""))

@@ -164,6 +164,25 @@ class Logging(Section):
     """Accelerate trackers that get the same numbers; each needs its extra installed."""
 
 
+class Evaluation(Section):
+    """What recipes/eval.py measures of the run's models, unless its command line says otherwise."""
+
+    against: list[str] = ["openai-community/gpt2"]
+    """Opponents: Hub names or folders; `untrained` is the model before its first iteration, `unigram` its data's."""
+    tasks: list[str] = [
+        "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "sciq", "lambada_openai", "blimp",
+    ]  # fmt: skip
+    """lm-eval's tasks and groups, and `documentation_phrases`, the project's own."""
+    tasks_dir: str | None = None
+    """A folder of further task files in lm-eval's format."""
+    texts: list[str] = ["EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page"]
+    """Plain text beside the validation set: files, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a dataset on the Hub."""
+    limit: PositiveInt | None = None
+    """Only the first so many items of each task: a look, not a result."""
+    at_milestones: NonNegativeInt = 0
+    """Items of each task that the trainer has scored, without opponents, when it has finished a model; 0 for none."""
+
+
 class Recipe(Section):
     """Everything that gives a run its meaning."""
 
@@ -185,6 +204,7 @@ class Recipe(Section):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    evaluation: Evaluation = Evaluation()
     _file: Path = PrivateAttr(Path("RECIPE"))
 
     @property

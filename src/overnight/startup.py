@@ -9,6 +9,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -73,7 +74,7 @@ def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
     disable_progress_bar()  # transformers' own, which break the lines of a log
     overruled = take_over_environment(os.environ)
     require_trackers(recipe)
-    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")  # `use_cpu: true`
+    cuda = cuda_wanted()
     precision = resolve_precision(
         recipe, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     )
@@ -83,13 +84,23 @@ def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
         log_with=list(recipe.logging.trackers) or None,
         project_dir=str(RunDirectory(recipe).path),
     )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    assert accelerator.num_processes == world, f"accelerate sees {accelerator.num_processes} of {world} processes"
-    set_threads(recipe)
+    refuse_lone_processes(accelerator)
+    set_threads(recipe.threads)
     console = Console(quiet=not accelerator.is_main_process)
     for line in overruled:
         console.say(line)
     return accelerator, console
+
+
+def cuda_wanted() -> bool:
+    """Whether there is a CUDA device and accelerate's configuration does not say `use_cpu: true`."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def refuse_lone_processes(accelerator: Accelerator) -> None:
+    """Make sure that the processes that were launched know of each other."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    assert accelerator.num_processes == world, f"accelerate sees {accelerator.num_processes} of {world} processes"
 
 
 def take_over_environment(environ: MutableMapping[str, str]) -> list[str]:
@@ -116,10 +127,10 @@ def require_trackers(recipe: Recipe) -> None:
         )
 
 
-def set_threads(recipe: Recipe) -> None:
+def set_threads(threads: int | Literal["auto"]) -> None:
     """Give each process of this machine its share of the cores; accelerate's launcher would leave it one thread."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = max(1, len(os.sched_getaffinity(0)) // here) if recipe.threads == "auto" else recipe.threads
+    count = max(1, len(os.sched_getaffinity(0)) // here) if threads == "auto" else threads
     torch.set_num_threads(count)
 
 

@@ -21,9 +21,10 @@ from overnight import checkpoint, micro_batch, optim
 from overnight.baselines import ngram_losses, seen_tokens
 from overnight.batches import validation_batches
 from overnight.cli import EXIT_DIVERGED, EXIT_INTERRUPTED
+from overnight.evaluation.milestone import Look
 from overnight.export import export
 from overnight.model import published
-from overnight.progress import Pace, baseline_line, log_skip, log_step, log_validation, print_finished
+from overnight.progress import Pace, baseline_line, log_look, log_skip, log_step, log_validation, print_finished
 from overnight.recipe import Recipe, decay_iters
 from overnight.rundir import RunDirectory
 from overnight.signals import ENDING, handled
@@ -241,6 +242,9 @@ def finish(run: Run, pace: Pace) -> None:
         probe = torch.from_numpy(run.shards.val.read(0, 0, 64).astype(np.int64))[None]
         run.console.say(f"exporting {folder} and loading it in a fresh process")
         export(published(run.model, run.recipe.model), run.tokenizer, folder, probe)
+        if run.recipe.evaluation.at_milestones:
+            run.device.release()
+            log_look(run, Look(folder, run.recipe.evaluation.at_milestones))
         joules, seconds = energy_used(run), pace.per_iteration()
         run.directory.append(
             "event",

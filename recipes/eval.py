@@ -1,0 +1,92 @@
+"""Measure a model and its opponents: accelerate launch recipes/eval.py MODEL [--against OPPONENT ...]
+
+Losses on the validation set and on plain texts, lm-eval's benchmarks, and a paired verdict for each task. MODEL is
+runs/NAME/models/iter-..., any other model folder, or a Hub name; for a run's model the run's recipe says what is
+measured unless an option does. Answers are kept: the same command goes on after an interruption, and GPT-2 is measured
+once.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from overnight.cli import EXIT_INTERRUPTED, exit_code
+from overnight.recipe import Evaluation, InputError
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder or a Hub name")
+    parser.add_argument("--against", nargs="+", help="opponents: Hub names, folders, `untrained`, `unigram`, or none")
+    parser.add_argument("--tasks", nargs="+", help="names of lm-eval's tasks and groups, or none")
+    parser.add_argument("--limit", type=int, help="only the first so many items of each task")
+    parser.add_argument("--quick", action="store_true", help="500 items of each task")
+    parser.add_argument("--tasks-dir", help="a folder of further task files in lm-eval's format")
+    parser.add_argument("--trust-tasks", action="store_true", help="let the task files in --tasks-dir run code")
+    parser.add_argument("--data-dir", type=Path, help="read the items of the tasks below this folder, not from the Hub")
+    parser.add_argument("--texts", nargs="+", help="text files or NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hub, or none")
+    parser.add_argument("--shards", help="prepared data whose validation set is measured, or none (default: the run's)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of every model")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: the run's evaluation/, or ./evaluation/)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be measured; change nothing")
+
+
+def wishes_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
+    """The recipe's wishes with those of the command line on top; `none` is an empty list."""
+    given = {name: getattr(options, name) for name in ("against", "tasks", "texts", "limit", "tasks_dir")}
+    given = {name: [] if value == ["none"] else value for name, value in given.items() if value is not None}
+    if options.quick:
+        given |= {"limit": 500}
+    if given.get("limit", 1) < 1:
+        raise InputError(f"`--limit` is {options.limit}; 500 would work")
+    return Evaluation.model_validate(defaults.model_dump() | given)
+
+
+def run(options: argparse.Namespace) -> int:
+    from overnight.evaluation.models import origin_of
+    from overnight.evaluation.outcome import safe
+
+    origin = origin_of(options.model)
+    wishes = wishes_of(options, origin.recipe.evaluation if origin else Evaluation())
+    out = options.out or (origin.folder if origin else Path()) / "evaluation" / safe(Path(options.model).name)
+    if options.dry_run:
+        print(f"{options.model} against {', '.join(wishes.against) or 'nothing'}, into {out}")
+        print(f"tasks: {', '.join(wishes.tasks) or 'none'}, {wishes.limit or 'all'} items of each")
+        print(f"texts: {', '.join(wishes.texts) or 'none'}")
+        return 0
+    from overnight.evaluation.session import Plan, Session, launch
+
+    shards = None if options.shards in (None, "none") else Path(options.shards)
+    plan = Plan(
+        model=options.model,
+        wishes=wishes,
+        shards_dir=shards,
+        without_shards=options.shards == "none",
+        data_dir=options.data_dir,
+        trust_tasks=options.trust_tasks,
+        dtype=options.dtype,
+        out=out,
+        origin=origin,
+    )
+    Session(plan, launch()).run()
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    options = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # lm-eval's bars; the evaluation has one of its own
+    try:
+        return run(options)
+    except InputError as error:
+        return exit_code(error)
+    except KeyboardInterrupt:
+        print("interrupted; what was answered is kept, and the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""lm-eval's tasks, prompts and metrics over our own log-likelihoods: the numbers of its `hf` model in less time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lm_eval.utils
+from accelerate import Accelerator
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+
+from overnight.evaluation.journal import Journal, key_of
+from overnight.evaluation.models import Contestant
+from overnight.evaluation.progress import Meter
+from overnight.evaluation.scoring import Answer, Request, batches_of
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+LM_EVAL_BATCH = 8  # rows, where a model reads no trees and lm-eval's own code serves
+
+# lm-eval renders the templates of a task file without a sandbox, in which a template can reach any Python object.
+_sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
+lm_eval.utils.env = _sandbox
+
+
+class SharedContextLM(HFLM):
+    """lm-eval's own `hf` model but for one method, which shares contexts and remembers what was answered before."""
+
+    def __init__(self, contestant: Contestant, journal: Journal, accelerator: Accelerator, meter: Meter):
+        super().__init__(
+            pretrained=contestant.model, tokenizer=contestant.tokenizer, batch_size=LM_EVAL_BATCH, truncation=True
+        )
+        self.scorer, self.journal, self.meter = contestant.scorer, journal, meter
+        self.cut = 0  # requests that did not fit into the model's context
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if self._world_size > 1:
+            self.accelerator = accelerator
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """As upstream, under our own progress."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """As upstream, under our own progress."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: Any = None
+    ) -> list[tuple[float, bool]]:
+        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        batches, cut = batches_of(asked, self.max_length, self.scorer.budget)
+        self.cut += cut
+        self.meter.expect(sum(len(tree) for trees in batches for tree in trees))
+        answers: list[Answer] = [Answer(0.0, False)] * len(asked)
+        for trees in batches:
+            found = self.journal.known.get(key_of(trees))
+            if found is None:
+                found = self.scorer.score(trees) if self.scorer.reads_trees else self._one_by_one(trees)
+                self.journal.add(trees, found)
+            numbers = [number for tree in trees for number in tree.numbers]
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = answer
+            self.meter.advance(sum(map(len, trees)), len(numbers))
+        return [(answer.loglikelihood, answer.greedy) for answer in answers]
+
+    def _one_by_one(self, trees: list[Any]) -> list[Answer]:
+        requests = [(None, list(each.context), list(each.continuation)) for tree in trees for each in tree.requests]
+        return [Answer(*each) for each in super()._loglikelihood_tokens(requests, disable_tqdm=True)]
+
+
+def answer_items(lm: SharedContextLM, task: Task, limit: int | None) -> list[dict[str, Any]] | None:
+    """Every item of a task with the model's log-likelihoods and lm-eval's metrics; None but on the main process.
+
+    In the order of the task's documents, the first `limit` of them.
+    """
+    name = str(task.task_name)
+    found: Any = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+    if found is None:
+        return None
+    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    return [item_of(name, sample) for sample in samples]
+
+
+def item_of(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of an item: which it was, the choices' log-likelihoods, and the metrics."""
+    answers = [answer if isinstance(answer, tuple | list) else (answer, None) for answer in sample["filtered_resps"]]
+    return {
+        "task": task,
+        "id": sample["doc_id"],
+        "doc": sample["doc_hash"][:16],
+        "prompt": sample["prompt_hash"][:16],
+        "target": sample["target"],
+        "loglikelihoods": [answer[0] for answer in answers],
+        "greedy": [answer[1] for answer in answers],
+        "metrics": {metric: sample[metric] for metric in sample["metrics"]},
+    }

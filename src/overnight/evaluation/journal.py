@@ -1,0 +1,51 @@
+"""Answers that outlive the process: a batch of requests that a model once answered is read, not computed again.
+
+They lie in `$XDG_CACHE_HOME/overnight/evaluation/<fingerprint>/rank<n>.jsonl`, one batch a line, found again by the
+SHA-256 of the batch's tokens. The fingerprint is that of weights, configuration, tokenizer and arithmetic, so nothing
+else can change an answer, whatever the tasks are called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from overnight.evaluation.scoring import Answer, Tree
+
+
+def cache_folder() -> Path:
+    """Where answers and losses of all models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "overnight" / "evaluation"
+
+
+class Journal:
+    """The answers of one model; each process adds to a file of its own and knows what all had added before."""
+
+    def __init__(self, folder: Path, rank: int = 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank{rank}.jsonl"
+        self.known: dict[str, list[Answer]] = {}
+        for path in sorted(folder.glob("rank*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # a crash left it unfinished
+                    continue
+                self.known[record["batch"]] = [Answer(*answer) for answer in record["answers"]]
+
+    def add(self, trees: list[Tree], answers: list[Answer]) -> None:
+        """Keep the answers to a batch, in one write, so that a kill leaves all of them or none."""
+        line = json.dumps({"batch": key_of(trees), "answers": answers})
+        descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        try:
+            os.write(descriptor, f"\n{line}\n".encode())  # the first newline ends a line that a crash left unfinished
+        finally:
+            os.close(descriptor)
+        self.known[key_of(trees)] = answers
+
+
+def key_of(trees: list[Tree]) -> str:
+    """SHA-256 of the tokens of a batch's requests, in their order."""
+    return hashlib.sha256(json.dumps([tree.requests for tree in trees]).encode()).hexdigest()

@@ -1,0 +1,167 @@
+"""Cross-entropy over fixed text, of any model: nats per token, perplexity, bits per byte, as an `evaluate.Metric`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from overnight.batches import to_device, validation_batches
+from overnight.corpus import SUFFIXES, rows
+from overnight.evaluation.models import Contestant
+from overnight.evaluation.progress import Meter
+from overnight.recipe import InputError
+from overnight.shards import Split
+
+
+class TokenLoss(evaluate.Metric):
+    """From the summed loss of each row of tokens, in nats, with the number and the bytes of its targets.
+
+    `bytes` is the UTF-8 length of the targets' text, an end-of-text token being none of it; where the tokenizer is not
+    byte-level it is 0, and there are no bits per byte.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Cross-entropy of a language model in nats per token, perplexity, bits per byte.",
+            citation="",
+            inputs_description="nats: summed loss of a row; tokens: its targets; bytes: their UTF-8 bytes.",
+            features=datasets.Features(
+                {"nats": datasets.Value("float64"), "tokens": datasets.Value("int64"), "bytes": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, nats: Any, tokens: Any, bytes: Any) -> dict[str, float | int | None]:
+        total, count, size = float(np.sum(nats, dtype=np.float64)), int(np.sum(tokens)), int(np.sum(bytes))
+        return {
+            "loss": total / count,
+            "perplexity": math.exp(min(total / count, 700.0)),
+            "bits_per_byte": total / math.log(2) / size if size else None,
+            "tokens": count,
+        }
+
+
+@dataclass
+class Losses:
+    """What a model reached on a text, and its rows, in an order that is the same for every model."""
+
+    summary: dict[str, float | int | None]
+    nats: np.ndarray  # (rows,) float64, summed over the row
+    tokens: np.ndarray  # (rows,) int64
+
+
+Rows = Iterable[tuple[torch.Tensor, torch.Tensor, int]]
+"""Batches of ids and targets, (rows, time) int64 each, and from which column on the targets count."""
+
+
+def losses_over(batches: Rows, of: Contestant, accelerator: Accelerator, meter: Meter) -> Losses:
+    """Score every target once on one of the processes; all of them return the same."""
+    sizes = bytes_of_tokens(of.tokenizer)
+    mine: list[tuple[float, int, int]] = []
+    for ids, targets, counted in batches:
+        nats = of.scorer.losses(ids, targets)[:, counted:].sum(axis=1)
+        size = sizes[targets[:, counted:].cpu().numpy()].sum(axis=1)
+        mine += zip(nats.tolist(), [targets.shape[1] - counted] * len(nats), size.tolist(), strict=True)
+        meter.advance(ids.numel(), len(ids))
+    nats, tokens, size = (np.array(column) for column in zip(*gather_object(mine), strict=True))
+    metric = TokenLoss(keep_in_memory=True)
+    metric.add_batch(nats=nats, tokens=tokens.astype(np.int64), bytes=size.astype(np.int64))
+    return Losses(metric.compute() or {}, nats, tokens)
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """UTF-8 bytes of every token, int64 (vocabulary,), special tokens having none; zeros if it is not byte-level.
+
+    A byte-level BPE writes each byte as one character.
+    """
+    backend = tokenizer.backend_tokenizer
+    sizes = np.zeros(len(tokenizer), np.int64)
+    if isinstance(backend.decoder, ByteLevel):
+        special = set(tokenizer.all_special_ids)
+        for token, number in backend.get_vocab().items():
+            sizes[number] = 0 if number in special else len(token)
+    return sizes
+
+
+def validation_rows(val: Split, length: int, of: Contestant, accelerator: Accelerator, meter: Meter) -> Rows:
+    """The whole validation set in the trainer's rows, strided over the processes without filling up."""
+    device = of.scorer.device
+    meter.expect(val.tokens // accelerator.num_processes)
+    for ids, targets in validation_batches(
+        val,
+        length,
+        max(1, of.scorer.budget // length),
+        device,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    ):
+        yield ids, targets, 0
+
+
+def text_rows(documents: list[str], of: Contestant, context: int, accelerator: Accelerator, meter: Meter) -> Rows:
+    """Documents in windows of `context` tokens that overlap by half, each token scored once.
+
+    A document begins after an end-of-text token, which is no target. Every token but those of the first window has at
+    least half a context before it. Windows of one length go through the model together.
+    """
+    eos, stride = int(of.tokenizer.eos_token_id), max(1, context // 2)
+    encoded = of.tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
+    windows = [window for ids in encoded for window in windows_of([eos, *ids], context, stride)]
+    mine = windows[accelerator.process_index :: accelerator.num_processes]
+    meter.expect(sum(len(tokens) - 1 for tokens, _ in mine))
+    alike = sorted(mine, key=lambda window: (len(window[0]), window[1]))
+    for (length, counted), group in groupby(alike, key=lambda window: (len(window[0]), window[1])):
+        same = [np.array(tokens) for tokens, _ in group]
+        at_once = max(1, of.scorer.budget // length)
+        for start in range(0, len(same), at_once):
+            ids, targets = to_device(same[start : start + at_once], of.scorer.device)
+            yield ids, targets, counted
+
+
+def windows_of(tokens: list[int], context: int, stride: int) -> Iterator[tuple[list[int], int]]:
+    """Windows of at most `context` + 1 tokens, and from which target on each counts: every target does in one."""
+    if len(tokens) < 2:
+        return
+    yield tokens[: context + 1], 0
+    for end in range(context + 1, len(tokens), stride):
+        last = min(end + stride, len(tokens))
+        window = tokens[max(0, last - context - 1) : last]
+        yield window, len(window) - 1 - (last - end)
+
+
+def read_texts(spec: str) -> list[str]:
+    """The documents of a plain text set: a file (.txt, .jsonl, .parquet) or `NAME[:CONFIG[:SPLIT[:COLUMN]]]`.
+
+    NAME is a dataset's on the Hub; SPLIT is test and COLUMN text unless said otherwise. Raises InputError.
+    """
+    path = Path(spec)
+    if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise InputError(f"`--texts`: there is no file {spec}")
+        found = [row.text for row in rows(path, path.suffix, "text", spec) if row.text and row.text.strip()]
+    else:
+        name, config, split, column = [*spec.split(":"), "", "", "", ""][:4]
+        try:
+            documents = datasets.load_dataset(name, config or None, split=split or "test")[column or "text"]
+            found = [document for document in documents if document.strip()]
+        except Exception as error:  # the Hub client, its transport and the builders share no base class
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"`--texts`: {spec} is neither a {', '.join(SUFFIXES)} file nor a dataset that can be read ({reason}); "
+                "EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page is one, `--texts none` leaves it out"
+            ) from error
+    if not found:
+        raise InputError(f"`--texts`: {spec} holds no text")
+    return found

@@ -1,0 +1,165 @@
+"""The models of a comparison: loaded without running code or pickles, or made from a run for scale."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate.utils import set_seed
+from pydantic import ValidationError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from overnight.baselines import seen_tokens, unigram
+from overnight.batches import TrainingBatches
+from overnight.evaluation.scoring import Scorer
+from overnight.model import LanguageModel, published
+from overnight.recipe import InputError, Recipe
+from overnight.shards import Shards
+from overnight.tokenizer import fingerprint as tokenizer_fingerprint
+
+UNTRAINED, UNIGRAM = "untrained", "unigram"  # names that an opponent may have beside a folder's or the Hub's
+WORTH_TELLING_APART = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a configuration: not these
+
+
+@dataclass
+class Contestant:
+    """A model with its tokenizer, ready to be scored."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    scorer: Scorer
+    fingerprint: str
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can be given at once."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is said of it in results.json."""
+        return {
+            "name": self.name,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "context": self.context,
+            "vocabulary": len(self.tokenizer),
+            "fingerprint": self.fingerprint,
+            "shares contexts": self.scorer.reads_trees,
+        }
+
+
+@dataclass
+class Origin:
+    """The run that a model folder belongs to: its recipe, and the data that it trained on."""
+
+    folder: Path
+    recipe: Recipe
+    data_fingerprint: str
+
+
+def origin_of(model: str) -> Origin | None:
+    """The run of the model folder `runs/<name>/models/<model>`, or None for any other place.
+
+    Raises InputError when the run's recipe is not one of this version.
+    """
+    folder = Path(model).resolve().parents[1] if Path(model).is_dir() else None
+    stored = folder / "recipe.yaml" if folder is not None else None
+    if folder is None or stored is None or not stored.is_file():
+        return None
+    content = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    try:
+        return Origin(folder, Recipe.model_validate(content["recipe"]), content["meaning"]["data fingerprint"])
+    except (ValidationError, KeyError, TypeError) as error:
+        raise InputError(f"{stored}: not the recipe of a run of this version: {error}") from None
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype) -> Contestant:
+    """The model of a folder or a Hub name. Raises InputError for what is none, or would need code or a pickle."""
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name)
+        if "auto_map" in config:
+            raise InputError(
+                f"{name}: its config.json names code of its own (auto_map), which is never run; a model of an "
+                "architecture that transformers has works"
+            )
+        if not config:
+            raise InputError(f"{name}: no config.json there, so no model; runs/NAME/models/iter-... is one")
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # the Hub client, its transport and the parsers share no base class
+        raise InputError(
+            f"{name}: no model can be loaded from there: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: its tokenizer has no tokenizer.json, or no end-of-text token to begin a text with")
+    return contestant(name, model, tokenizer, device, dtype)
+
+
+def contestant(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, device: torch.device, dtype: torch.dtype
+) -> Contestant:
+    """`model` on its device in its arithmetic."""
+    torch.nn.Module.to(model, device=device, dtype=dtype)
+    return Contestant(name, model, tokenizer, Scorer(model), fingerprint_of(model, tokenizer))
+
+
+def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of what decides a model's answers: weights, configuration, tokenizer, arithmetic."""
+    digest = hashlib.sha256(f"{torch.__version__} {model.device.type} {model.dtype}".encode())
+    config = {key: value for key, value in model.config.to_dict().items() if key not in WORTH_TELLING_APART}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(tokenizer_fingerprint(tokenizer).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def untrained(recipe: Recipe, shards: Shards) -> GPT2LMHeadModel:
+    """The model of a recipe as it is before the first iteration."""
+    set_seed(recipe.seed)
+    return published(LanguageModel(recipe.model, shards.manifest.eos_id, compile=False), recipe.model)
+
+
+def unigram_model(recipe: Recipe, shards: Shards) -> GPT2LMHeadModel:
+    """The unigram distribution of a run's training tokens, with add-one smoothing, as a GPT-2.
+
+    One embedding column holds the log-probabilities; the last norm turns every hidden state into the unit vector of
+    that column.
+    """
+    rows = seen_tokens(TrainingBatches(shards.train, recipe.batch, recipe.seed), recipe.schedule.max_iters)
+    shares = unigram(rows, recipe.model.vocab_size)
+    eos = shards.manifest.eos_id
+    config = GPT2Config(
+        vocab_size=recipe.model.vocab_size,
+        n_positions=recipe.model.n_positions,
+        n_embd=8,
+        n_layer=1,
+        n_head=1,
+        bos_token_id=eos,
+        eos_token_id=eos,
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.ln_f.bias[0] = 1.0
+        model.transformer.wte.weight[:, 0] = torch.from_numpy(np.log(shares)).float()
+    return model

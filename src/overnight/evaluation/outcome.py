@@ -1,0 +1,259 @@
+"""What an evaluation leaves behind: results.json, the items, comparison.md, and the figure in it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from overnight.evaluation.compare import ALPHA, LEVEL, RESAMPLES, Verdict, headline
+from overnight.files import write_whole
+
+GPT2_NAMES = ("openai-community/gpt2", "gpt2")
+STANDARD_ERRORS = 3  # from the published figure, beyond which our measurement of GPT-2 is worth a warning
+COLUMNS = (
+    f"| task (metric) | chance | ours | theirs | difference, {LEVEL:.0%} interval | items only one has right "
+    "| p after Holm | verdict |"
+)
+
+
+@dataclass
+class Scores:
+    """What one model reached: `validation` and `texts` as TokenLoss gives them, `tasks` by name."""
+
+    facts: dict[str, Any]
+    validation: dict[str, Any] | None = None
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Comparison:
+    """Our model against one other."""
+
+    opponent: str
+    verdicts: list[Verdict]
+    validation: dict[str, float] | None  # difference of the losses with its interval, nats per token
+    warnings: list[str]
+
+
+@dataclass
+class Outcome:
+    """Everything that was measured; the same command gives the same again."""
+
+    settings: dict[str, Any]
+    models: list[Scores]  # ours first
+    comparisons: list[Comparison]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """results.json."""
+        compared = [
+            {
+                "opponent": each.opponent,
+                "wins minus losses": headline(each.verdicts),
+                "tasks": [
+                    asdict(v)
+                    | {"difference": v.difference, "verdict": v.word, "published": published(each.opponent, v)}
+                    for v in each.verdicts
+                ],
+                "validation": each.validation,
+                "warnings": each.warnings,
+            }
+            for each in self.comparisons
+        ]
+        models = [asdict(scores) for scores in self.models]
+        return {"settings": self.settings, "models": models, "comparisons": compared, "notes": self.notes}
+
+
+def published(model: str, verdict: Verdict) -> float | None:
+    """The published figure of GPT-2 124M under lm-eval for a task and metric, from facts/; None for anything else."""
+    if model not in GPT2_NAMES:
+        return None
+    with (resources.files("overnight") / "facts" / "reference_scores.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            same = (row["model"], row["task"], row["metric"]) == ("gpt2-124m", verdict.task, verdict.metric)
+            if same and row["harness"] == "lm-eval 0-shot":
+                return float(row["value"])
+    return None
+
+
+def implausible(model: str, verdict: Verdict) -> str | None:
+    """A warning when what we measured of GPT-2 is more than three standard errors from what was published."""
+    known = published(model, verdict)
+    if known is None:
+        return None
+    error = math.sqrt(known * (1 - known) / verdict.items)
+    if abs(verdict.theirs - known) <= STANDARD_ERRORS * error:
+        return None
+    return (
+        f"{verdict.task}: {model} has {verdict.theirs:.4f} here and {known:.4f} in the published figure, "
+        f"{abs(verdict.theirs - known) / error:.1f} standard errors away: explain that before you trust this table"
+    )
+
+
+def write(outcome: Outcome, items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Write the folder; `items` are the lines of each benchmark. comparison.md comes last."""
+    (folder / "items").mkdir(parents=True, exist_ok=True)
+    for name, lines in items.items():
+        write_whole(folder / "items" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
+    for comparison in outcome.comparisons:
+        if comparison.verdicts:
+            draw(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))
+    write_whole(folder / "comparison.md", markdown(outcome))
+
+
+def figure_name(opponent: str) -> str:
+    """The file of the figure against this opponent."""
+    return f"against-{safe(opponent)}.png"
+
+
+def safe(name: str) -> str:
+    """`name` as a file name."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name).strip("._")[-80:]
+
+
+def markdown(outcome: Outcome) -> str:
+    """comparison.md, which is to be understood without anything else at hand."""
+    ours = outcome.models[0].facts
+    lines = [f"# {cell(ours['name'])}", ""]
+    lines += [
+        f"{ours['parameters']:,} parameters, context {ours['context']}. "
+        f"Every model was measured by the same command in {outcome.settings['dtype']}, on the same items."
+    ]
+    for comparison in outcome.comparisons:
+        lines += ["", f"## Against {cell(comparison.opponent)}", "", *verdict_lines(comparison)]
+    lines += ["", "## Losses", "", *loss_lines(outcome)]
+    if len(outcome.comparisons) != 1:
+        lines += ["", "## Benchmarks", "", *score_lines(outcome)]
+    lines += ["", "## How to read this", "", *[f"- {note}" for note in outcome.notes]]
+    return "\n".join(lines) + "\n"
+
+
+def verdict_lines(comparison: Comparison) -> list[str]:
+    """The sentence that answers the question, the table behind it, and the figure."""
+    found = comparison.verdicts
+    if not found:
+        return ["No benchmark was asked for."]
+    words = [verdict.word for verdict in found]
+    better, worse = words.count("better"), words.count("worse")
+    lines = [
+        f"**Better on {better} of {len(found)} tasks, worse on {worse}, no difference shown on "
+        f"{len(found) - better - worse}: wins minus losses {headline(found):+d}.**",
+        "",
+    ]
+    reference = any(published(comparison.opponent, verdict) is not None for verdict in found)
+    heads = COLUMNS + (" published |" if reference else "")
+    lines += [heads, "|" + "---|" * (heads.count("|") - 1)]
+    for v in found:
+        known = published(comparison.opponent, v)
+        row = [
+            f"{v.task} ({v.metric}, {v.items:,} items)",
+            f"{v.chance:.1%}",
+            f"{v.ours:.1%}",
+            f"{v.theirs:.1%}",
+            f"{100 * v.difference:+.1f} ({100 * v.low:+.1f} to {100 * v.high:+.1f}) points",
+            f"{v.only_ours} : {v.only_theirs}",
+            f"{v.p_holm:.2g}",
+            v.word,
+        ]
+        row += [] if not reference else [f"{known:.1%}" if known is not None else "no reference"]
+        lines.append("| " + " | ".join(row) + " |")
+    lines += ["", *[f"**Warning.** {warning}" for warning in comparison.warnings]]
+    return [*lines, f"![differences with intervals]({figure_name(comparison.opponent)})"]
+
+
+def loss_lines(outcome: Outcome) -> list[str]:
+    """Losses of all models on all texts."""
+    lines = ["| text | model | nats per token | perplexity | bits per byte | tokens |", "|---|---|---|---|---|---|"]
+    for scores in outcome.models:
+        texts = ({"validation set": scores.validation} if scores.validation else {}) | scores.texts
+        for text, found in texts.items():
+            bits = f"{found['bits_per_byte']:.4f}" if found["bits_per_byte"] is not None else "-"
+            lines.append(
+                f"| {cell(text)} | {cell(scores.facts['name'])} | {found['loss']:.4f} | {found['perplexity']:.2f} "
+                f"| {bits} | {found['tokens']:,} |"
+            )
+    if len(lines) == 2:
+        return ["No loss was measured: the model belongs to no run, and neither `--shards` nor `--texts` was given."]
+    for each in outcome.comparisons:
+        if each.validation:
+            v = each.validation
+            lines += [
+                "",
+                f"On the validation set ours minus {cell(each.opponent)}: {v['difference']:+.4f} nats per token "
+                f"({LEVEL:.0%} interval {v['low']:+.4f} to {v['high']:+.4f}, rows resampled).",
+            ]
+    return lines
+
+
+def score_lines(outcome: Outcome) -> list[str]:
+    """Scores of all models side by side."""
+    names = [scores.facts["name"] for scores in outcome.models]
+    lines = ["| task | chance | " + " | ".join(map(cell, names)) + " |", "|---|---|" + "---|" * len(names)]
+    for task, ours in outcome.models[0].tasks.items():
+        each = [scores.tasks[task] for scores in outcome.models]
+        values = [f"{s['metrics'][s['metric']]:.1%}" if s["metric"] in s["metrics"] else "-" for s in each]
+        chance = f"{ours['chance']:.1%}" if ours["chance"] is not None else "-"
+        lines.append(f"| {task} ({ours['metric']}) | {chance} | " + " | ".join(values) + " |")
+    return lines
+
+
+def notes(settings: dict[str, Any], home: str | None) -> list[str]:
+    """What a reader has to know, in sentences."""
+    found = [
+        "Benchmarks are lm-eval's tasks, prompts and metrics, zero-shot. The metric of each task was fixed beforehand.",
+        f"A verdict is McNemar's exact test on the items that one model has right and the other wrong, at {ALPHA:.0%} "
+        "after Holm's correction over the tasks of the table. Where no difference is shown, that does not show that "
+        "there is none.",
+        f"Intervals are from {RESAMPLES:,} paired bootstrap resamples, seed {settings['seed']}, not corrected for the "
+        "number of tasks.",
+        "Chance is the mean of one over the number of choices.",
+    ]
+    if home:
+        found.append(
+            f"The validation set is held out from {home}, on which ours was trained and an opponent from elsewhere "
+            "was not: on that loss ours plays at home."
+        )
+    if settings["limit"]:
+        found.append(f"Only the first {settings['limit']} items of each task were used: a look, and no result.")
+    if any(name in GPT2_NAMES for name in settings["against"]):
+        found.append(
+            "Published figures of GPT-2 124M are lm-eval's, zero-shot, shown for plausibility alone. Its published "
+            "3.2924 nats on FineWeb-Edu is from another validation split (karpathy/build-nanogpt) and compares with "
+            "nothing here."
+        )
+    return found
+
+
+def cell(text: str) -> str:
+    """`text` in a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def draw(comparison: Comparison, ours: str, path: Path) -> None:
+    """The differences with their intervals, one line a task."""
+    from matplotlib.figure import Figure  # without pyplot, which would look for a display
+
+    found: Sequence[Verdict] = list(reversed(comparison.verdicts))
+    colours = {"better": "#1a7f37", "worse": "#cf222e", "no difference shown": "#6e7781"}
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="black", linewidth=0.8)
+    for height, verdict in enumerate(found):
+        colour = colours[verdict.word]
+        axes.plot([100 * verdict.low, 100 * verdict.high], [height, height], color=colour, linewidth=2)
+        axes.plot([100 * verdict.difference], [height], "o", color=colour)
+    axes.set_yticks(range(len(found)), [f"{verdict.task} ({verdict.metric})" for verdict in found])
+    axes.set_xlabel(f"percentage points, {LEVEL:.0%} intervals; right of zero ours is better")
+    axes.set_title(f"{Path(ours).name} against {comparison.opponent}", fontsize=10)
+    for word, colour in colours.items():
+        axes.plot([], [], "o-", color=colour, label=word)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -1,0 +1,210 @@
+"""Log-likelihoods of continuations, with what requests have in common computed once.
+
+The choices of one question share its context. Their token sequences are merged at equal beginnings into a tree, and a
+tree goes through the model as one row: each token attends to its ancestors and has the position that it would have in
+its own sequence. Logits are made only where a continuation is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward
+HEAD_ROWS = {"cpu": 128, "cuda": 2048}  # of logits that exist at once
+LARGEST_TREE = 256  # tokens, or twice a sequence: attention is dense, so a large tree pays for pairs without a use
+LEAST_SHARED = 0.25  # of a sequence, for it to join a tree
+TOLERANCE = 1e-3  # of log-probabilities, for a model to be taken for one that reads trees
+
+
+class Request(NamedTuple):
+    """The tokens of a context, at least one, and of the continuation whose log-likelihood is asked for."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+class Answer(NamedTuple):
+    """The continuation's log-likelihood in nats, and whether it is what greedy decoding would have written."""
+
+    loglikelihood: float
+    greedy: bool
+
+
+class Tree:
+    """Sequences merged at equal beginnings; its nodes are numbered so that a parent stands before its children."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.branches = False
+        self.requests: list[Request] = []
+        self.numbers: list[int] = []  # of the requests, among all
+        self.scored: list[np.ndarray] = []  # of each request, the nodes that predict its continuation
+        self._grown: list[tuple[np.ndarray, int]] = []  # path of each sequence, and where its own nodes begin in it
+        self._last: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def shared(self, inputs: tuple[int, ...]) -> int:
+        """Tokens at the beginning of `inputs` that the sequence added last begins with, too."""
+        pairs = zip(self._last, inputs, strict=False)
+        return next((at for at, (old, new) in enumerate(pairs) if old != new), min(len(self._last), len(inputs)))
+
+    def add(self, number: int, request: Request, inputs: tuple[int, ...]) -> None:
+        """Grow by one request; `inputs` are its tokens without the last, which is only predicted."""
+        start = self.shared(inputs)
+        self.branches |= start < len(self._last)
+        before = self._grown[-1][0][:start] if start else np.empty(0, np.int64)
+        path = np.concatenate([before, np.arange(len(self.tokens), len(self.tokens) + len(inputs) - start)])
+        self.tokens += inputs[start:]
+        self.positions += range(start, len(inputs))
+        self._grown.append((path, start))
+        self._last = inputs
+        self.requests.append(request)
+        self.numbers.append(number)
+        self.scored.append(path[len(path) - len(request.continuation) :])
+
+    def attends(self, size: int) -> np.ndarray:
+        """Which node sees which, bool (size, size): its ancestors and itself; what is added to fill up, itself."""
+        mask = np.eye(size, dtype=bool)
+        for path, start in self._grown:
+            own = path[start:]
+            mask[np.ix_(own, path[:start])] = True
+            mask[np.ix_(own, own)] = np.tri(len(own), dtype=bool)
+        return mask
+
+
+def batches_of(requests: Sequence[Request], context: int, budget: int) -> tuple[list[list[Tree]], int]:
+    """Trees over all requests, in batches of about `budget` tokens, and how many requests were cut to the context.
+
+    Of a request that is too long for `context` tokens the last are kept, as lm-eval does. The result depends on the
+    requests alone. Raises ValueError for a continuation that is longer than the context.
+    """
+    cut, sequences = 0, []
+    for number, request in enumerate(requests):
+        whole = request.context + request.continuation
+        if len(request.continuation) > context:
+            raise ValueError(f"a continuation of {len(request.continuation)} tokens in a context of {context}")
+        cut += len(whole) > context + 1
+        sequences.append((whole[-(context + 1) :][:-1], number, request))
+    trees: list[Tree] = []
+    for inputs, number, request in sorted(sequences):  # equal beginnings come together
+        shared = trees[-1].shared(inputs) if trees else 0
+        size = len(trees[-1]) + len(inputs) - shared if trees else 0
+        if shared < max(1.0, LEAST_SHARED * len(inputs)) or size > max(LARGEST_TREE, 2 * len(inputs)):
+            trees.append(Tree())
+        trees[-1].add(number, request, inputs)
+    trees.sort(key=len, reverse=True)  # stable; the largest first, so that memory runs out at once or never
+    batches: list[list[Tree]] = []
+    for tree in trees:
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > budget:
+            batches.append([])
+        batches[-1].append(tree)
+    return batches, cut
+
+
+class Scorer:
+    """A causal language model, in evaluation mode on its device, that answers batches of trees.
+
+    `reads_trees` was found out by comparing a small tree with its sequences one by one: an architecture that takes no
+    mask of our own, or changes its logits after the head, does not.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.eval()
+        self.device = model.device
+        self.head = model.get_output_embeddings()
+        self.budget = BATCH_TOKENS[self.device.type]
+        self.reads_trees = self._reads_trees()
+
+    @torch.inference_mode()
+    def score(self, trees: list[Tree]) -> list[Answer]:
+        """The answers to the requests of `trees`, in their order."""
+        hidden = self._hidden(trees)  # (rows * longest, n_embd)
+        longest = len(trees[0])
+        places = [row * longest + nodes for row, tree in enumerate(trees) for nodes in tree.scored]
+        targets = [request.continuation for tree in trees for request in tree.requests]
+        flat, place = np.unique(np.concatenate(places), return_inverse=True)
+        target = torch.as_tensor(np.concatenate([np.asarray(each) for each in targets]), device=self.device)
+        losses, hits = self._predict(hidden[torch.as_tensor(flat, device=self.device)], place, target)
+        ends = np.cumsum([len(each) for each in targets])[:-1]
+        return [
+            Answer(-float(loss.sum()), bool(hit.all()))
+            for loss, hit in zip(np.split(losses, ends), np.split(hits, ends), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def losses(self, ids: Tensor, targets: Tensor) -> np.ndarray:
+        """Cross-entropy in nats of every target (rows, time) given the ids (rows, time) before it, float64."""
+        if not self.reads_trees:
+            logits = self.model(ids, use_cache=False).logits.float()
+            return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu().numpy()
+        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        losses, _ = self._predict(hidden, np.arange(len(hidden)), targets.flatten())
+        return losses.reshape(targets.shape)
+
+    def _hidden(self, trees: list[Tree]) -> Tensor:
+        longest = len(trees[0])
+        ids = np.zeros((len(trees), longest), np.int64)
+        positions = np.zeros_like(ids)
+        for row, tree in enumerate(trees):
+            ids[row, : len(tree)], positions[row, : len(tree)] = tree.tokens, tree.positions
+        how = {}
+        if any(tree.branches for tree in trees):
+            mask = np.stack([tree.attends(longest) for tree in trees])[:, None]  # (rows, 1, longest, longest)
+            how["attention_mask"] = torch.as_tensor(mask, device=self.device)
+            how["position_ids"] = torch.as_tensor(positions, device=self.device)
+        # Without branches a row is a sequence and its filling, which stands behind it, and is seen by no token of it.
+        body = self.model.base_model(torch.as_tensor(ids, device=self.device), use_cache=False, **how)
+        return body.last_hidden_state.flatten(0, 1)
+
+    def _predict(self, hidden: Tensor, place: np.ndarray, target: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Loss of each `target` under the logits of the row `place` of `hidden`, float64, and whether it is the best.
+
+        A row may be asked for several targets. The logits exist for a few rows at a time.
+        """
+        order = np.argsort(place, kind="stable")
+        starts = np.searchsorted(place[order], np.arange(0, len(hidden) + 1, HEAD_ROWS[self.device.type]))
+        losses = torch.empty(len(place), dtype=torch.float64, device=self.device)
+        hits = torch.empty(len(place), dtype=torch.bool, device=self.device)
+        for number, start in enumerate(range(0, len(hidden), HEAD_ROWS[self.device.type])):
+            end = starts[number + 1] if number + 1 < len(starts) else len(place)
+            asked = torch.as_tensor(order[starts[number] : end], device=self.device)
+            row = torch.as_tensor(place, device=self.device)[asked] - start
+            logits = self.head(hidden[start : start + HEAD_ROWS[self.device.type]]).float()
+            wanted = target[asked]
+            losses[asked] = (torch.logsumexp(logits, 1)[row] - logits[row, wanted]).double()
+            hits[asked] = logits.argmax(1)[row] == wanted
+        return losses.cpu().numpy(), hits.cpu().numpy()
+
+    @torch.inference_mode()
+    def _reads_trees(self) -> bool:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        tokens = np.random.default_rng(0).integers(0, vocabulary, 14).tolist()
+        context, left, right = tuple(tokens[:6]), tuple(tokens[6:9]), tuple(tokens[9:14])
+        requests = [Request(context, left), Request(context, right), Request(context[:4], right[:2])]
+        found = []
+        try:
+            trees = batches_of(requests, 64, self.budget)[0][0]
+            answers = dict(zip([number for tree in trees for number in tree.numbers], self.score(trees), strict=True))
+            for number, (before, after) in enumerate(requests):
+                logits = self.model(torch.tensor([before + after], device=self.device), use_cache=False).logits
+                plain = logits[0, len(before) - 1 : -1].float().log_softmax(-1)
+                total = plain.gather(1, torch.tensor(after, device=self.device)[:, None]).sum()
+                found.append(abs(answers[number].loglikelihood - total.item()))
+        except (
+            AttributeError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):  # it has no such arguments or parts
+            return False
+        return max(found) <= TOLERANCE

@@ -1,0 +1,316 @@
+"""One evaluation from beginning to end: one model after the other, each on every text and task, then the verdict."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from transformers.utils.logging import disable_progress_bar
+
+from overnight.console import Console, count, duration
+from overnight.evaluation import models, outcome
+from overnight.evaluation.compare import SEED, Paired, bootstrap_interval, metric_of, verdicts
+from overnight.evaluation.harness import SharedContextLM, answer_items
+from overnight.evaluation.journal import Journal, cache_folder
+from overnight.evaluation.loss import Losses, losses_over, read_texts, text_rows, validation_rows
+from overnight.evaluation.models import UNIGRAM, UNTRAINED, Contestant, Origin
+from overnight.evaluation.outcome import Comparison, Outcome, Scores
+from overnight.evaluation.progress import Meter
+from overnight.evaluation.scoring import Request, batches_of
+from overnight.evaluation.tasks import Benchmark, download_bytes, load_benchmarks
+from overnight.recipe import Evaluation, InputError
+from overnight.shards import Shards, open_shards
+from overnight.startup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
+from overnight.tokenizer import load_tokenizer
+
+QUICK = 500  # items a task
+SAMPLE = 16  # items of a task, whose length is measured beforehand
+CHARACTERS_PER_TOKEN = 4.0  # of English, about
+LONG = 1800  # seconds, after which a CPU is told of --quick
+ANSWERED = ("loglikelihoods", "greedy", "metrics")
+Item = dict[str, Any]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Measured:
+    """One model: its scores, the losses of the validation rows, and its items by benchmark (main process alone)."""
+
+    scores: Scores
+    losses: Losses | None
+    items: dict[str, list[Item]]
+
+
+@dataclass
+class Plan:
+    """What the command asks for, resolved."""
+
+    model: str
+    wishes: Evaluation
+    shards_dir: Path | None  # the run's, if None
+    without_shards: bool
+    data_dir: Path | None
+    trust_tasks: bool
+    dtype: str
+    out: Path
+    origin: Origin | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, for results.json."""
+        return {
+            "against": self.wishes.against,
+            "tasks": self.wishes.tasks,
+            "texts": self.wishes.texts,
+            "limit": self.wishes.limit,
+            "dtype": self.dtype,
+            "seed": SEED,
+            "lm_eval": lm_eval.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+class Session:
+    """The models, texts and tasks of one command."""
+
+    def __init__(self, plan: Plan, accelerator: Accelerator):
+        self.plan, self.accelerator = plan, accelerator
+        self.console = Console(quiet=not accelerator.is_main_process)
+        self.meter = Meter(self.console)
+        self.shards = self._open_shards()
+        self.texts = {spec: read_texts(spec) for spec in plan.wishes.texts}
+        self.benchmarks = self._load_benchmarks()
+        self.length = 0  # of a validation row, the same for every model
+
+    def run(self) -> None:
+        """Measure every model, compare, write, and print the answer."""
+        names = [self.plan.model, *self.plan.wishes.against]
+        contexts = []
+        for name in names:  # all are opened before any is measured: what cannot be loaded is found at once
+            each = self.contestant(name)
+            contexts.append(each.context)
+            self._refuse_other_tokens(each)
+        recipe_length = self.plan.origin.recipe.batch.sequence_length if self.plan.origin else max(contexts)
+        self.length = min(recipe_length, *contexts)
+        measured = [self.measure(name) for name in names]
+        if self.accelerator.is_main_process:
+            self.conclude(measured)
+        self.accelerator.wait_for_everyone()
+
+    def contestant(self, name: str) -> Contestant:
+        """The model of a name, on the device."""
+        device, dtype = self.accelerator.device, DTYPES[self.plan.dtype]
+        if name not in (UNTRAINED, UNIGRAM):
+            return models.load(name, device, dtype)
+        if self.plan.origin is None or self.shards is None:
+            raise InputError(f"`--against {name}` needs a model of a run, as runs/NAME/models/iter-...")
+        make: Callable = models.untrained if name == UNTRAINED else models.unigram_model
+        ours = models.load(self.plan.model, torch.device("cpu"), dtype)
+        return models.contestant(name, make(self.plan.origin.recipe, self.shards), ours.tokenizer, device, dtype)
+
+    def measure(self, name: str) -> Measured:
+        """One model on every text and task: scores, the rows' losses, and the items by benchmark."""
+        contestant = self.contestant(name)
+        scores = Scores(contestant.facts)
+        self.console.say(f"{name}: {scores.facts['parameters']:,} parameters, context {contestant.context}")
+        if not contestant.scorer.reads_trees:
+            self.console.say("  its architecture takes no mask of our own: lm-eval's code scores it, choice by choice")
+        self._expect(contestant)
+        losses = None
+        if self.shards is not None:
+            self.meter.begin("validation set", "rows")
+            rows = validation_rows(self.shards.val, self.length, contestant, self.accelerator, self.meter)
+            losses = losses_over(rows, contestant, self.accelerator, self.meter)
+            scores.validation = losses.summary
+            self._tell("validation set", f"{losses.summary['loss']:.4f} nats per token")
+        for spec, documents in self.texts.items():
+            self.meter.begin(spec, "windows")
+            text = text_rows(documents, contestant, contestant.context, self.accelerator, self.meter)
+            scores.texts[spec] = losses_over(text, contestant, self.accelerator, self.meter).summary
+            self._tell(spec, f"{scores.texts[spec]['loss']:.4f} nats per token")
+        items = self._benchmarks(contestant, scores)
+        return Measured(scores, losses, items)
+
+    def _benchmarks(self, contestant: Contestant, scores: Scores) -> dict[str, list[Item]]:
+        journal = Journal(cache_folder() / contestant.fingerprint, self.accelerator.process_index)
+        found: dict[str, list[Item]] = {}
+        for benchmark in self.benchmarks:
+            lm = SharedContextLM(contestant, journal, self.accelerator, self.meter)
+            self.meter.begin(benchmark.name)
+            answered = [answer_items(lm, task, self.plan.wishes.limit) for task in benchmark.tasks]
+            items = [item for each in answered for item in each or []]
+            cut = self.accelerator.reduce(torch.tensor(lm.cut, device=self.accelerator.device), "sum").item()
+            if self.accelerator.is_main_process:
+                scores.tasks[benchmark.name] = summary(benchmark, items, int(cut))
+                found[benchmark.name] = items
+                shown = ", ".join(f"{key} {v:.4f}" for key, v in scores.tasks[benchmark.name]["metrics"].items())
+                self._tell(benchmark.name, shown + (f"; {cut} requests cut to the context" if cut else ""))
+        return found
+
+    def conclude(self, measured: list[Measured]) -> None:
+        """Compare the first model with each other one, write the folder, and print the answer."""
+        ours, *others = measured
+        comparisons = []
+        for theirs in others:
+            pairs = [pair for b in self.benchmarks if (pair := paired(b.name, ours, theirs)) is not None]
+            found, name = verdicts(pairs), theirs.scores.facts["name"]
+            warnings = [said for verdict in found if (said := outcome.implausible(name, verdict))]
+            comparisons.append(Comparison(name, found, difference(ours.losses, theirs.losses), warnings))
+        settings = self.plan.settings
+        home = self.shards.manifest.source.path or self.shards.manifest.source.source if self.shards else None
+        notes = outcome.notes(settings, str(home) if home else None)
+        result = Outcome(settings, [each.scores for each in measured], comparisons, notes)
+        outcome.write(result, by_item(measured), self.plan.out)
+        for comparison in comparisons:
+            self.console.say(f"\nagainst {comparison.opponent}")
+            for line in outcome.verdict_lines(comparison)[:-1]:
+                self.console.say(line.replace("**", ""))
+        for line in outcome.loss_lines(result):
+            self.console.say(line)
+        self.console.say(f"\nwritten: {self.plan.out}/comparison.md")
+
+    def _open_shards(self) -> Shards | None:
+        origin, folder = self.plan.origin, self.plan.shards_dir
+        if folder is None and origin is not None:
+            folder = Path(origin.recipe.data.dir)
+        if folder is None or self.plan.without_shards:
+            self.console.say("the validation loss is not measured; `--shards DIR` names prepared data to measure it on")
+            return None
+        shards = open_shards(folder, verify=self.accelerator.is_local_main_process)
+        if origin is not None and shards.manifest.fingerprint != origin.data_fingerprint:
+            raise InputError(
+                f"{folder} holds other data (fingerprint {shards.manifest.fingerprint[:16]}) than {origin.folder} was "
+                f"trained on ({origin.data_fingerprint[:16]}); `--shards DIR` names the folder that it was"
+            )
+        return shards
+
+    def _refuse_other_tokens(self, contestant: Contestant) -> None:
+        """The validation set is ids: they mean the same to a model only if its vocabulary is that of the shards."""
+        if self.shards is None:
+            return
+        expected = load_tokenizer(str(self.shards.folder / "tokenizer"))
+        if contestant.tokenizer.get_vocab() != expected.get_vocab():
+            raise InputError(
+                f"{contestant.name}: its vocabulary is not that of {self.shards.folder}, so the losses on its tokens "
+                "do not compare; `--shards none` leaves the validation set out, and benchmarks compare any models"
+            )
+
+    def _load_benchmarks(self) -> list[Benchmark]:
+        wishes = self.plan.wishes
+        tasks_dir = Path(wishes.tasks_dir) if wishes.tasks_dir else None
+        if not wishes.tasks:
+            return []
+        if self.plan.data_dir is None:
+            for name, size in download_bytes(wishes.tasks, tasks_dir).items():
+                known = f"{size / 1e6:.0f} MB" if size else "size not known"
+                self.console.say(f"  {name}: {known}, downloaded unless it was before")
+        with self.accelerator.main_process_first():
+            return load_benchmarks(
+                wishes.tasks, tasks_dir=tasks_dir, trust=self.plan.trust_tasks, data_dir=self.plan.data_dir
+            )
+
+    def _expect(self, contestant: Contestant) -> None:
+        """Say how long it will take, from the rate of one batch and the tokens of a few items of each task."""
+        tokens = sum(tokens_of(benchmark, self.plan.wishes.limit) for benchmark in self.benchmarks)
+        tokens += self.shards.val.tokens if self.shards else 0  # and twice the texts, whose windows overlap by half
+        tokens += sum(2 * len(t) / CHARACTERS_PER_TOKEN for documents in self.texts.values() for t in documents)
+        rate = probe(contestant)
+        seconds = tokens / rate / self.accelerator.num_processes
+        self.console.say(
+            f"  about {count(tokens)} tokens at {count(rate)} a second: {duration(seconds)}, less what is known"
+        )
+        if self.accelerator.device.type == "cpu" and self.plan.wishes.limit is None and seconds > LONG:
+            self.console.say(f"  on a CPU `--quick`, {QUICK} items a task, gives an answer sooner")
+
+    def _tell(self, what: str, found: str) -> None:
+        self.console.say(f"  {what}: {found} ({duration(self.meter.end())})")
+
+
+def launch() -> Accelerator:
+    """The Accelerator of an evaluation, on whatever topology it was launched with."""
+    disable_progress_bar()
+    datasets.disable_progress_bars()
+    take_over_environment(os.environ)
+    accelerator = Accelerator(cpu=not cuda_wanted())
+    refuse_lone_processes(accelerator)
+    set_threads("auto")
+    return accelerator
+
+
+def tokens_of(benchmark: Benchmark, limit: int | None) -> float:
+    """About how many tokens a benchmark sends through a model, from the length of its first items."""
+    total = 0.0
+    for task in benchmark.tasks:
+        items = min(len(task.eval_docs), limit or len(task.eval_docs))
+        task.build_all_requests(limit=min(SAMPLE, items))
+        texts = {(instance.doc_id, text) for instance in task.instances for text in instance.args}
+        total += sum(len(text) for _, text in texts) / CHARACTERS_PER_TOKEN * items / min(SAMPLE, items)
+    return total
+
+
+def probe(contestant: Contestant) -> float:
+    """Tokens a second of a full batch, the second of two."""
+    tokens = np.random.default_rng(0).integers(0, len(contestant.tokenizer), (contestant.scorer.budget // 64, 64))
+    requests = [Request(tuple(row[:48].tolist()), tuple(row[48:].tolist())) for row in tokens]
+    [trees], _ = batches_of(requests, contestant.context, contestant.scorer.budget)
+    for _ in range(2):
+        started = time.monotonic()
+        contestant.scorer.score(trees)  # its answers are read on the host, so the device has finished
+    return sum(map(len, trees)) / (time.monotonic() - started)
+
+
+def summary(benchmark: Benchmark, items: list[Item], cut: int) -> dict[str, Any]:
+    """Scores of a benchmark by lm-eval's own aggregation, over the items of all its tasks pooled."""
+    aggregate = benchmark.tasks[0].aggregation()
+    values = {metric: [item["metrics"][metric] for item in items] for metric in items[0]["metrics"]}
+    choices = [len(item["loglikelihoods"]) for item in items]
+    return {
+        "items": len(items),
+        "metric": metric_of(benchmark.name),
+        "metrics": {metric: float(aggregate[metric](each)) for metric, each in values.items()},
+        "chance": float(np.mean([1 / number if number > 1 else 0.0 for number in choices])),
+        "cut to the context": cut,
+        "versions": benchmark.versions,
+    }
+
+
+def paired(benchmark: str, ours: Measured, theirs: Measured) -> Paired | None:
+    """The items of a benchmark as both models answered them; None for one whose metric is not right or wrong."""
+    metric, both = metric_of(benchmark), (ours.items[benchmark], theirs.items[benchmark])
+    if metric not in both[0][0]["metrics"]:
+        return None
+    assert [i["doc"] for i in both[0]] == [i["doc"] for i in both[1]], f"{benchmark}: the models saw other items"
+    right = [np.array([item["metrics"][metric] for item in items], float) for items in both]
+    return Paired(benchmark, metric, ours.scores.tasks[benchmark]["chance"], *right)
+
+
+def difference(ours: Losses | None, theirs: Losses | None) -> dict[str, float] | None:
+    """Our loss on the validation set minus theirs, in nats per token, with its interval over resampled rows."""
+    if ours is None or theirs is None:
+        return None
+    low, high = bootstrap_interval(ours.nats - theirs.nats, ours.tokens)
+    return {"difference": float((ours.nats - theirs.nats).sum() / ours.tokens.sum()), "low": low, "high": high}
+
+
+def by_item(measured: list[Measured]) -> dict[str, list[Item]]:
+    """The lines of items/<benchmark>.jsonl: an item, and what every model answered."""
+    lines: dict[str, list[Item]] = {}
+    for benchmark, items in measured[0].items.items():
+        each = [(one.scores.facts["name"], one.items[benchmark]) for one in measured]
+        lines[benchmark] = [
+            {key: item[key] for key in ("task", "id", "doc", "target")}
+            | {"models": {name: {key: answers[at][key] for key in ANSWERED} for name, answers in each}}
+            for at, item in enumerate(items)
+        ]
+    return lines

@@ -1,0 +1,231 @@
+"""Which benchmarks there are, where their items come from, and which task files are not let in.
+
+A task is a name that lm-eval knows, or a YAML file in its format in this package's `tasks` folder or the user's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.api.metrics  # fills the registry
+import lm_eval.tasks
+import yaml
+from lm_eval.api.registry import metric_registry
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from overnight.recipe import InputError
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).resolve().parent
+DEFAULT_FOLDERS = ("arc", "blimp", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "winogrande")
+SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # by log-likelihoods alone
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".csv": "csv"}
+SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+
+
+@dataclass
+class Benchmark:
+    """A row of the comparison: one task, or several pooled (blimp has 67)."""
+
+    name: str
+    tasks: list[Task]
+
+    @property
+    def versions(self) -> list[str]:
+        """The version of each task's definition, as lm-eval numbers them, without repetition."""
+        return sorted({str((task.config.metadata or {}).get("version", "-")) for task in self.tasks})
+
+    def items(self, limit: int | None) -> int:
+        """Items of all tasks together, the first `limit` of each."""
+        return sum(min(len(task.eval_docs), limit or len(task.eval_docs)) for task in self.tasks)
+
+
+def load_benchmarks(
+    names: list[str], *, tasks_dir: Path | None = None, trust: bool = False, data_dir: Path | None = None
+) -> list[Benchmark]:
+    """The benchmarks of these names with their items; downloads what is neither in `data_dir` nor in the cache.
+
+    Raises InputError for unknown names, task files that would run code, and data that cannot be had.
+    """
+    if tasks_dir is not None:
+        check_task_files(tasks_dir, trust=trust)
+    index = index_of(names, tasks_dir)
+    return [Benchmark(name, [_build(index[leaf], data_dir) for leaf in leaves_of(name, index)]) for name in names]
+
+
+def index_of(names: list[str], tasks_dir: Path | None) -> dict[str, Entry]:
+    """lm-eval's index with at least these names in it; all of lm-eval is read only where the usual folders lack one."""
+    own = [str(OWN_TASKS), *([str(tasks_dir)] if tasks_dir else [])]
+    usual = [str(LM_EVAL_TASKS / folder) for folder in DEFAULT_FOLDERS]
+    index = TaskManager(include_path=[*usual, *own], include_defaults=False).task_index
+    if any(name not in index for name in names):
+        index = TaskManager(include_path=own).task_index
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        raise InputError([f"`--tasks`: there is no task {name}{nearest(name, index)}" for name in unknown])
+    return index
+
+
+def nearest(name: str, known: Any) -> str:
+    """'; did you mean ...?' with the names that are most like it, or nothing."""
+    close = difflib.get_close_matches(name, list(known), 3)
+    return f"; did you mean {' or '.join(close)}?" if close else "; `lm_eval ls tasks` lists lm-eval's"
+
+
+def leaves_of(name: str, index: dict[str, Entry]) -> list[str]:
+    """The tasks that a name stands for: itself, or the members of a group or tag."""
+    entry = index[name]
+    if entry.kind is Kind.TAG:
+        return sorted(entry.tags)
+    if entry.kind is not Kind.GROUP:
+        return [name]
+    members = (entry.cfg or {})["task"]
+    names = [member if isinstance(member, str) else member.get("task", member.get("group")) for member in members]
+    return [leaf for each in names for leaf in leaves_of(each, index)]
+
+
+def _build(entry: Entry, data_dir: Path | None) -> Task:
+    if entry.yaml_path is None or entry.kind is not Kind.TASK:
+        raise InputError(
+            f"`--tasks`: {entry.name} is defined in Python and not in a task file; {', '.join(SCORED)} work"
+        )
+    config = load_yaml(entry.yaml_path)
+    for key in ("tag", "group", "task_list"):
+        config.pop(key, None)
+    if config.get("output_type") not in SCORED:
+        raise InputError(
+            f"`--tasks`: {entry.name} is of the type {config.get('output_type')}; what is scored by log-likelihoods "
+            f"({', '.join(SCORED)}) works"
+        )
+    if config.get("dataset_path") in BUILDERS.values():
+        files = config["dataset_kwargs"]["data_files"]  # relative ones lie beside the task's file
+        config["dataset_kwargs"] = {"data_files": {k: str(entry.yaml_path.parent / v) for k, v in files.items()}}
+    elif data_dir is not None:
+        config |= local_data(entry.name, config, data_dir)
+    try:
+        return ConfigurableTask(config=config)
+    except Exception as error:  # the Hub client, its transport and the builders share no base class
+        where = f"{data_dir}" if data_dir else f"{config.get('dataset_path')} on the Hub"
+        raise InputError(
+            f"`--tasks`: the items of {entry.name} cannot be read from {where}: {first_line(error)}. "
+            "Without the Hub, `--data-dir DIR` reads them from DIR (docs/operations.md says how it is laid out)"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def local_data(task: str, config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
+    """What of a task's configuration changes for its items to be read below `data_dir`.
+
+    They lie as in the dataset's repository: `<data_dir>/<dataset path>/[<config>/]<split>*.parquet` (or .jsonl, .json,
+    .arrow, .csv), the owner's name left out at will, a folder `data` for the config as well. Raises InputError when a
+    split that the task reads is not there.
+    """
+    path, name = str(config["dataset_path"]), config.get("dataset_name")
+    homes = [data_dir / path, data_dir / path.split("/")[-1]]
+    folders = [home / part for home in homes for part in (str(name or "none"), "data", ".")]
+    wanted = config.get("test_split") or config.get("validation_split")
+    for folder in folders:
+        found = {split: files_of(folder, split) for split in SPLITS}
+        if found.get(str(wanted)):
+            kind = found[str(wanted)][0].suffix
+            files = {split: [str(file) for file in each] for split, each in found.items() if each}
+            unread = {key: None for split, key in SPLITS.items() if split not in files and config.get(key) == split}
+            return unread | {
+                "dataset_path": BUILDERS[kind],
+                "dataset_name": None,
+                "dataset_kwargs": {"data_files": files},
+            }
+    tried = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    raise InputError(f"`--data-dir`: no {wanted} split of {task} ({path}, {name}); looked in {tried}")
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The data files of a split: `<split>*.<format>`, or all in a folder of its name."""
+    files = [*folder.glob(f"{split}*"), *folder.glob(f"{split}/*")]
+    return sorted(file for file in files if file.suffix in BUILDERS and file.is_file())
+
+
+def download_bytes(task_names: list[str], tasks_dir: Path | None) -> dict[str, int | None]:
+    """What each dataset of these tasks downloads in bytes, by name, as its card says; None where it does not."""
+    index = index_of(task_names, tasks_dir)
+    found: dict[str, int | None] = {}
+    for leaf in [leaf for name in task_names for leaf in leaves_of(name, index)]:
+        config = load_yaml(index[leaf].yaml_path or "", resolve_func=False)
+        path, name = str(config.get("dataset_path")), config.get("dataset_name")
+        if path in BUILDERS.values():
+            continue
+        try:
+            size = datasets.load_dataset_builder(path, name).info.download_size
+        except Exception:  # no network, or no such card: it is then said by the download itself
+            size = None
+        found[f"{path} {name or ''}".strip()] = size
+    return found
+
+
+def check_task_files(folder: Path, *, trust: bool) -> None:
+    """Raise InputError for task files that would run code from this folder, unless they are trusted.
+
+    Code runs through `!function`, through `class`, and through a metric that lm-eval does not have and would fetch.
+    Templates are rendered in a sandbox whether trusted or not.
+    """
+    if not folder.is_dir():
+        raise InputError(f"`--tasks-dir` is {folder}: there is no such folder")
+    if trust:
+        return
+    problems = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".yaml", ".yml") or (path.is_file() and not path.suffix):
+            problems += [f"{path}: {reason}" for reason in _code_in(path)]
+    if problems:
+        raise InputError([*problems, f"`--trust-tasks` runs what stands in {folder}; read it before you trust it"])
+
+
+def _code_in(path: Path) -> list[str]:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return []  # which lm-eval cannot read either
+    reasons = []
+    for key, node in _entries(root):
+        value = node.value
+        if node.tag.startswith("!"):
+            reasons.append(f"`{node.tag} {value}` is code")
+        elif key == "class":
+            reasons.append(f"`class: {value}` is code")
+        elif key == "hf_evaluate" and value != "false":
+            reasons.append("`hf_evaluate` fetches code")
+        elif key == "metric" and value not in metric_registry:
+            reasons.append(f"the metric `{value}` is not lm-eval's own, which would fetch code of that name")
+        elif key == "include" and isinstance(value, str):
+            reasons += _code_in(path.parent / value) if not _lm_eval_has(path.parent / value) else []
+    return reasons
+
+
+def _entries(node: yaml.Node | None, key: str = "") -> Iterator[tuple[str, yaml.Node]]:
+    """Every node below `node`, with the key that it is the value of, or an element of the value."""
+    if node is None:
+        return
+    yield key, node
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield from _entries(name)
+            yield from _entries(value, str(name.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _entries(value, key)
+
+
+def _lm_eval_has(path: Path) -> bool:
+    return path.resolve().is_relative_to(LM_EVAL_TASKS)
