@@ -18,6 +18,7 @@ from overnight.evaluation.journal import Journal, key_of
 from overnight.evaluation.models import Contestant
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Answer, Request, batches_of
+from overnight.recipe import InputError
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 LM_EVAL_BATCH = 8  # rows, where a model reads no trees and lm-eval's own code serves
@@ -35,7 +36,7 @@ class SharedContextLM(HFLM):
         super().__init__(
             pretrained=contestant.model, tokenizer=contestant.tokenizer, batch_size=LM_EVAL_BATCH, truncation=True
         )
-        self.scorer, self.journal, self.meter = contestant.scorer, journal, meter
+        self.name, self.scorer, self.journal, self.meter = contestant.name, contestant.scorer, journal, meter
         self.cut = 0  # requests that did not fit into the model's context
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self._world_size > 1:
@@ -53,7 +54,12 @@ class SharedContextLM(HFLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: Any = None
     ) -> list[tuple[float, bool]]:
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        batches, cut = batches_of(asked, self.max_length, self.scorer.budget)
+        try:
+            batches, cut = batches_of(asked, self.max_length, self.scorer.budget)
+        except ValueError as error:
+            raise InputError(
+                f"{self.meter.name}: {self.name} cannot be asked: {error}; leave one of them out"
+            ) from None
         self.cut += cut
         self.meter.expect(sum(len(tree) for trees in batches for tree in trees))
         answers: list[Answer] = [Answer(0.0, False)] * len(asked)

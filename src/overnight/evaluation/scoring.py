@@ -188,9 +188,9 @@ class Scorer:
     @torch.inference_mode()
     def _reads_trees(self) -> bool:
         vocabulary = self.model.config.get_text_config().vocab_size
-        tokens = np.random.default_rng(0).integers(0, vocabulary, 14).tolist()
-        context, left, right = tuple(tokens[:6]), tuple(tokens[6:9]), tuple(tokens[9:14])
-        requests = [Request(context, left), Request(context, right), Request(context[:4], right[:2])]
+        tokens = np.random.default_rng(0).integers(0, vocabulary, 9).tolist()
+        context, left, right = tuple(tokens[:3]), tuple(tokens[3:5]), tuple(tokens[5:9])
+        requests = [Request(context, left), Request(context, right), Request(context[:2], right[:2])]
         found = []
         try:
             trees = batches_of(requests, 64, self.budget)[0][0]

@@ -27,7 +27,7 @@ from overnight.evaluation.models import UNIGRAM, UNTRAINED, Contestant, Origin
 from overnight.evaluation.outcome import Comparison, Outcome, Scores
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of
-from overnight.evaluation.tasks import Benchmark, download_bytes, load_benchmarks
+from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
 from overnight.recipe import Evaluation, InputError
 from overnight.shards import Shards, open_shards
 from overnight.startup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
@@ -211,14 +211,13 @@ class Session:
         tasks_dir = Path(wishes.tasks_dir) if wishes.tasks_dir else None
         if not wishes.tasks:
             return []
+        index = index_of(wishes.tasks, tasks_dir, trust=self.plan.trust_tasks)
         if self.plan.data_dir is None:
-            for name, size in download_bytes(wishes.tasks, tasks_dir).items():
+            for name, size in download_bytes(wishes.tasks, index).items():
                 known = f"{size / 1e6:.0f} MB" if size else "size not known"
                 self.console.say(f"  {name}: {known}, downloaded unless it was before")
         with self.accelerator.main_process_first():
-            return load_benchmarks(
-                wishes.tasks, tasks_dir=tasks_dir, trust=self.plan.trust_tasks, data_dir=self.plan.data_dir
-            )
+            return load_benchmarks(wishes.tasks, index, self.plan.data_dir)
 
     def _expect(self, contestant: Contestant) -> None:
         """Say how long it will take, from the rate of one batch and the tokens of a few items of each task."""
@@ -261,8 +260,10 @@ def tokens_of(benchmark: Benchmark, limit: int | None) -> float:
 
 def probe(contestant: Contestant) -> float:
     """Tokens a second of a full batch, the second of two."""
-    tokens = np.random.default_rng(0).integers(0, len(contestant.tokenizer), (contestant.scorer.budget // 64, 64))
-    requests = [Request(tuple(row[:48].tolist()), tuple(row[48:].tolist())) for row in tokens]
+    length = min(64, contestant.context)
+    rows = contestant.scorer.budget // length
+    tokens = np.random.default_rng(0).integers(0, len(contestant.tokenizer), (rows, length))
+    requests = [Request(tuple(row[: -length // 4].tolist()), tuple(row[-length // 4 :].tolist())) for row in tokens]
     [trees], _ = batches_of(requests, contestant.context, contestant.scorer.budget)
     for _ in range(2):
         started = time.monotonic()

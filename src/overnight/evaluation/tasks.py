@@ -48,21 +48,21 @@ class Benchmark:
         return sum(min(len(task.eval_docs), limit or len(task.eval_docs)) for task in self.tasks)
 
 
-def load_benchmarks(
-    names: list[str], *, tasks_dir: Path | None = None, trust: bool = False, data_dir: Path | None = None
-) -> list[Benchmark]:
+def load_benchmarks(names: list[str], index: dict[str, Entry], data_dir: Path | None = None) -> list[Benchmark]:
     """The benchmarks of these names with their items; downloads what is neither in `data_dir` nor in the cache.
 
-    Raises InputError for unknown names, task files that would run code, and data that cannot be had.
+    Raises InputError for a kind of task that is not scored by log-likelihoods, and for items that cannot be had.
     """
-    if tasks_dir is not None:
-        check_task_files(tasks_dir, trust=trust)
-    index = index_of(names, tasks_dir)
     return [Benchmark(name, [_build(index[leaf], data_dir) for leaf in leaves_of(name, index)]) for name in names]
 
 
-def index_of(names: list[str], tasks_dir: Path | None) -> dict[str, Entry]:
-    """lm-eval's index with at least these names in it; all of lm-eval is read only where the usual folders lack one."""
+def index_of(names: list[str], tasks_dir: Path | None = None, *, trust: bool = False) -> dict[str, Entry]:
+    """lm-eval's index with at least these names in it; all of lm-eval is read only where the usual folders lack one.
+
+    Raises InputError for unknown names, and for files in `tasks_dir` that would run code and are not trusted.
+    """
+    if tasks_dir is not None:
+        check_task_files(tasks_dir, trust=trust)
     own = [str(OWN_TASKS), *([str(tasks_dir)] if tasks_dir else [])]
     usual = [str(LM_EVAL_TASKS / folder) for folder in DEFAULT_FOLDERS]
     index = TaskManager(include_path=[*usual, *own], include_defaults=False).task_index
@@ -157,11 +157,10 @@ def files_of(folder: Path, split: str) -> list[Path]:
     return sorted(file for file in files if file.suffix in BUILDERS and file.is_file())
 
 
-def download_bytes(task_names: list[str], tasks_dir: Path | None) -> dict[str, int | None]:
+def download_bytes(names: list[str], index: dict[str, Entry]) -> dict[str, int | None]:
     """What each dataset of these tasks downloads in bytes, by name, as its card says; None where it does not."""
-    index = index_of(task_names, tasks_dir)
     found: dict[str, int | None] = {}
-    for leaf in [leaf for name in task_names for leaf in leaves_of(name, index)]:
+    for leaf in [leaf for name in names for leaf in leaves_of(name, index)]:
         config = load_yaml(index[leaf].yaml_path or "", resolve_func=False)
         path, name = str(config.get("dataset_path")), config.get("dataset_name")
         if path in BUILDERS.values():

@@ -1,0 +1,315 @@
+"""recipes/eval.py on real runs: what it measures, what survives a kill, what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from benchmarks_on_disk import make_tasks, sentences, write_task
+from runs import ROOT, environment, records, train, two_processes
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from overnight.evaluation.loss import TokenLoss, bytes_of_tokens, windows_of
+from overnight.tokenizer import load_tokenizer
+
+EVAL = str(ROOT / "recipes" / "eval.py")
+MODEL = "runs/tiny/models/iter-000040"
+NAMES = ("on_choices", "on_pairs", "on_last_words")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    make_tasks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(tasks: Path) -> list[str]:
+    """What the evaluations of this file are asked for, beside the model and its opponents."""
+    text = tasks / "text.txt"
+    text.write_text("\n\n".join(sentences()[:40]), encoding="utf-8")
+    return ["--tasks", *NAMES, "--tasks-dir", str(tasks), "--texts", str(text)]
+
+
+def evaluate(folder: Path, out: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> dict:
+    """Run the script as a user does, with answers kept beside `out`; returns results.json."""
+    done = train(
+        folder, *arguments, "--out", str(out), script=EVAL, launcher=launcher, XDG_CACHE_HOME=str(out.parent / "cache")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((out / "results.json").read_text(encoding="utf-8")) | {"said": done.stdout}
+
+
+@pytest.fixture(scope="module")
+def measured(workplace: Path, undisturbed: str, asked: list[str], tmp_path_factory) -> tuple[dict, Path]:
+    """The finished model of `tiny.yaml` against itself untrained and the unigrams of its tokens, and the folder."""
+    out = tmp_path_factory.mktemp("measured") / "out"
+    return evaluate(workplace, out, MODEL, "--against", "untrained", "unigram", *asked), out
+
+
+def test_the_validation_loss_is_that_of_the_trainer(workplace: Path, measured: tuple[dict, Path]):
+    ours, untrained, _ = [model["validation"]["loss"] for model in measured[0]["models"]]
+    during = {record["iteration"]: record["loss"] for record in records(workplace, "tiny", "val")}
+    assert ours == pytest.approx(during[40], abs=1e-5)
+    assert untrained == pytest.approx(during[0], abs=1e-5)
+
+
+def test_the_unigram_opponent_has_the_loss_of_the_unigrams(workplace: Path, measured: tuple[dict, Path]):
+    from runs import tiny
+
+    from overnight.baselines import ngram_losses, seen_tokens
+    from overnight.batches import TrainingBatches
+    from overnight.shards import open_shards
+
+    recipe, shards = tiny(workplace), open_shards(workplace / "data")
+    rows = seen_tokens(TrainingBatches(shards.train, recipe.batch, recipe.seed), recipe.schedule.max_iters)
+    expected = ngram_losses(rows, shards.val.read_all())["unigram"]
+    assert measured[0]["models"][2]["validation"]["loss"] == pytest.approx(expected, abs=1e-3)  # over tokens seen alone
+
+
+def test_the_page_can_be_read_on_its_own(measured: tuple[dict, Path]):
+    page = (measured[1] / "comparison.md").read_text(encoding="utf-8")
+    needed = ["Against untrained", "wins minus losses", "| on_choices (acc, 24 items) | 25.0% |", "nats per token"]
+    needed += ["McNemar", "Holm", "bits per byte", "text.txt", "plays at home", "against-untrained.png"]
+    assert [each for each in needed if each not in page] == []
+    assert (measured[1] / "against-untrained.png").read_bytes().startswith(b"\x89PNG")
+    items = [json.loads(line) for line in (measured[1] / "items" / "on_choices.jsonl").read_text().splitlines()]
+    assert [item["id"] for item in items] == list(range(24))
+    assert {len(each["loglikelihoods"]) for item in items for each in item["models"].values()} == {4}
+    assert set(items[0]["models"]) == {MODEL, "untrained", "unigram"}
+
+
+def test_what_was_answered_before_is_not_asked_again(workplace, measured, asked, tmp_path: Path):
+    out = measured[1]
+    before = {path: path.read_bytes() for path in sorted((out.parent / "cache").rglob("*.jsonl"))}
+    again = evaluate(workplace, out.with_name("again"), MODEL, "--against", "untrained", "unigram", *asked)
+    assert len(before) == 3 and before == {path: path.read_bytes() for path in before}
+    first = (out / "results.json").read_bytes()
+    assert first == (out.with_name("again") / "results.json").read_bytes() and again["models"]
+
+
+def test_two_processes_measure_the_same(workplace, measured, asked, tmp_path: Path):
+    two = evaluate(workplace, tmp_path / "out", MODEL, "--against", "untrained", *asked, launcher=two_processes())
+    for one, other in zip(measured[0]["models"], two["models"], strict=False):
+        assert one["validation"]["tokens"] == other["validation"]["tokens"]
+        assert one["validation"]["loss"] == pytest.approx(other["validation"]["loss"], abs=1e-6)
+        for text in one["texts"]:
+            assert one["texts"][text]["loss"] == pytest.approx(other["texts"][text]["loss"], abs=1e-6)
+        for task in one["tasks"]:
+            assert one["tasks"][task]["metrics"] == pytest.approx(other["tasks"][task]["metrics"], rel=1e-4)
+            assert one["tasks"][task]["items"] == other["tasks"][task]["items"]
+
+
+def test_a_kill_in_the_middle_of_a_task_costs_no_answer_and_changes_none(workplace, undisturbed, tmp_path: Path):
+    make_tasks(tmp_path / "many", items=len(sentences()) // 5)
+    command = [MODEL, "--against", "none", "--texts", "none", "--tasks", "on_choices"]
+    command += ["--tasks-dir", str(tmp_path / "many")]
+    whole = tmp_path / "whole" / "out"
+    evaluate(workplace, whole, *command)
+    expected = [line for line in journal_lines(whole.parent / "cache") if line]
+
+    out = tmp_path / "killed" / "out"
+    changes = environment(XDG_CACHE_HOME=str(out.parent / "cache"))
+    process = subprocess.Popen([sys.executable, EVAL, *command, "--out", str(out)], cwd=workplace, env=changes)
+    while not (kept := len(journal_lines(out.parent / "cache"))) and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and 0 < kept < len(expected)
+    evaluate(workplace, out, *command)
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert (out / "items" / "on_choices.jsonl").read_bytes() == (whole / "items" / "on_choices.jsonl").read_bytes()
+    batches = [json.loads(line)["batch"] for line in journal_lines(out.parent / "cache")]
+    assert len(batches) == len(set(batches)) == len(expected)
+
+
+def journal_lines(cache: Path) -> list[bytes]:
+    return [line for path in cache.rglob("rank*.jsonl") for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
+def test_an_opponent_with_a_shorter_context_is_cut_and_that_is_said(workplace, undisturbed, asked, tmp_path: Path):
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=40, n_embd=16, n_layer=1, n_head=1))
+    short.save_pretrained(tmp_path / "short")
+    load_tokenizer(str(workplace / "data" / "tokenizer")).save_pretrained(tmp_path / "short")
+    found = evaluate(workplace, tmp_path / "out", MODEL, "--against", str(tmp_path / "short"), *asked)
+    assert found["models"][1]["tasks"]["on_choices"]["cut to the context"] > 0
+    assert "requests cut to the context" in found["said"]
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=8, n_embd=16, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "short"
+    )
+    command = [
+        MODEL,
+        "--against",
+        str(tmp_path / "short"),
+        *asked,
+        "--shards",
+        "none",
+        "--out",
+        str(tmp_path / "other"),
+    ]
+    refused = train(workplace, *command, script=EVAL, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert refused.returncode == 2 and not (tmp_path / "other").exists()
+    assert "on_choices: " in refused.stderr and "in a context of 8" in refused.stderr
+
+
+@pytest.fixture
+def script(workplace: Path, undisturbed: str, tmp_path: Path, monkeypatch) -> ModuleType:
+    """recipes/eval.py as a module, to be called in this process."""
+    spec = importlib.util.spec_from_file_location("eval_script", EVAL)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return module
+
+
+def refusal(script: ModuleType, monkeypatch, capsys, *arguments: str) -> str:
+    """What the script says when it ends with code 2, having written nothing."""
+    monkeypatch.setattr(sys, "argv", [EVAL, *arguments, "--texts", "none", "--out", "nothing-there"])
+    capsys.readouterr()
+    assert script.main() == 2
+    assert not Path("nothing-there").exists()
+    return capsys.readouterr().err
+
+
+def test_what_is_no_model_is_refused(script: ModuleType, workplace: Path, tmp_path: Path, monkeypatch, capsys):
+    def said(*arguments: str) -> str:
+        return refusal(script, monkeypatch, capsys, *arguments, "--tasks", "none", "--shards", "none")
+
+    assert "no config.json there" in said(str(workplace / "data"))
+    assert "no model can be loaded" in said(str(tmp_path / "nowhere"))
+    assert "no config.json there" in said(MODEL, "--against", str(tmp_path))
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in (workplace / MODEL).iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    evil = tmp_path / "ran"
+    (copy / "evil.py").write_text(f"open({str(evil)!r}, 'w')\n")
+    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
+    assert "auto_map" in said(str(copy)) and not evil.exists()
+
+    (copy / "config.json").write_text(json.dumps(config))
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert "no model can be loaded" in said(str(copy))  # a pickle is not read
+
+    save_file(torch.load(copy / "pytorch_model.bin"), copy / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    for special in ("eos_token", "bos_token", "unk_token"):
+        tokenizer[special] = None
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert "no end-of-text token" in said(str(copy))
+
+
+def test_data_that_do_not_belong_to_the_model_are_refused(
+    script: ModuleType, workplace: Path, gpt2_folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    from overnight.prepare import prepare
+    from overnight.recipe import Data
+
+    text = tmp_path / "other.jsonl"
+    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in sentences()), encoding="utf-8")
+    other = Data(source="files", path=str(text), tokenizer=str(workplace / "data" / "tokenizer"),
+                 dir=str(tmp_path / "other"), val_tokens=500, reserved_fraction=0.2)  # fmt: skip
+    prepare(other, 500, report=lambda line: None)
+    said = refusal(script, monkeypatch, capsys, MODEL, "--tasks", "none", "--shards", str(tmp_path / "other"))
+    assert "holds other data" in said and "runs/tiny" in said
+
+    GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / "big")
+    load_tokenizer(str(gpt2_folder)).save_pretrained(tmp_path / "big")
+    said = refusal(script, monkeypatch, capsys, MODEL, "--tasks", "none", "--against", str(tmp_path / "big"))
+    assert "its vocabulary is not that of" in said and "--shards none" in said
+
+
+def test_tasks_that_are_not_there_or_not_scored_by_log_likelihoods_are_refused(
+    script: ModuleType, tmp_path: Path, monkeypatch, capsys
+):
+    def said(*arguments: str) -> str:
+        return refusal(script, monkeypatch, capsys, MODEL, *arguments)
+
+    make_tasks(tmp_path / "tasks")
+    assert "did you mean on_choices" in said("--tasks", "on_choice", "--tasks-dir", str(tmp_path / "tasks"))
+    assert "no such folder" in said("--tasks", "on_choices", "--tasks-dir", str(tmp_path / "nowhere"))
+    write_task(
+        tmp_path / "tasks", "written", [{"a": "b"}], output_type="generate_until", doc_to_text="a", doc_to_target="a"
+    )
+    assert "of the type generate_until" in said("--tasks", "written", "--tasks-dir", str(tmp_path / "tasks"))
+    assert "no test split of sciq" in said("--tasks", "sciq", "--data-dir", str(tmp_path))
+    assert "cannot be read from allenai/sciq on the Hub" in said("--tasks", "sciq")
+    assert "`--limit` is 0" in said("--tasks", "sciq", "--limit", "0")
+
+
+def test_a_task_file_runs_no_code_unless_it_is_trusted(script: ModuleType, tmp_path: Path, monkeypatch, capsys):
+    folder, ran = tmp_path / "tasks", tmp_path / "ran"
+    items = [{"context": "The", "choices": ["end", "start"], "answer": 0}] * 4
+    how = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
+    asked = [MODEL, "--shards", "none", "--against", "none", "--tasks", "sly", "--tasks-dir", str(folder)]
+
+    write_task(folder, "sly", items, **how, doc_to_text="{{context}}")
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\ndef text(doc): return doc['context']\n")
+    path = folder / "sly.yaml"
+    plain = path.read_text()
+    path.write_text(plain.replace("doc_to_text: '{{context}}'", "doc_to_text: !function code.text"))
+    said = refusal(script, monkeypatch, capsys, *asked)
+    assert "`!function code.text` is code" in said and "--trust-tasks" in said and not ran.exists()
+    for line in (
+        "class: !function code.Task",
+        "metric_list: [{metric: accuracy}]",
+        "metric_list: [{metric: acc, hf_evaluate: true}]",
+    ):
+        path.write_text(plain + line + "\n")
+        assert "code" in refusal(script, monkeypatch, capsys, *asked)
+    (folder / "part").write_text("doc_to_text: !function code.text\n")
+    path.write_text(plain + "include: part\n")
+    assert "is code" in refusal(script, monkeypatch, capsys, *asked) and not ran.exists()
+    (folder / "part").unlink()
+
+    reach = "{{ context.__class__.__mro__[1].__subclasses__() }}"
+    path.write_text(plain.replace("'{{context}}'", f"'{reach}'"))
+    assert "unsafe" in refusal(script, monkeypatch, capsys, *asked)
+
+    path.write_text(plain.replace("doc_to_text: '{{context}}'", "doc_to_text: !function code.text"))
+    monkeypatch.setattr(sys, "argv", [EVAL, *asked, "--trust-tasks", "--texts", "none", "--out", str(tmp_path / "out")])
+    assert script.main() == 0 and ran.exists()
+
+
+def test_every_token_of_a_text_is_scored_once_with_half_a_context_before_it():
+    for length in (2, 9, 10, 11, 12, 25, 100, 101):
+        tokens = list(range(length))
+        scored = []
+        for window, counted in windows_of(tokens, 10, 5):
+            assert len(window) <= 11 and window == tokens[window[0] : window[-1] + 1]
+            assert counted == 0 or counted >= 5
+            scored += window[1:][counted:]
+        assert scored == tokens[1:]
+    assert list(windows_of([1], 10, 5)) == []
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(gpt2_folder: Path):
+    tokenizer = load_tokenizer(str(gpt2_folder))
+    text = "Crème brûlée costs 5 € — 好"
+    ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    size = int(bytes_of_tokens(tokenizer)[ids].sum())
+    assert size == len(text.encode())
+    metric = TokenLoss(keep_in_memory=True)
+    metric.add_batch(nats=np.array([3.0, 1.0]), tokens=np.array([2, 2]), bytes=np.array([size, 0]))
+    found = metric.compute()
+    assert found is not None
+    assert found["loss"] == 1.0 and found["perplexity"] == pytest.approx(np.e)
+    assert found["bits_per_byte"] == pytest.approx(4 / np.log(2) / size)
