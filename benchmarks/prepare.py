@@ -3,8 +3,8 @@
 ours: what recipes/prepare.py does, deduplication, split, checks and checksums included. nanogpt: `datasets.map` with
 `tokenizers` and then a memmap, as nanoGPT's data/openwebtext/prepare.py does it. datatrove: its ParquetReader and its
 DocumentTokenizer, under its local executor. The arms alternate in fresh processes, ours before and after the others;
-the CPU-seconds of all their processes count, from when the first has imported its libraries. The text is the installed
-Python packages': every source file, code and English, is a document.
+the CPU-seconds of all their processes count, from when the first has imported its libraries. The text is Python's and
+the installed packages': every source file, code and English, is a document.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ ARMS = ("ours", "nanogpt", "datatrove")
 ROUND = ("ours", "nanogpt", "ours", "datatrove", "ours")
 AIMS = {"nanogpt": 10, "datatrove": 8}
 FILES = 4
+SUFFIXES = {".py", ".pyi", ".pyx", ".h", ".hpp", ".c", ".md", ".rst", ".txt", ".yaml"}
 VOCABULARY, END = 50_257, 50_256
 
 
@@ -43,7 +44,7 @@ def write_text(folder: Path, megabytes: int) -> float:
     from overnight.corpus import text_hash
 
     texts, size, seen = [], 0, set()
-    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+    for path in source_files():
         text = path.read_text(encoding="utf-8", errors="replace")
         if not 500 < len(text) < 500_000 or (key := text_hash(text)) in seen or "\ufffd" in text:
             continue
@@ -60,6 +61,14 @@ def write_text(folder: Path, megabytes: int) -> float:
         table = pyarrow.table({"text": part, "id": [f"{number}-{at}" for at in range(len(part))]})
         pyarrow.parquet.write_table(table, folder / f"{number:03d}_00000.parquet")
     return size / 1e6
+
+
+def source_files() -> list[Path]:
+    """What there is to read on every machine that has the project installed."""
+    installed, standard = (Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib"))
+    found = [path for path in installed.rglob("*") if path.suffix in SUFFIXES]
+    found += [path for path in standard.rglob("*.py") if "site-packages" not in path.parts]
+    return sorted(path for path in found if path.is_file())
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -206,7 +215,7 @@ def main() -> None:
         )
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=100, help="of text, at most what is installed")
+    parser.add_argument("--megabytes", type=int, default=300, help="of text, at most what is installed")
     parser.add_argument("--rounds", type=int, default=1, help="of ours, nanogpt, ours, datatrove, ours")
     args = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)

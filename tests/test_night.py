@@ -75,21 +75,26 @@ def test_one_process_is_started_directly_and_several_through_the_launcher(root: 
 def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     recipe = load(root / "recipes" / "fineweb_edu_40m.yaml")
-    _, prepare, train = night.plan(recipe)
+    _, prepare, train, compare = night.plan(recipe)
     assert "recipes/prepare.py" in prepare
     assert "20,000 iterations" in train
+    assert "recipes/eval.py, 9 tasks, against openai-community/gpt2" in compare
 
     shards = Path(recipe.data.dir)
     shards.mkdir(parents=True)
     (shards / "manifest.json").write_text("{}")
     run = tmp_path / "runs" / recipe.name
     (run / "checkpoints" / "iter-000500").mkdir(parents=True)
-    _, prepare, train = night.plan(recipe)
+    _, prepare, train, _ = night.plan(recipe)
     assert prepare.startswith("prepare  skipped")
     assert "goes on at iteration 500 of 20,000" in train
 
     (run / "models" / "iter-020000").mkdir(parents=True)
     assert "done" in night.plan(recipe)[2]
+    assert "recipes/eval.py" in night.plan(recipe)[3]
+    (run / "evaluation" / "iter-020000").mkdir(parents=True)
+    (run / "evaluation" / "iter-020000" / "comparison.md").write_text("")
+    assert "skipped" in night.plan(recipe)[3]
 
 
 def test_a_dry_run_prints_the_plan_and_bad_input_ends_with_2(root: Path, tmp_path: Path):
