@@ -24,7 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe, options) -> int:
-    from overnight.prepare import Workers, expected_cost, prepare
+    from overnight.prepare import Workers, prepare
+    from overnight.prepare_cost import expected_cost
 
     given = yaml.safe_load(options.executor_options)
     if not isinstance(given, dict):

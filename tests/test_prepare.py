@@ -14,7 +14,8 @@ from texts import SILENT, digests, documents_of, gpt2
 
 from overnight.corpus import is_reserved, normalised, text_hash
 from overnight.encoder import Encoder
-from overnight.prepare import expected_cost, prepare
+from overnight.prepare import prepare
+from overnight.prepare_cost import expected_cost
 from overnight.recipe import DamagedData, Data, InputError
 from overnight.shards import open_shards
 from overnight.tokenizer import fingerprint, load_tokenizer, train_tokenizer

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from texts import GPT2_VOCABULARY, SILENT, digests, paragraphs, sample_data, write_files
 
+from overnight.manifest import read_manifest
 from overnight.prepare import prepare
 from overnight.recipe import Data
-from overnight.shards import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "recipes" / "prepare.py")

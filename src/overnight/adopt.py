@@ -12,12 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from overnight import files, shards
+from overnight import files
+from overnight.manifest import (
+    Counts,
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    SplitRule,
+    TokenizerRecord,
+    dtype_for,
+    little_endian,
+    name_prepared,
+)
 from overnight.recipe import DamagedData, Data, InputError
-from overnight.shards import FileRecord, Manifest, SourceRecord, SplitRule, SplitWriter
+from overnight.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.tokenizer import fingerprint, load_tokenizer
-
-TOKENS_AT_ONCE = 16_000_000
 
 
 def adopt(
@@ -49,10 +58,10 @@ def adopt(
         ]
         val = _validation(sides["val"], partial, data.val_tokens, vocab_size, tokenizer.eos_token_id)
         manifest = Manifest(
-            tokenizer=shards.TokenizerRecord(name=data.tokenizer, sha256=fingerprint(tokenizer)),
+            tokenizer=TokenizerRecord(name=data.tokenizer, sha256=fingerprint(tokenizer)),
             vocab_size=vocab_size,
             eos_id=tokenizer.eos_token_id,
-            dtype=shards.dtype_for(vocab_size),
+            dtype=dtype_for(vocab_size),
             source=SourceRecord(
                 source="adopted",
                 path=str(origin.absolute()),
@@ -72,12 +81,9 @@ def adopt(
             ),
             val=val,
             train=train,
-            counts=shards.Counts(duplicates=0, reserved_unused=0, empty=0, unreadable=0, too_long=0, after_budget=0),
+            counts=Counts(duplicates=0, reserved_unused=0, empty=0, unreadable=0, too_long=0, after_budget=0),
         )
-        (partial / shards.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in (partial, *partial.rglob("*")):
-            files.sync(path)
-        partial.rename(folder)
+        name_prepared(partial, manifest, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -129,7 +135,7 @@ def _linked(origin: Path, path: Path, vocab_size: int, eos_id: int) -> FileRecor
 
 def _validation(origins: list[Path], partial: Path, limit: int, vocab_size: int, eos_id: int) -> list[FileRecord]:
     """The validation side: linked when it is no larger than `limit` tokens, otherwise its head, copied."""
-    token_bytes = shards.little_endian(shards.dtype_for(vocab_size)).itemsize
+    token_bytes = little_endian(dtype_for(vocab_size)).itemsize
     if sum(path.stat().st_size for path in origins) <= limit * token_bytes:
         return [
             _linked(path, partial / "val" / f"{number:05d}.ds", vocab_size, eos_id)
@@ -146,7 +152,7 @@ def _validation(origins: list[Path], partial: Path, limit: int, vocab_size: int,
 
 def _tokens(path: Path, vocab_size: int) -> np.ndarray:
     """The tokens of a file, mapped. Raises InputError when it is not a whole number of ids below `vocab_size`."""
-    dtype = shards.little_endian(shards.dtype_for(vocab_size))
+    dtype = little_endian(dtype_for(vocab_size))
     size = path.stat().st_size
     if not size or size % dtype.itemsize:
         raise InputError(f"{path}: {size} bytes are not a whole number of {dtype.name} tokens")

@@ -119,7 +119,7 @@ def run_bytes(recipe: Recipe) -> int:
 
 def data_bytes(recipe: Recipe) -> int:
     """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
-    from overnight.shards import dtype_for, is_prepared, little_endian  # with tokenizers, which may be missing
+    from overnight.manifest import dtype_for, is_prepared, little_endian  # with tokenizers, which may be missing
 
     if is_prepared(Path(recipe.data.dir)):
         return 0

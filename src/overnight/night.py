@@ -17,9 +17,9 @@ from pathlib import Path
 from overnight import doctor
 from overnight.checkpoint import folder_name, saved_iterations
 from overnight.cli import EXIT_INTERRUPTED, default_recipe, recipe_command
+from overnight.manifest import MANIFEST, is_prepared
 from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory
-from overnight.shards import MANIFEST, is_prepared
 from overnight.signals import handled
 
 ROOT = Path(__file__).resolve().parents[2]

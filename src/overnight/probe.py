@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from overnight import shards
 from overnight.console import Console, count, duration
 from overnight.device import GIB
+from overnight.manifest import Manifest, dtype_for
 from overnight.plan import beside_the_tensors, derive, peak_memory
 from overnight.progress import Pace
 from overnight.recipe import Recipe
@@ -131,7 +131,7 @@ def random_shards(folder: Path, recipe: Recipe) -> Shards:
     writer = SplitWriter(folder / "train", size, None)
     writer.write(np.random.default_rng(0).integers(0, size, tokens).tolist())
     writer.close()
-    dtype = shards.dtype_for(size)
-    manifest = shards.Manifest.model_construct(eos_id=size - 1, vocab_size=size, dtype=dtype, train=writer.records)
+    dtype = dtype_for(size)
+    manifest = Manifest.model_construct(eos_id=size - 1, vocab_size=size, dtype=dtype, train=writer.records)
     split = Split(folder, writer.records, dtype)
     return Shards(folder, manifest, train=split, val=split)

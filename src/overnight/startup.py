@@ -23,11 +23,12 @@ from overnight import checkpoint, micro_batch, optim
 from overnight.batches import TrainingBatches
 from overnight.console import Console, estimated_end
 from overnight.device import Device, resolve_precision
+from overnight.manifest import Manifest, is_prepared
 from overnight.model import LOSS_CHUNK, LanguageModel, attention_report, padded_vocabulary, require_flash
 from overnight.plan import Derived, derive, derived_rows
 from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory
-from overnight.shards import Manifest, Shards, is_prepared, open_shards
+from overnight.shards import Shards, open_shards
 from overnight.tokenizer import load_tokenizer
 
 
@@ -143,7 +144,8 @@ def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> No
 
 def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Shards:
     """The verified shards of the recipe; the embedded corpus is prepared on the way, any other must be there."""
-    from overnight.prepare import expected_cost, prepare  # and with it datatrove, which training has no use for
+    from overnight.prepare import prepare  # and with it datatrove, which training has no use for
+    from overnight.prepare_cost import expected_cost
 
     folder = Path(recipe.data.dir)
     if recipe.data.source == "embedded":

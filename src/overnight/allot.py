@@ -1,0 +1,67 @@
+"""Which documents of a set are used, and on which side: a function of their keys and the recipe's budgets alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from overnight.corpus import first_training_key
+from overnight.recipe import Data
+
+DOCUMENT = np.dtype([("high", ">u8"), ("low", ">u8"), ("tokens", "<u4")])
+"""A document's key, in two halves that sort as its bytes do, and its tokens, the end of text included."""
+
+
+class Allotment(NamedTuple):
+    """For each file in order, by document number: those that train, in order, and those that validate, in key order.
+
+    `training` and `reserved` count the documents of these files that survived, used or not; `duplicates` are those
+    across the files. `enough` says that both budgets are met.
+    """
+
+    train: list[np.ndarray]
+    val: list[np.ndarray]
+    training: int
+    reserved: int
+    duplicates: int
+    enough: bool
+
+
+def allot(documents: list[np.ndarray], data: Data) -> Allotment:
+    """Say what becomes of the documents of a set's first files; files that the budgets make needless are left out.
+
+    Equal keys: the first survives. Reserved documents never train: validation takes those of the first file in the
+    order of their keys, and those of a later file only when the files before it did not suffice.
+    """
+    every = np.concatenate([*documents, np.empty(0, DOCUMENT)])
+    high, low = every["high"].astype(np.uint64), every["low"].astype(np.uint64)
+    first = _first_of_equal(high, low)
+    border = first_training_key(data.reserved_fraction)
+    reserved = first & (high <= border - 1) if border else np.zeros(len(first), bool)
+    training = first & ~reserved
+    train, val = [], []
+    train_left, val_left = data.train_tokens or np.inf, data.val_tokens
+    stop = 0
+    for file in documents:
+        start, stop = stop, stop + len(file)
+        kept = np.flatnonzero(training[start:stop]) if train_left > 0 else np.empty(0, np.int64)
+        held = np.flatnonzero(reserved[start:stop]) if val_left > 0 else np.empty(0, np.int64)
+        train.append(kept)
+        val.append(held[np.lexsort((file["low"][held], file["high"][held]))])
+        train_left -= int(file["tokens"][kept].sum())
+        val_left -= int(file["tokens"][held].sum())
+        if train_left <= 0 and val_left <= 0:
+            break
+    counts = {name: int(marks[:stop].sum()) for name, marks in (("training", training), ("reserved", reserved))}
+    duplicates = int((~first[:stop]).sum())
+    return Allotment(train, val, **counts, duplicates=duplicates, enough=train_left <= 0 and val_left <= 0)
+
+
+def _first_of_equal(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Marks the documents before which no other has the same key."""
+    order = np.lexsort((low, high))  # stable: of equal keys the earliest comes first
+    again = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+    first = np.ones(len(order), bool)
+    first[order[1:][again]] = False
+    return first

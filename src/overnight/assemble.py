@@ -1,0 +1,154 @@
+"""Staged files to a prepared folder: the documents that are used, in order, in shards, under a manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from overnight.allot import Allotment, allot
+from overnight.corpus import NOT_TEXT, TOO_LONG
+from overnight.manifest import (
+    Counts,
+    Manifest,
+    SourceRecord,
+    SplitRule,
+    TokenizerRecord,
+    little_endian,
+    name_prepared,
+)
+from overnight.recipe import Data, InputError
+from overnight.shards import TOKENS_AT_ONCE, SplitWriter
+from overnight.staging import DUPLICATE, EMPTY, Job, Stage, read_stage
+
+SOURCE_KEYS = {"source", "path", "files", "revision", "text_column"}
+SPLIT_KEYS = {"reserved_fraction", "val_tokens", "train_tokens"}
+"""With the tokenizer and the vocabulary, what a prepared folder must agree in to serve a recipe."""
+
+
+def finish(job: Job, folder: Path, commit: str | None) -> Manifest:
+    """Put the staged files together and give the folder its name. Raises InputError when they fall short."""
+    staged, chosen = _staged(job)
+    whole = job.folder / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    try:
+        shutil.copytree(job.folder / job.tokenizer, whole / "tokenizer")
+        val = SplitWriter(whole / "val", job.vocab_size, job.data.val_tokens)
+        train = SplitWriter(whole / "train", job.vocab_size, job.data.train_tokens)
+        for stage, kept, held in zip(staged, chosen.train, chosen.val, strict=True):
+            _copy_in_order(stage, kept, job, train)
+            _copy_one_by_one(stage, held, job, val)
+        _require_enough(job.data, val.tokens, train.tokens)
+        val.close()
+        train.close()
+        manifest = _manifest(job, commit, staged, chosen, val, train)
+        name_prepared(whole, manifest, folder)
+    except BaseException:
+        shutil.rmtree(whole, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _staged(job: Job) -> tuple[list[Stage], Allotment]:
+    """The staged files that are needed, in order, and what becomes of their documents."""
+    found: list[Stage] = []
+    for rank, file in enumerate(job.files):
+        stage = read_stage(job.stage(rank))
+        if stage is None:
+            if found and (chosen := allot([stage.documents for stage in found], job.data)).enough:
+                break
+            raise InputError(f"`data.path`: {file.name} was not staged; its task has ended, see {job.folder / 'logs'}")
+        found.append(stage)
+    chosen = allot([stage.documents for stage in found], job.data)
+    return found[: len(chosen.train)], chosen
+
+
+def _copy_in_order(stage: Stage, kept: np.ndarray, job: Job, writer: SplitWriter) -> None:
+    """Append the documents numbered `kept`, ascending, reading the staged tokens once from end to end."""
+    if not len(kept):
+        return
+    lengths = stage.documents["tokens"].astype(np.int64)
+    chosen = np.zeros(len(lengths), bool)
+    chosen[kept] = True
+    dtype = little_endian(job.dtype)
+    parts = np.searchsorted(np.cumsum(lengths), np.arange(TOKENS_AT_ONCE, lengths.sum(), TOKENS_AT_ONCE))
+    with (stage.folder / "tokens.bin").open("rb") as file:
+        for sizes, wanted in zip(np.split(lengths, parts), np.split(chosen, parts), strict=True):
+            tokens = np.fromfile(file, dtype, int(sizes.sum()))
+            if wanted.any() and not writer.full:
+                writer.write(_runs(tokens, sizes, wanted), sizes[wanted])
+
+
+def _runs(tokens: np.ndarray, sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The tokens of the documents that are wanted, copied in runs of neighbours: most are."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    borders = np.flatnonzero(np.diff(wanted, prepend=False, append=False))  # begin, end, begin, end, ...
+    return np.concatenate([tokens[start:stop] for start, stop in ends[borders].reshape(-1, 2)])
+
+
+def _copy_one_by_one(stage: Stage, held: np.ndarray, job: Job, writer: SplitWriter) -> None:
+    """Append the documents numbered `held`, in that order."""
+    lengths = stage.documents["tokens"].astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    dtype = little_endian(job.dtype)
+    for number in held:
+        if writer.full:
+            return
+        offset = int(starts[number]) * dtype.itemsize
+        writer.write(np.fromfile(stage.folder / "tokens.bin", dtype, int(lengths[number]), offset=offset))
+
+
+def _require_enough(data: Data, val_tokens: int, train_tokens: int) -> None:
+    problems = []
+    if val_tokens < data.val_tokens:
+        problems.append(
+            f"`data.val_tokens` is {data.val_tokens:,}, but the reserved documents hold {val_tokens:,} tokens, "
+            f"{data.val_tokens - val_tokens:,} short: use at most {val_tokens}, more text, or a "
+            f"data.reserved_fraction above {data.reserved_fraction}"
+        )
+    if train_tokens < (data.train_tokens or 1):
+        wanted = data.train_tokens or 1
+        problems.append(
+            f"`data.train_tokens` is {wanted:,}, but the training documents hold {train_tokens:,} tokens, "
+            f"{wanted - train_tokens:,} short: use at most {train_tokens}, or more text in data.path or data.files"
+        )
+    if problems:
+        raise InputError(problems)
+
+
+def _manifest(
+    job: Job,
+    commit: str | None,
+    staged: list[Stage],
+    chosen: Allotment,
+    val: SplitWriter,
+    train: SplitWriter,
+) -> Manifest:
+    counts = sum((Counter(stage.counts) for stage in staged), Counter())
+    about = job.data.model_dump(include=SOURCE_KEYS | {"licence"}) | {"commit": commit, "path": ordered_path(job.data)}
+    return Manifest(
+        tokenizer=TokenizerRecord(name=job.data.tokenizer, sha256=job.tokenizer_sha256),
+        vocab_size=job.vocab_size,
+        eos_id=job.eos_id,
+        dtype=job.dtype,
+        source=SourceRecord.model_validate(about),
+        inputs=[stage.record for stage in staged],
+        split=SplitRule(**job.data.model_dump(include=SPLIT_KEYS)),
+        val=val.records,
+        train=train.records,
+        counts=Counts(
+            duplicates=counts[DUPLICATE] + chosen.duplicates,
+            reserved_unused=chosen.reserved - sum(record.documents for record in val.records),
+            empty=counts[EMPTY],
+            unreadable=counts[NOT_TEXT],
+            too_long=counts[TOO_LONG],
+            after_budget=chosen.training - sum(record.documents for record in train.records),
+        ),
+    )
+
+
+def ordered_path(data: Data) -> str | list[str] | None:
+    """`data.path`, a list in the order in which its files are read."""
+    return sorted(data.path) if isinstance(data.path, list) else data.path

@@ -1,0 +1,58 @@
+"""What preparing takes: download, disk and minutes, said beforehand, and the disk that has to be free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from overnight.encoder import FastTokenizer
+from overnight.manifest import dtype_for
+from overnight.recipe import Data, InputError
+from overnight.sources import SourceFile
+
+CHARACTERS_PER_TOKEN = 4.61
+"""GPT-2's vocabulary on FineWeb-Edu."""
+BYTES_PER_SECOND = {"fastokens": 20e6, "tokenizers": 1.2e6}
+"""Of text on one core, from parquet to shards, on a slow cloud machine; benchmarks/prepare.py measures it."""
+TOKEN_BYTES_PER_INPUT_BYTE = {".parquet": 0.75, ".jsonl": 0.5, ".txt": 0.5}
+"""Of two-byte tokens, at most, for English text; FineWeb-Edu's parquet files have 0.70."""
+
+
+def expected_cost(data: Data) -> str:
+    """Say in one line what preparing `data` takes: download, disk, and minutes on this machine."""
+    if data.source == "embedded":
+        return "nothing to download, 10 MB of text, under a minute"
+    download = "nothing to download" if data.source == "files" else "a download of unknown size"
+    if data.download_gb is not None:
+        download = f"{data.download_gb:,.1f} GB to download"
+    if data.train_tokens is None:
+        return f"{download}; disk and time depend on the size of the text (data.train_tokens is empty)"
+    tokens = data.train_tokens + data.val_tokens
+    cores, tool = os.cpu_count() or 1, "fastokens" if FastTokenizer else "tokenizers"
+    minutes = tokens * CHARACTERS_PER_TOKEN / BYTES_PER_SECOND[tool] / cores / 60
+    return (
+        f"{download}, {tokens * 2 / 1e9:,.1f} GB of shards and as much again while they are made, about {minutes:,.0f} "
+        f"minutes of computing on {cores} cores with {tool} (at {BYTES_PER_SECOND[tool] / 1e6:g} MB/s a core and "
+        f"{CHARACTERS_PER_TOKEN} characters a token)"
+    )
+
+
+def require_room(partial: Path, data: Data, vocab_size: int, files: list[SourceFile], workers: int) -> None:
+    """Raise InputError when the disk will not hold the staged files, the shards, and the files fetched at one time."""
+    size = np.dtype(dtype_for(vocab_size)).itemsize
+    staged = sum(file.size * TOKEN_BYTES_PER_INPUT_BYTE[file.suffix] for file in files) * size / 2
+    wanted = staged if data.train_tokens is None else (data.train_tokens + data.val_tokens) * size
+    remote = sorted((file.size for file in files if file.remote), reverse=True)
+    fetched = sum(remote if data.tokenizer == "trained" else remote[:workers])  # each goes when it is staged
+    held = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    needed, free = staged + min(wanted, staged) + fetched - held, shutil.disk_usage(partial).free
+    if needed > free:
+        parts = {"fetched": fetched, "staged": staged, "shards": min(wanted, staged)}
+        listed = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
+        raise InputError(
+            f"`data.dir`: {partial.parent} has {free / 1e9:,.1f} GB free, and preparing needs about "
+            f"{needed / 1e9:,.1f} GB more ({listed}): make room, name a folder on another disk, or take fewer files"
+        )
