@@ -96,7 +96,7 @@ ifeq ($(TORCH),cpu)
 else
 	@$(RUN) -c 'import torch' 2> /dev/null || command -v nvidia-smi > /dev/null || echo "No NVIDIA driver is to be seen here: 'make TORCH=cpu ...' would install PyTorch's much smaller CPU build."
 endif
-	@echo "Installing what training needs ($(if $(filter cpu,$(TORCH)),1.5 GB on disk,about 6 GB on disk with CUDA and 3 GB to download; 1.5 GB with a CPU build))"
+	@echo "Installing what training needs ($(if $(filter cpu,$(TORCH)),2 GB on disk,about 6.5 GB on disk with CUDA and 3 GB to download; 2 GB with a CPU build))"
 	@$(call install,--editable ".[$(BASE_EXTRAS)]")
 	@touch $@
 
