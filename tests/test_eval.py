@@ -260,7 +260,7 @@ def test_tasks_that_are_not_there_or_not_scored_by_log_likelihoods_are_refused(
     script: ModuleType, tmp_path: Path, monkeypatch, capsys
 ):
     def said(*arguments: str) -> str:
-        return refusal(script, monkeypatch, capsys, MODEL, *arguments)
+        return refusal(script, monkeypatch, capsys, MODEL, "--against", "none", *arguments)
 
     make_tasks(tmp_path / "tasks")
     assert "did you mean on_choices" in said("--tasks", "on_choice", "--tasks-dir", str(tmp_path / "tasks"))
