@@ -31,7 +31,7 @@ def test_a_run_shows_its_facts_learns_and_ends_with_a_finished_model(workplace, 
     validation = [record["loss"] for record in records(workplace, "tiny", "val")]
     assert len(validation) == 3 and validation[0] > validation[1] > validation[2]
     assert validation[0] == pytest.approx(math.log(500), abs=0.1)
-    assert "next: python recipes/sample.py runs/tiny/models/iter-000040" in undisturbed
+    assert "next: python recipes/eval.py runs/tiny/models/iter-000040" in undisturbed
 
 
 def test_the_finished_model_loads_with_plain_transformers_in_a_fresh_process(workplace, undisturbed):
@@ -53,13 +53,13 @@ def test_a_run_without_prompts_ends_well_and_suggests_a_conversation(workplace):
         workplace, "tiny.yaml", "--name", "silent", "--schedule.max_iters", "10", "--validation.prompts", "[]"
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "next: python recipes/sample.py runs/silent/models/iter-000010\n" in result.stdout
+    assert " python recipes/sample.py runs/silent/models/iter-000010\n" in result.stdout
 
 
 def test_the_same_command_again_prints_the_results_and_another_run_is_refused(workplace, undisturbed):
     again = train(workplace, "tiny.yaml")
     assert again.returncode == 0
-    assert "runs/tiny is finished" in again.stdout and "next: python recipes/sample.py" in again.stdout
+    assert "runs/tiny is finished" in again.stdout and "next: python recipes/eval.py" in again.stdout
     before = sorted(path.stat().st_mtime_ns for path in (workplace / "runs" / "tiny").rglob("*"))
     other = train(workplace, "tiny.yaml", "--optim.lr", "1")
     assert other.returncode == 2
