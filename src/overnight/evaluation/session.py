@@ -170,8 +170,11 @@ class Session:
             warnings = [said for verdict in found if (said := outcome.implausible(name, verdict))]
             comparisons.append(Comparison(name, found, difference(ours.losses, theirs.losses), warnings))
         settings = self.plan.settings
-        home = self.shards.manifest.source.path or self.shards.manifest.source.source if self.shards else None
-        notes = outcome.notes(settings, str(home) if home else None)
+        home = None
+        if self.shards is not None:
+            source = self.shards.manifest.source
+            home = "the embedded documentation" if source.source == "embedded" else str(source.path)
+        notes = outcome.notes(settings, home)
         result = Outcome(settings, [each.scores for each in measured], comparisons, notes)
         outcome.write(result, by_item(measured), self.plan.out)
         for comparison in comparisons:
