@@ -115,6 +115,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=24, help="of each task, evenly over all there are")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rounds", type=int, default=2, help="of ours, hf")
     parser.add_argument("--shape", choices=SHAPES, default="124m")
     args = parser.parse_args()
@@ -128,8 +129,8 @@ def main() -> None:
         print(
             f"GPT-2 {args.shape}, float32, {args.items} items of each task, {args.rounds} x {', '.join(ARMS)}; medians"
         )
-        for task, aim in TASKS.items():
-            compare(place, task, aim, args)
+        for task in args.tasks:
+            compare(place, task, TASKS[task], args)
 
 
 def compare(place: Path, task: str, aim: float, args: argparse.Namespace) -> None:

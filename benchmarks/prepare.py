@@ -217,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=300, help="of text, at most what is installed")
     parser.add_argument("--rounds", type=int, default=1, help="of ours, nanogpt, ours, datatrove, ours")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker counts, one after the other")
     args = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory() as name:
@@ -225,7 +226,7 @@ def main() -> None:
         size = write_text(place / "text", args.megabytes)
         print(f"{size:.0f} MB of text in {FILES} parquet files, GPT-2's vocabulary")
         print(f"{args.rounds} x {', '.join(ROUND)}; medians")
-        for workers in (1, 2):
+        for workers in args.workers:
             report(place, size, workers, args.rounds)
 
 

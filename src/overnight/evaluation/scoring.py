@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # of a forward
+BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # of a forward
 HEAD_ROWS = {"cpu": 128, "cuda": 2048}  # of logits that exist at once
 LARGEST_TREE = 256  # tokens, or twice a sequence: attention is dense, so a large tree pays for pairs without a use
 LEAST_SHARED = 0.25  # of a sequence, for it to join a tree
