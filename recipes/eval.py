@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from overnight.cli import EXIT_INTERRUPTED, exit_code
-from overnight.recipe import Evaluation, InputError
+from overnight.recipe import QUICK, Evaluation, InputError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", nargs="+", help="opponents: Hub names, folders, `untrained`, `unigram`, or none")
     parser.add_argument("--tasks", nargs="+", help="names of lm-eval's tasks and groups, or none")
     parser.add_argument("--limit", type=int, help="only the first so many items of each task")
-    parser.add_argument("--quick", action="store_true", help="500 items of each task")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} items of each task")
     parser.add_argument("--tasks-dir", help="a folder of further task files in lm-eval's format")
     parser.add_argument("--trust-tasks", action="store_true", help="let the task files in --tasks-dir run code")
     parser.add_argument("--data-dir", type=Path, help="read the items of the tasks below this folder, not from the Hub")
@@ -38,9 +38,9 @@ def wishes_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
     given = {name: getattr(options, name) for name in ("against", "tasks", "texts", "limit", "tasks_dir")}
     given = {name: [] if value == ["none"] else value for name, value in given.items() if value is not None}
     if options.quick:
-        given |= {"limit": 500}
+        given |= {"limit": QUICK}
     if given.get("limit", 1) < 1:
-        raise InputError(f"`--limit` is {options.limit}; 500 would work")
+        raise InputError(f"`--limit` is {options.limit}; {QUICK} would work")
     return Evaluation.model_validate(defaults.model_dump() | given)
 
 
@@ -58,12 +58,11 @@ def run(options: argparse.Namespace) -> int:
         return 0
     from overnight.evaluation.session import Plan, Session, launch
 
-    shards = None if options.shards in (None, "none") else Path(options.shards)
+    shards = options.shards or (origin.recipe.data.dir if origin else "none")
     plan = Plan(
         model=options.model,
         wishes=wishes,
-        shards_dir=shards,
-        without_shards=options.shards == "none",
+        shards_dir=None if shards == "none" else Path(shards),
         data_dir=options.data_dir,
         trust_tasks=options.trust_tasks,
         dtype=options.dtype,

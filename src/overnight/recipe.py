@@ -29,6 +29,11 @@ class DamagedData(InputError):
     """A file differs from what its manifest or checksum says. Scripts print it and end with exit code 3."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what another library's error says, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -162,6 +167,9 @@ class Logging(Section):
     """Iterations between two lines."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
     """Accelerate trackers that get the same numbers; each needs its extra installed."""
+
+
+QUICK = 500  # items a task of `recipes/eval.py --quick`
 
 
 class Evaluation(Section):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from overnight.encoder import json_fingerprint
-from overnight.recipe import InputError
+from overnight.recipe import InputError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -49,7 +49,7 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
     except Exception as error:  # the Hub client, its transport and the parsers share no base class
         raise InputError(
-            f"`data.tokenizer` is {name_or_dir}, which cannot be loaded: {str(error).splitlines()[0]} "
+            f"`data.tokenizer` is {name_or_dir}, which cannot be loaded: {first_line(error)} "
             "Check the name and the network, give a folder with a tokenizer.json, or use `trained`"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:

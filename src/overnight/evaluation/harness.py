@@ -64,10 +64,11 @@ class SharedContextLM(HFLM):
         self.meter.expect(sum(len(tree) for trees in batches for tree in trees))
         answers: list[Answer] = [Answer(0.0, False)] * len(asked)
         for trees in batches:
-            found = self.journal.known.get(key_of(trees))
+            key = key_of(trees)
+            found = self.journal.known.get(key)
             if found is None:
                 found = self.scorer.score(trees) if self.scorer.reads_trees else self._one_by_one(trees)
-                self.journal.add(trees, found)
+                self.journal.add(key, found)
             numbers = [number for tree in trees for number in tree.numbers]
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer

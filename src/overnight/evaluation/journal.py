@@ -35,15 +35,15 @@ class Journal:
                     continue
                 self.known[record["batch"]] = [Answer(*answer) for answer in record["answers"]]
 
-    def add(self, trees: list[Tree], answers: list[Answer]) -> None:
-        """Keep the answers to a batch, in one write, so that a kill leaves all of them or none."""
-        line = json.dumps({"batch": key_of(trees), "answers": answers})
+    def add(self, key: str, answers: list[Answer]) -> None:
+        """Keep the answers to the batch of that key, in one write, so that a kill leaves all of them or none."""
+        line = json.dumps({"batch": key, "answers": answers})
         descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
         try:
             os.write(descriptor, f"\n{line}\n".encode())  # the first newline ends a line that a crash left unfinished
         finally:
             os.close(descriptor)
-        self.known[key_of(trees)] = answers
+        self.known[key] = answers
 
 
 def key_of(trees: list[Tree]) -> str:

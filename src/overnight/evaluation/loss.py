@@ -22,7 +22,7 @@ from overnight.batches import to_device, validation_batches
 from overnight.corpus import SUFFIXES, rows
 from overnight.evaluation.models import Contestant
 from overnight.evaluation.progress import Meter
-from overnight.recipe import InputError
+from overnight.recipe import InputError, first_line
 from overnight.shards import Split
 
 
@@ -157,10 +157,10 @@ def read_texts(spec: str) -> list[str]:
             documents = datasets.load_dataset(name, config or None, split=split or "test")[column or "text"]
             found = [document for document in documents if document.strip()]
         except Exception as error:  # the Hub client, its transport and the builders share no base class
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"`--texts`: {spec} is neither a {', '.join(SUFFIXES)} file nor a dataset that can be read ({reason}); "
-                "EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page is one, `--texts none` leaves it out"
+                f"`--texts`: {spec} is neither a {', '.join(SUFFIXES)} file nor a dataset that can be read "
+                f"({first_line(error)}); EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page is one, "
+                "`--texts none` leaves it out"
             ) from error
     if not found:
         raise InputError(f"`--texts`: {spec} holds no text")

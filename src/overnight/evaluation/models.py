@@ -27,7 +27,7 @@ from overnight.baselines import seen_tokens, unigram
 from overnight.batches import TrainingBatches
 from overnight.evaluation.scoring import Scorer
 from overnight.model import LanguageModel, published
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import InputError, Recipe, first_line
 from overnight.shards import Shards
 from overnight.tokenizer import fingerprint as tokenizer_fingerprint
 
@@ -77,9 +77,9 @@ def origin_of(model: str) -> Origin | None:
 
     Raises InputError when the run's recipe is not one of this version.
     """
-    folder = Path(model).resolve().parents[1] if Path(model).is_dir() else None
-    stored = folder / "recipe.yaml" if folder is not None else None
-    if folder is None or stored is None or not stored.is_file():
+    folder = Path(model).resolve().parent.parent
+    stored = folder / "recipe.yaml"
+    if not Path(model).is_dir() or not stored.is_file():
         return None
     content = yaml.safe_load(stored.read_text(encoding="utf-8"))
     try:
@@ -104,9 +104,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> Contestant:
     except InputError:
         raise
     except Exception as error:  # the Hub client, its transport and the parsers share no base class
-        raise InputError(
-            f"{name}: no model can be loaded from there: {(str(error).splitlines() or [''])[0]}"
-        ) from error
+        raise InputError(f"{name}: no model can be loaded from there: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no tokenizer.json, or no end-of-text token to begin a text with")
     return contestant(name, model, tokenizer, device, dtype)

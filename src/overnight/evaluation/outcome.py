@@ -129,6 +129,8 @@ def markdown(outcome: Outcome) -> str:
     ]
     for comparison in outcome.comparisons:
         lines += ["", f"## Against {cell(comparison.opponent)}", "", *verdict_lines(comparison)]
+        if comparison.verdicts:
+            lines.append(f"![differences with intervals]({figure_name(comparison.opponent)})")
     lines += ["", "## Losses", "", *loss_lines(outcome)]
     if len(outcome.comparisons) != 1:
         lines += ["", "## Benchmarks", "", *score_lines(outcome)]
@@ -137,7 +139,7 @@ def markdown(outcome: Outcome) -> str:
 
 
 def verdict_lines(comparison: Comparison) -> list[str]:
-    """The sentence that answers the question, the table behind it, and the figure."""
+    """The sentence that answers the question, the table behind it, and warnings."""
     found = comparison.verdicts
     if not found:
         return ["No benchmark was asked for."]
@@ -165,8 +167,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         ]
         row += [] if not reference else [f"{known:.1%}" if known is not None else "no reference"]
         lines.append("| " + " | ".join(row) + " |")
-    lines += ["", *[f"**Warning.** {warning}" for warning in comparison.warnings]]
-    return [*lines, f"![differences with intervals]({figure_name(comparison.opponent)})"]
+    return [*lines, "", *[f"**Warning.** {warning}" for warning in comparison.warnings]]
 
 
 def loss_lines(outcome: Outcome) -> list[str]:
@@ -200,8 +201,7 @@ def score_lines(outcome: Outcome) -> list[str]:
     for task, ours in outcome.models[0].tasks.items():
         each = [scores.tasks[task] for scores in outcome.models]
         values = [f"{s['metrics'][s['metric']]:.1%}" if s["metric"] in s["metrics"] else "-" for s in each]
-        chance = f"{ours['chance']:.1%}" if ours["chance"] is not None else "-"
-        lines.append(f"| {task} ({ours['metric']}) | {chance} | " + " | ".join(values) + " |")
+        lines.append(f"| {task} ({ours['metric']}) | {ours['chance']:.1%} | " + " | ".join(values) + " |")
     return lines
 
 

@@ -16,19 +16,18 @@ class Meter:
 
     def __init__(self, console: Console):
         self.console = console
-        self.name, self.unit = "", "requests"
-        self.total = self.done = self.requests = 0
-        self.parts = self.begun = 0
-        self.started = self.told = time.monotonic()
         self._bar: Progress | None = None
+        self._reset("", "requests", parts=1)
+
+    def _reset(self, name: str, unit: str, parts: int) -> None:
+        self.name, self.unit, self.parts = name, unit, parts
+        self.total = self.done = self.requests = self.begun = 0
+        self.started = self.told = time.monotonic()
 
     def begin(self, name: str, unit: str = "requests", parts: int = 1) -> None:
         """Start counting from zero under another name; what there is to do is said in so many parts."""
         self.end()
-        self.name, self.unit = name, unit
-        self.total = self.done = self.requests = 0
-        self.parts, self.begun = parts, 0
-        self.started = self.told = time.monotonic()
+        self._reset(name, unit, parts)
         if self.console.rich.is_terminal:
             self._bar = Progress(
                 BarColumn(), TextColumn("{task.description}"), console=self.console.rich, transient=True

@@ -58,9 +58,11 @@ class Tree:
         pairs = zip(self._last, inputs, strict=False)
         return next((at for at, (old, new) in enumerate(pairs) if old != new), min(len(self._last), len(inputs)))
 
-    def add(self, number: int, request: Request, inputs: tuple[int, ...]) -> None:
-        """Grow by one request; `inputs` are its tokens without the last, which is only predicted."""
-        start = self.shared(inputs)
+    def add(self, number: int, request: Request, inputs: tuple[int, ...], start: int) -> None:
+        """Grow by one request; `inputs` are its tokens without the last, which is only predicted.
+
+        The first `start` of them are `shared` with the sequence added last.
+        """
         self.branches |= start < len(self._last)
         before = self._grown[-1][0][:start] if start else np.empty(0, np.int64)
         path = np.concatenate([before, np.arange(len(self.tokens), len(self.tokens) + len(inputs) - start)])
@@ -101,7 +103,8 @@ def batches_of(requests: Sequence[Request], context: int, budget: int) -> tuple[
         size = len(trees[-1]) + len(inputs) - shared if trees else 0
         if shared < max(1.0, LEAST_SHARED * len(inputs)) or size > max(LARGEST_TREE, 2 * len(inputs)):
             trees.append(Tree())
-        trees[-1].add(number, request, inputs)
+            shared = 0
+        trees[-1].add(number, request, inputs, shared)
     trees.sort(key=len, reverse=True)  # stable; the largest first, so that memory runs out at once or never
     batches: list[list[Tree]] = []
     for tree in trees:
@@ -171,15 +174,16 @@ class Scorer:
 
         A row may be asked for several targets. The logits exist for a few rows at a time.
         """
+        at_once = HEAD_ROWS[self.device.type]
         order = np.argsort(place, kind="stable")
-        starts = np.searchsorted(place[order], np.arange(0, len(hidden) + 1, HEAD_ROWS[self.device.type]))
+        borders = [*range(0, len(hidden), at_once), len(hidden)]
+        starts = np.searchsorted(place[order], borders)
         losses = torch.empty(len(place), dtype=torch.float64, device=self.device)
         hits = torch.empty(len(place), dtype=torch.bool, device=self.device)
-        for number, start in enumerate(range(0, len(hidden), HEAD_ROWS[self.device.type])):
-            end = starts[number + 1] if number + 1 < len(starts) else len(place)
-            asked = torch.as_tensor(order[starts[number] : end], device=self.device)
+        for number, start in enumerate(borders[:-1]):
+            asked = torch.as_tensor(order[starts[number] : starts[number + 1]], device=self.device)
             row = torch.as_tensor(place, device=self.device)[asked] - start
-            logits = self.head(hidden[start : start + HEAD_ROWS[self.device.type]]).float()
+            logits = self.head(hidden[start : start + at_once]).float()
             wanted = target[asked]
             losses[asked] = (torch.logsumexp(logits, 1)[row] - logits[row, wanted]).double()
             hits[asked] = logits.argmax(1)[row] == wanted
@@ -200,11 +204,6 @@ class Scorer:
                 plain = logits[0, len(before) - 1 : -1].float().log_softmax(-1)
                 total = plain.gather(1, torch.tensor(after, device=self.device)[:, None]).sum()
                 found.append(abs(answers[number].loglikelihood - total.item()))
-        except (
-            AttributeError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ):  # it has no such arguments or parts
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # no such arguments or parts
             return False
         return max(found) <= TOLERANCE

@@ -28,12 +28,11 @@ from overnight.evaluation.outcome import Comparison, Outcome, Scores
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
-from overnight.recipe import Evaluation, InputError
+from overnight.recipe import QUICK, Evaluation, InputError
 from overnight.shards import Shards, open_shards
 from overnight.startup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
 from overnight.tokenizer import load_tokenizer
 
-QUICK = 500  # items a task
 SAMPLE = 16  # items of a task, whose length is measured beforehand
 CHARACTERS_PER_TOKEN = 4.0  # of English, about
 LONG = 1800  # seconds, after which a CPU is told of --quick
@@ -57,8 +56,7 @@ class Plan:
 
     model: str
     wishes: Evaluation
-    shards_dir: Path | None  # the run's, if None
-    without_shards: bool
+    shards_dir: Path | None  # no validation loss without it
     data_dir: Path | None
     trust_tasks: bool
     dtype: str
@@ -95,17 +93,15 @@ class Session:
 
     def run(self) -> None:
         """Measure every model, compare, write, and print the answer."""
-        names = [self.plan.model, *self.plan.wishes.against]
-        contexts = []
-        for name in names:  # all are opened before any is measured: what cannot be loaded is found at once
-            each = self.contestant(name)
-            contexts.append(each.context)
-            self._refuse_other_tokens(each)
+        # All are opened before any is measured: what cannot be loaded is found at once.
+        contestants = [self.contestant(name) for name in (self.plan.model, *self.plan.wishes.against)]
+        self._refuse_other_tokens(contestants)
+        contexts = [each.context for each in contestants]
         recipe_length = self.plan.origin.recipe.batch.sequence_length if self.plan.origin else max(contexts)
         self.length = min(recipe_length, *contexts)
         self.texts = {spec: read_texts(spec) for spec in self.plan.wishes.texts}
         self.benchmarks = self._load_benchmarks()
-        measured = [self.measure(name) for name in names]
+        measured = [self.measure(each) for each in contestants]
         if self.accelerator.is_main_process:
             self.conclude(measured)
         self.accelerator.wait_for_everyone()
@@ -118,14 +114,13 @@ class Session:
         if self.plan.origin is None or self.shards is None:
             raise InputError(f"`--against {name}` needs a model of a run, as runs/NAME/models/iter-...")
         make: Callable = models.untrained if name == UNTRAINED else models.unigram_model
-        ours = models.load(self.plan.model, torch.device("cpu"), dtype)
-        return models.contestant(name, make(self.plan.origin.recipe, self.shards), ours.tokenizer, device, dtype)
+        tokenizer = load_tokenizer(str(self.shards.folder / "tokenizer"))
+        return models.contestant(name, make(self.plan.origin.recipe, self.shards), tokenizer, device, dtype)
 
-    def measure(self, name: str) -> Measured:
+    def measure(self, contestant: Contestant) -> Measured:
         """One model on every text and task: scores, the rows' losses, and the items by benchmark."""
-        contestant = self.contestant(name)
         scores = Scores(contestant.facts)
-        self.console.say(f"{name}: {scores.facts['parameters']:,} parameters, context {contestant.context}")
+        self.console.say(f"{contestant.name}: {scores.facts['parameters']:,} parameters, context {contestant.context}")
         if not contestant.scorer.reads_trees:
             self.console.say("  its architecture takes no mask of our own: lm-eval's code scores it, choice by choice")
         self._expect(contestant)
@@ -179,7 +174,7 @@ class Session:
         outcome.write(result, by_item(measured), self.plan.out)
         for comparison in comparisons:
             self.console.say(f"\nagainst {comparison.opponent}")
-            for line in outcome.verdict_lines(comparison)[:-1]:
+            for line in outcome.verdict_lines(comparison):
                 self.console.say(line.replace("**", ""))
         for line in outcome.loss_lines(result):
             self.console.say(line)
@@ -187,9 +182,7 @@ class Session:
 
     def _open_shards(self) -> Shards | None:
         origin, folder = self.plan.origin, self.plan.shards_dir
-        if folder is None and origin is not None:
-            folder = Path(origin.recipe.data.dir)
-        if folder is None or self.plan.without_shards:
+        if folder is None:
             self.console.say("the validation loss is not measured; `--shards DIR` names prepared data to measure it on")
             return None
         shards = open_shards(folder, verify=self.accelerator.is_local_main_process)
@@ -200,16 +193,17 @@ class Session:
             )
         return shards
 
-    def _refuse_other_tokens(self, contestant: Contestant) -> None:
+    def _refuse_other_tokens(self, contestants: list[Contestant]) -> None:
         """The validation set is ids: they mean the same to a model only if its vocabulary is that of the shards."""
         if self.shards is None:
             return
-        expected = load_tokenizer(str(self.shards.folder / "tokenizer"))
-        if contestant.tokenizer.get_vocab() != expected.get_vocab():
-            raise InputError(
-                f"{contestant.name}: its vocabulary is not that of {self.shards.folder}, so the losses on its tokens "
-                "do not compare; `--shards none` leaves the validation set out, and benchmarks compare any models"
-            )
+        expected = load_tokenizer(str(self.shards.folder / "tokenizer")).get_vocab()
+        for each in contestants:
+            if each.tokenizer.get_vocab() != expected:
+                raise InputError(
+                    f"{each.name}: its vocabulary is not that of {self.shards.folder}, so the losses on its tokens "
+                    "do not compare; `--shards none` leaves the validation set out, and benchmarks compare any models"
+                )
 
     def _load_benchmarks(self) -> list[Benchmark]:
         wishes = self.plan.wishes

@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from overnight.recipe import InputError
+from overnight.recipe import InputError, first_line
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).resolve().parent
@@ -42,10 +42,6 @@ class Benchmark:
     def versions(self) -> list[str]:
         """The version of each task's definition, as lm-eval numbers them, without repetition."""
         return sorted({str((task.config.metadata or {}).get("version", "-")) for task in self.tasks})
-
-    def items(self, limit: int | None) -> int:
-        """Items of all tasks together, the first `limit` of each."""
-        return sum(min(len(task.eval_docs), limit or len(task.eval_docs)) for task in self.tasks)
 
 
 def load_benchmarks(names: list[str], index: dict[str, Entry], data_dir: Path | None = None) -> list[Benchmark]:
@@ -94,9 +90,7 @@ def leaves_of(name: str, index: dict[str, Entry]) -> list[str]:
 
 def _build(entry: Entry, data_dir: Path | None) -> Task:
     if entry.yaml_path is None or entry.kind is not Kind.TASK:
-        raise InputError(
-            f"`--tasks`: {entry.name} is defined in Python and not in a task file; {', '.join(SCORED)} work"
-        )
+        raise InputError(f"`--tasks`: {entry.name} is defined in Python; a task that a YAML file defines works")
     config = load_yaml(entry.yaml_path)
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
@@ -118,11 +112,6 @@ def _build(entry: Entry, data_dir: Path | None) -> Task:
             f"`--tasks`: the items of {entry.name} cannot be read from {where}: {first_line(error)}. "
             "Without the Hub, `--data-dir DIR` reads them from DIR (docs/operations.md says how it is laid out)"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def local_data(task: str, config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
