@@ -91,6 +91,7 @@ def test_the_page_can_be_read_on_its_own(measured: tuple[dict, Path]):
     assert set(items[0]["models"]) == {MODEL, "untrained", "unigram"}
 
 
+@pytest.mark.slow
 def test_what_was_answered_before_is_not_asked_again(workplace, measured, asked, tmp_path: Path):
     out = measured[1]
     before = {path: path.read_bytes() for path in sorted((out.parent / "cache").rglob("*.jsonl"))}
@@ -100,6 +101,7 @@ def test_what_was_answered_before_is_not_asked_again(workplace, measured, asked,
     assert first == (out.with_name("again") / "results.json").read_bytes() and again["models"]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_same(workplace, measured, asked, tmp_path: Path):
     two = evaluate(workplace, tmp_path / "out", MODEL, "--against", "untrained", *asked, launcher=two_processes())
     for one, other in zip(measured[0]["models"], two["models"], strict=False):
@@ -138,6 +140,7 @@ def journal_lines(cache: Path) -> list[bytes]:
     return [line for path in cache.rglob("rank*.jsonl") for line in path.read_bytes().split(b"\n")[:-1] if line]
 
 
+@pytest.mark.slow
 def test_an_opponent_with_a_shorter_context_is_cut_and_that_is_said(workplace, undisturbed, asked, tmp_path: Path):
     short = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=40, n_embd=16, n_layer=1, n_head=1))
     short.save_pretrained(tmp_path / "short")

@@ -57,7 +57,10 @@ def items_of(lm: HFLM, folder: Path, names: list[str]) -> dict[str, list[dict]]:
     return {benchmark.name: answer_items(lm, benchmark.tasks[0], None) or [] for benchmark in found}
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "neox")]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", *SLOW])
 def test_every_choice_has_the_log_likelihood_that_lm_eval_gives(architecture: str, workplace: Path, tmp_path: Path):
     names, model = make_tasks(tmp_path / "tasks"), make(architecture, workplace)
     assert model.scorer.reads_trees == (architecture != "bloom")  # alibi takes no positions: lm-eval's code serves
