@@ -9,13 +9,21 @@ import sys
 
 from overnight.cli import default_recipe, recipe_command
 from overnight.recipe import Recipe
+from overnight.signals import end_with_launcher
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the trainer takes beside a recipe and its overrides."""
+    says = "let KEY mean something else than when the run began, and write that down; may be given several times"
+    parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=says)
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
     from overnight.train import train  # torch and transformers take seconds to import: bad input needs neither
 
-    return train(recipe, dry_run=options.dry_run)
+    return train(recipe, dry_run=options.dry_run, allowed=options.allow_change)
 
 
 if __name__ == "__main__":
-    sys.exit(recipe_command(__doc__, run, default=default_recipe))
+    end_with_launcher()
+    sys.exit(recipe_command(__doc__, run, default=default_recipe, options=add_options))

@@ -92,9 +92,15 @@ def losses(folder: Path, name: str) -> dict[int, float]:
     return dict(found)
 
 
+def checkpoint_of(folder: Path, name: str, iteration: int) -> Path:
+    """A run's checkpoint of an iteration, on the trunk or in a cooldown."""
+    (found,) = (folder / "runs" / name / "checkpoints").glob(f"**/iter-{iteration:06d}")
+    return found
+
+
 def final_sums(folder: Path, name: str, iteration: int = 40) -> list[str]:
     """The checksums of weights and optimizer state in a run's last checkpoint."""
-    sums = (folder / "runs" / name / "checkpoints" / f"iter-{iteration:06d}" / "SHA256SUMS").read_text()
+    sums = (checkpoint_of(folder, name, iteration) / "SHA256SUMS").read_text()
     return [line for line in sums.splitlines() if line.endswith(".safetensors")]
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, final_sums, losses, records, start, tiny, train
+from runs import ROOT, checkpoint_of, final_sums, losses, records, start, tiny, train
 
 from overnight import startup
 from overnight import train as train_module
+from overnight.cli import EXIT_DIVERGED
 from overnight.model import LanguageModel
 from overnight.recipe import InputError
 
@@ -132,7 +133,7 @@ def test_dropout_too_resumes_to_the_same_bits(in_process):
     again = Path("runs/dropout-again")
     shutil.copytree("runs/dropout", again)
     shutil.rmtree(again / "models" / "iter-000020")
-    shutil.rmtree(again / "checkpoints" / "iter-000020")
+    shutil.rmtree(checkpoint_of(in_process, "dropout-again", 20))
     assert train_module.train(tiny(in_process, "--name", "dropout-again", *dropout)) == 0
     assert losses(in_process, "dropout-again") == losses(in_process, "dropout")
     assert final_sums(in_process, "dropout-again", 20) == final_sums(in_process, "dropout", 20)
@@ -216,7 +217,7 @@ def test_an_update_that_is_not_finite_never_reaches_the_weights(in_process, monk
     assert train_module.train(tiny(in_process, "--name", "poisoned", "--schedule.max_iters", "10")) == 0
     assert steps == [(True, False)] * 5 + [(False, True)] + [(True, False)] * 4
     (skip,) = [record for record in records(in_process, "poisoned", "event") if record["event"] == "skipped"]
-    assert skip["iteration"] == 6 and len(skip["rows"]) == 16 and skip["loss"] == "nan"
+    assert skip["iteration"] == 6 and len(skip["rows"]["train/00000.ds"]) == 16 and skip["loss"] == "nan"
 
 
 def test_a_run_that_diverges_ends_with_its_own_code_and_keeps_its_checkpoint(in_process, monkeypatch):
@@ -229,7 +230,7 @@ def test_a_run_that_diverges_ends_with_its_own_code_and_keeps_its_checkpoint(in_
     monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
     monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
     monkeypatch.setattr(LanguageModel, "forward", poisoned)
-    assert train_module.train(tiny(in_process, "--name", "diverged")) == train_module.EXIT_DIVERGED == 4
+    assert train_module.train(tiny(in_process, "--name", "diverged")) == EXIT_DIVERGED == 4
     assert records(in_process, "diverged", "event")[-1]["event"] == "diverged"
     assert "iter-000010" in {path.name for path in Path("runs/diverged/checkpoints").iterdir()}
 

@@ -35,8 +35,12 @@ class Rows:
 
     def read(self, row: int) -> np.ndarray:
         """Tokens of one row and the next token: (length + 1,)."""
+        return self.split.read(*self.place(row), self.length + 1)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of the file in which a row lies, and the tokens of that file before it."""
         file = int(np.searchsorted(self.first_row, row, side="right")) - 1
-        return self.split.read(file, int(row - self.first_row[file]) * self.length, self.length + 1)
+        return file, int(row - self.first_row[file]) * self.length
 
 
 class TrainingBatches:
@@ -58,6 +62,14 @@ class TrainingBatches:
         positions = np.arange(iteration * self.rows_per_iter, (iteration + 1) * self.rows_per_iter)
         epochs = positions // len(self.rows)
         return np.concatenate([self._epoch(int(e))[positions[epochs == e] % len(self.rows)] for e in np.unique(epochs)])
+
+    def places(self, iteration: int) -> dict[str, list[int]]:
+        """Where the rows of an iteration lie: by shard file, the tokens before each, in the order of training."""
+        found: dict[str, list[int]] = {}
+        for row in self.row_numbers(iteration):
+            file, offset = self.rows.place(row)
+            found.setdefault(self.rows.split.files[file].path, []).append(offset)
+        return found
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

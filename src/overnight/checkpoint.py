@@ -1,6 +1,6 @@
-"""The exact training state on disk: safetensors and JSON with checksums, written aside, synced, renamed.
+"""The exact training state on disk: safetensors and JSON with checksums, written aside, synced, renamed, read again.
 
-A checkpoint is `checkpoints/iter-NNNNNN/`, the state after that many iterations: `model.safetensors`,
+A checkpoint is a folder `iter-NNNNNN/`, the state after that many iterations: `model.safetensors`,
 `optimizer.safetensors` (keyed by parameter name), `state.json`, `SHA256SUMS`. There is no random state to keep: the
 order of the data and the dropout of an iteration are functions of (seed, iteration).
 """
@@ -10,17 +10,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from overnight.files import sha256, sync
+from overnight.files import forget_cached, sha256, sync
 
-SUMS = "SHA256SUMS"
+MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 _NAME = re.compile(r"iter-(\d{6,})")
+
+Tensors = dict[str, dict[str, Tensor]]  # by file, by name in the file
 
 
 def folder_name(iteration: int) -> str:
@@ -34,29 +41,106 @@ def saved_iterations(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_dir()))
 
 
-def save(
-    folder: Path, iteration: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
-) -> Path:
-    """Write the checkpoint of `iteration` under `folder`; it gets its final name when it is whole and on the disk."""
-    final = folder / folder_name(iteration)
-    aside = folder / f".{final.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file({name: p.detach() for name, p in model.named_parameters()}, aside / "model.safetensors")
-    save_file(optimizer_tensors(model, optimizers), aside / "optimizer.safetensors")
-    (aside / "state.json").write_text(json.dumps({"iteration": iteration, **state}, indent=1), encoding="utf-8")
-    publish(aside, final)
-    return final
+@dataclass
+class Saved:
+    """How a save went."""
+
+    path: Path
+    held: float  # seconds that it held up the training
+    seconds: float  # from its start to its end
+    problem: str | None = None  # why there is no such checkpoint; nothing of it is left
+
+
+class Saver:
+    """Saves in the background: training waits for a copy into host memory, which the next save uses again."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self._buffers: Tensors = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._underway: Future[Saved] | None = None
+
+    def start(self, final: Path, tensors: Tensors, state: dict[str, Any], kept_for_ever: set[int]) -> None:
+        """Begin to write the checkpoint `final`; the tensors may change as soon as this returns.
+
+        Waits for a save that is still underway. When the new one is whole the oldest of its folder go, but for `keep`
+        and for the iterations of `kept_for_ever`.
+        """
+        if self._underway:
+            self._underway.exception()  # wait; its outcome has still to be asked for
+        started = time.monotonic()
+        text = json.dumps(state, indent=1)
+        copies = self._copied(tensors)
+        held = time.monotonic() - started
+
+        def work() -> Saved:
+            problem = write(final, copies, text)
+            if problem is None:
+                prune(final.parent, self.keep, kept_for_ever)
+            return Saved(final, held, time.monotonic() - started, problem)
+
+        self._underway = self._thread.submit(work)
+
+    def outcome(self, *, wait: bool) -> Saved | None:
+        """How the last save went, told once; None while it is underway, unless asked to `wait`, or without one."""
+        if self._underway is None or not (wait or self._underway.done()):
+            return None
+        underway, self._underway = self._underway, None
+        return underway.result()
+
+    def _copied(self, tensors: Tensors) -> Tensors:
+        """`tensors` in buffers of our own. `.cpu()` would not do: on a CPU that is the live weight itself."""
+        for file, named in tensors.items():
+            buffers = self._buffers.setdefault(file, {})
+            for name, tensor in named.items():
+                if name not in buffers:
+                    buffers[name] = host_memory_like(tensor)
+                buffers[name].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for named in tensors.values() for tensor in named.values()):
+            torch.cuda.synchronize()
+        return self._buffers
+
+
+def host_memory_like(tensor: Tensor) -> Tensor:
+    """Memory of the host for a copy of `tensor`, page-locked where it is copied from a GPU and the system gives it."""
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    except RuntimeError:
+        return torch.empty_like(tensor, device="cpu")
+
+
+def write(final: Path, tensors: Tensors, state: str) -> str | None:
+    """Write a checkpoint, aside first; it gets its name when it is whole, and keeps it when the disk gives it back.
+
+    Returns None, or why there is none: then nothing of it is left, and older ones are as they were.
+    """
+    aside = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, named in tensors.items():
+            save_file(named, aside / name)
+        (aside / STATE).write_text(state, encoding="utf-8")
+        publish(aside, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        return str(error)
+    reason = damage(final)
+    if reason is not None:
+        quarantine(final)
+    return reason
 
 
 def publish(aside: Path, final: Path) -> None:
     """Checksum and sync what is in `aside`, then give it its `final` name; an older folder of that name is replaced."""
     names = sorted(path.name for path in aside.iterdir())
     (aside / SUMS).write_text("".join(f"{sha256(aside / name)}  {name}\n" for name in names), encoding="utf-8")
-    for path in [*aside.iterdir(), aside]:
+    for path in aside.iterdir():
         sync(path)
+        forget_cached(path)
+    sync(aside)
     if final.exists():
-        shutil.rmtree(final)
+        discard(final)
     aside.rename(final)
     sync(final.parent)
 
@@ -68,56 +152,81 @@ def damage(folder: Path) -> str | None:
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError) as error:
         return f"{SUMS}: {error}"
-    needed = {"model.safetensors", "optimizer.safetensors", "state.json"}
-    if missing := needed - sums.keys():
+    if missing := {MODEL, OPTIMIZER, STATE} - sums.keys():
         return f"{SUMS} does not list {', '.join(sorted(missing))}"
     for name, digest in sums.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256(folder / name) != digest:
-            return f"{name} differs from its checksum"
+        try:
+            if sha256(folder / name) != digest:
+                return f"{name} differs from its checksum"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
     return None
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, if any, and what was said about damaged ones, which are set aside."""
+def discard(path: Path) -> None:
+    """Delete a whole checkpoint, never leaving half of one under its name."""
+    aside = path.with_name(f".{path.name}.discarded")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(path.rename(aside))
+
+
+def quarantine(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which nobody takes it for one."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The first undamaged of `candidates`, which come newest first, and what was said about the damaged before it."""
     said: list[str] = []
-    for path in reversed(saved_iterations(folder).values()):
+    for path in candidates:
         reason = damage(path)
         if reason is None:
             return path, said
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        said.append(f"{path}: {reason}; set aside as {aside.name}, going back to the one before")
+        said.append(f"{path}: {reason}; set aside as {quarantine(path).name}, going back to the one before")
     return None, said
 
 
-def load(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Put a verified checkpoint into `model` and `optimizers` and return its `state.json`; KeyError if it misfits."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    weights = load_file(path / "model.safetensors")
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a save that was killed has left: half-written and half-deleted folders."""
+    for pattern in (".iter-*.partial", ".iter-*.discarded"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The `state.json` of a verified checkpoint."""
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def load(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put the tensors of a verified checkpoint into `model` and `optimizers`; KeyError on misfits, changing nothing."""
+    weights, moments = load_file(path / MODEL), load_file(path / OPTIMIZER)
     parameters = dict(model.named_parameters())
-    if weights.keys() != parameters.keys():
-        raise KeyError(f"{path}: holds other parameters than the model: {sorted(weights.keys() ^ parameters.keys())}")
-    moments = load_file(path / "optimizer.safetensors")
+    if misfits := weights.keys() ^ parameters.keys() | {name.split("|")[0] for name in moments} - parameters.keys():
+        raise KeyError(f"{path}: holds other parameters than the model: {sorted(misfits)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     for optimizer in optimizers:
         _load_optimizer(optimizer, parameters, moments)
-    return state
 
 
-def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """`{"parameter name|state key": tensor}` over all optimizers; Muon's and AdamW's states are tensors alone."""
+def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Tensors:
+    """The live tensors of a checkpoint; in the optimizer's file they are named `parameter name|state key`.
+
+    Muon's and AdamW's states are tensors alone.
+    """
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
+    moments = {
         f"{names[parameter]}|{key}": tensor
         for optimizer in optimizers
         for parameter, values in optimizer.state.items()
         for key, tensor in values.items()
     }
+    return {MODEL: parameters, OPTIMIZER: moments}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], moments: dict) -> None:
@@ -133,4 +242,4 @@ def prune(folder: Path, keep: int, kept_for_ever: set[int]) -> None:
     """Delete the oldest checkpoints beyond `keep`, but none of `kept_for_ever` (the branch points of the trunk)."""
     plain = [path for iteration, path in saved_iterations(folder).items() if iteration not in kept_for_ever]
     for path in plain[:-keep]:
-        shutil.rmtree(path)
+        discard(path)

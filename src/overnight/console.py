@@ -47,7 +47,7 @@ def count(number: float) -> str:
 
 def step_line(record: dict, max_iters: int) -> str:
     """One training record as a line of stable columns; what was not measured is a dash."""
-    val = f"{record['val_loss']:.4f}@{record['val_iteration']}" if record.get("val_loss") is not None else "-"
+    val = f"{record['val'][1]:.4f}@{record['val'][0]}" if record.get("val") else "-"
     mfu = f"{record['mfu']:.0%}" if record.get("mfu") else "-"
     watts = f"{record['watts']:.0f} W" if record.get("watts") else "- W"
     rate = count(record["tokens_per_second"]) if record.get("tokens_per_second") else "-"

@@ -30,10 +30,14 @@ def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: P
     """
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    verify(model, aside, probe)
-    publish(aside, folder)
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        verify(model, aside, probe)
+        publish(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def verify(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:

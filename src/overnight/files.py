@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,16 @@ from pathlib import Path
 from overnight.recipe import InputError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PIECE = 4 * 2**20  # bytes read at once
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, in hex. Long pieces: between two of them a thread gives way to the others."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -29,11 +34,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def forget_cached(path: Path) -> None:
+    """Drop a synced file from the system's memory, so that whoever reads it next reads what the disk holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step, so that no reader ever sees half of it."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def no_room(error: Exception) -> bool:
+    """Whether a full disk, or a file at its largest, is behind an error; Rust's libraries say so in words alone."""
+    codes = {getattr(error, "errno", None)} | {int(code) for code in re.findall(r"os error (\d+)", str(error))}
+    return bool(NO_ROOM & codes)
 
 
 @contextmanager
@@ -42,7 +66,7 @@ def room_in(folder: Path, key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if not no_room(error):
             raise
         raise InputError(
             f"`{key}`: the disk of {folder} is full ({error.strerror}); earlier work is kept: make room and type the "

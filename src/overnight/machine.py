@@ -109,12 +109,12 @@ def filesystem_of(path: Path, mounts: str) -> str:
 
 
 def run_bytes(recipe: Recipe) -> int:
-    """What a run folder holds at once: the checkpoints kept, the branch point's, one being written, and a model."""
+    """What a run folder holds at once: checkpoints of trunk and cooldown, the branch point's, a new one, a model."""
     from overnight.plan import parameter_count  # brings torch, which may be what is missing
 
     parameters = parameter_count(recipe.model, recipe.model.vocab_size)
     moments = 8  # AdamW's two in float32; Muon keeps one
-    return (recipe.checkpoint.keep + 2) * parameters * (4 + moments) + 4 * parameters
+    return (2 * recipe.checkpoint.keep + 2) * parameters * (4 + moments) + 4 * parameters
 
 
 def data_bytes(recipe: Recipe) -> int:

@@ -6,6 +6,7 @@ import statistics
 from collections import deque
 from typing import Any
 
+from overnight.checkpoint import Saved
 from overnight.console import Console, count, duration, step_line
 from overnight.evaluation.milestone import Look
 from overnight.model import published
@@ -82,8 +83,9 @@ def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
         watts=run.device.watts(),
     )
     left = seconds and remaining_seconds(run, seconds, pace.validation_seconds)
-    shown = record | run.last_val | {"gib_total": run.device.total_gib, "eta_seconds": left}
+    shown = record | {"val": run.history.last_val, "gib_total": run.device.total_gib, "eta_seconds": left}
     run.console.say(step_line(shown, schedule.max_iters))
+    log_trouble(run)
     if (fall := pace.fell_by()) is not None:
         log_slow(run, fall)
     run.console.progress(run.iteration, schedule.max_iters)
@@ -135,9 +137,40 @@ def log_skip(run: Run, loss: float, grad_norm: float) -> None:
         f"iteration {run.iteration}: loss {loss}, gradient norm {grad_norm}: not finite, the weights stay as they were"
     )
     if run.accelerator.is_main_process:
-        rows = run.batches.row_numbers(run.iteration - 1).tolist()
         values = {"loss": str(loss), "grad_norm": str(grad_norm)}  # JSON has no NaN
-        run.directory.append("event", run.iteration, event="skipped", **values, rows=rows)
+        places = run.batches.places(run.iteration - 1)
+        run.directory.append("event", run.iteration, event="skipped", **values, rows=places)
+
+
+def log_spike(run: Run, loss: float, rise: float) -> None:
+    """Say and record that the loss rose far above what it was, with the rows that it was measured on."""
+    run.console.say(f"iteration {run.iteration}: loss {loss:.4f}, {rise:.2f} above its median: a spike begins")
+    if run.accelerator.is_main_process:
+        places = run.batches.places(run.iteration - 1)
+        run.directory.append("event", run.iteration, event="spike", loss=loss, rise=rise, rows=places)
+
+
+def log_saved(run: Run, saved: Saved | None) -> None:
+    """Say and record how a save went, once it is known."""
+    if saved is None:
+        return
+    values = {"checkpoint": saved.path.name, "held_seconds": saved.held, "seconds": saved.seconds}
+    if saved.problem is None:
+        run.console.say(f"saved {saved.path} in {saved.seconds:.1f}s, {saved.held:.2f}s of it before going on")
+        run.directory.append("event", run.iteration, event="saved", **values)
+        return
+    run.console.say(f"{saved.path} is not saved: {saved.problem}; older checkpoints stay, and the run goes on")
+    run.directory.append("event", run.iteration, event="not saved", **values, problem=saved.problem)
+
+
+def log_trouble(run: Run) -> None:
+    """Say when records can no longer be written, and when they can again."""
+    trouble = run.directory.metrics.trouble
+    if trouble and not run.cannot_log:
+        run.console.say(f"{trouble}: records wait in memory until it takes them; the run goes on")
+    if run.cannot_log and not trouble:
+        run.console.say(f"{run.directory.metrics.path} takes records again; none is lost")
+    run.cannot_log = trouble is not None
 
 
 def log_look(run: Run, look: Look) -> None:

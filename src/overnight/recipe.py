@@ -156,8 +156,10 @@ class Checkpoint(Section):
 
     every: PositiveInt = 500
     """Iterations between two checkpoints."""
+    every_minutes: PositiveFloat = 15.0
+    """Minutes after which one is written whatever the iteration: what a power cut costs at the most."""
     keep: Annotated[int, Field(ge=2)] = 2
-    """How many to keep: at least two, since the newest may be found damaged."""
+    """How many to keep, at least two, since the newest may be found damaged; branch points are kept beside these."""
 
 
 class Logging(Section):
@@ -275,6 +277,11 @@ def decay_iters(schedule: Schedule) -> int:
     return round(schedule.max_iters * schedule.decay_fraction) if schedule.kind == "wsd" else 0
 
 
+def branch_point(schedule: Schedule) -> int:
+    """The iteration after which the learning rate falls: where a WSD run leaves the trunk. Under cosine the last."""
+    return schedule.max_iters - decay_iters(schedule)
+
+
 def meaning(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide what a run computes, dotted; a run can only be resumed while these stay as they were.
 
@@ -285,6 +292,12 @@ def meaning(recipe: Recipe) -> dict[str, Any]:
     chosen = recipe.model_dump(include={"seed", "model", "batch", "optim", "schedule"})
     del chosen["batch"]["micro_batch"], chosen["model"]["attention"]
     return flat(chosen)
+
+
+def lasting(recipe: Recipe) -> set[str]:
+    """The keys of a run's meaning that nothing can change: tensors would not fit, or iterations not be comparable."""
+    shape = {key for key in meaning(recipe) if key.startswith("model.")} - {"model.dropout"}
+    return shape | {"optim.name", "batch.tokens_per_iter"}
 
 
 def flat(nested: dict, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The run directory: its resolved recipe, its environment, and metrics.jsonl, one object a line."""
+"""The run directory: who works in it, its resolved recipe and environment, its checkpoints, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 
-from overnight.checkpoint import folder_name
+from overnight.checkpoint import clear_leftovers, folder_name, saved_iterations
 from overnight.files import write_whole
-from overnight.recipe import InputError, Recipe, meaning
+from overnight.lock import hold
+from overnight.metrics import Metrics
+from overnight.recipe import InputError, Recipe, branch_point, lasting, meaning
 
 RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "pydantic")
@@ -28,27 +31,43 @@ class RunDirectory:
         self.path = runs / recipe.name
         self.recipe = recipe
         self.checkpoints = self.path / "checkpoints"
+        self.cooldown = self.checkpoints / f"cooldown-{recipe.schedule.max_iters:06d}"
         self.models = self.path / "models"
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = Metrics(self.path / "metrics.jsonl")
+        self.changes: list[dict[str, Any]] = []  # of the run's meaning since it began: {"key", "before", "now"}
+        self._lock: IO[str] | None = None
 
-    def refuse_another_run(self, found: dict[str, Any]) -> None:
+    def refuse_another_run(self, found: dict[str, Any], allowed: Collection[str] = ()) -> None:
         """Raise `InputError` with every difference when this directory holds a run of another meaning.
 
         `found` is what decides the run beside its recipe: the data's fingerprint and the precision of this device.
+        `allowed` names keys that may differ all the same; under `wsd` the run may always become longer.
         """
         stored = self.path / "recipe.yaml"
-        if not stored.exists():
-            return
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.exists() else {"meaning": {}}
+        self.changes = before.get("changes", [])
         now = meaning(self.recipe) | found
-        differing = [key for key in now | before["meaning"] if now.get(key) != before["meaning"].get(key)]
-        if differing:
-            lines = [f"  `{key}` was {before['meaning'].get(key)!r}, now {now.get(key)!r}" for key in differing]
-            raise InputError(
-                f"{self.path} holds another run:\n"
-                + "\n".join(lines)
-                + f"\n`--name {self._free_name()}` starts a new one"
-            )
+        differing = differences(before["meaning"], now) if stored.exists() else []
+        if useless := set(allowed) - {change["key"] for change in differing + self.changes}:
+            raise InputError(f"`--allow-change {min(useless)}`: nothing to allow, that is as it was in {self.path}")
+        grows = self.recipe.schedule.kind == "wsd" and grown(differing)
+        refused = [c for c in differing if c["key"] not in allowed and not (grows and c["key"] == "schedule.max_iters")]
+        refused += [c for c in differing if c["key"] in lasting(self.recipe) and c not in refused]
+        if refused:
+            raise InputError(self._refusal(refused))
+        self.changes = self.changes + differing
+
+    def _refusal(self, refused: list[dict[str, Any]]) -> str:
+        lines = [f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in refused]
+        keys = [change["key"] for change in refused]
+        never = [key for key in keys if key in lasting(self.recipe)]
+        options = " ".join(f"--allow-change {key}" for key in keys)
+        way_on = f"; `{options}` goes on with it all the same" if not never else f"; `{never[0]}` can never change"
+        return (
+            f"{self.path} holds another run:\n"
+            + "\n".join(lines)
+            + (f"\n`--name {self._free_name()}` starts a new one{way_on}")
+        )
 
     def _free_name(self) -> str:
         number = 2
@@ -56,33 +75,65 @@ class RunDirectory:
             number += 1
         return f"{self.recipe.name}-{number}"
 
+    def lock(self, *, create: bool) -> None:
+        """Let no other process work here until this one ends; `InputError` when one does, or nothing can be written.
+
+        Without `create`, a directory that is not there yet is left for later.
+        """
+        if self._lock or not (create or self.path.exists()):
+            return
+        try:
+            self.models.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self.path)
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written to: {error.strerror} ({error.filename}); mend that, or change to"
+                " another folder and type the same command there"
+            ) from error
+
     def claim(self, found: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Create the directory and write what runs here; a resumed run gets a new environment.json alone."""
-        self.models.mkdir(parents=True, exist_ok=True)
-        recipe = {"meaning": meaning(self.recipe) | found, "recipe": self.recipe.model_dump()}
-        if not (self.path / "recipe.yaml").exists():
-            write_whole(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        """Lock the directory and write what runs here; a resumed run gets a new environment.json alone.
+
+        A changed meaning is written down with what it was before.
+        """
+        self.lock(create=True)
+        now = {"meaning": meaning(self.recipe) | found, "changes": self.changes, "recipe": self.recipe.model_dump()}
+        stored = self.path / "recipe.yaml"
+        if not stored.exists() or yaml.safe_load(stored.read_text(encoding="utf-8"))["meaning"] != now["meaning"]:
+            write_whole(stored, yaml.safe_dump(now, sort_keys=False))
         write_whole(self.path / "environment.json", json.dumps(environment() | facts, indent=1))
+
+    def checkpoint(self, iteration: int) -> Path:
+        """Where the state after `iteration` belongs: to the trunk, or to the cooldown towards the end of this run."""
+        folder = self.cooldown if self.cooling(iteration) else self.checkpoints
+        return folder / folder_name(iteration)
+
+    def cooling(self, iteration: int) -> bool:
+        """Whether the update that gave this iteration was made at a learning rate on its way to zero."""
+        return iteration > branch_point(self.recipe.schedule)
+
+    def resumable(self) -> list[Path]:
+        """The checkpoints that this run can go on from, newest first: none of another cooldown than its own."""
+        trunk = {i: path for i, path in saved_iterations(self.checkpoints).items() if not self.cooling(i)}
+        return [*reversed(saved_iterations(self.cooldown).values()), *reversed(trunk.values())]
+
+    def clear_leftovers(self) -> None:
+        """Remove what killed saves have left."""
+        for folder in (self.checkpoints, *self.checkpoints.glob("cooldown-*")):
+            clear_leftovers(folder)
 
     def append(self, kind: str, iteration: int, **values: Any) -> dict[str, Any]:
         """Add one record to metrics.jsonl and return it."""
         tokens = iteration * self.recipe.batch.tokens_per_iter
         record = {"kind": kind, "iteration": iteration, "tokens": tokens, **values}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.cooling(iteration):
+            record["cooldown"] = self.recipe.schedule.max_iters
+        self.metrics.append(record)
         return record
 
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The records so far; a line that a crash left unfinished is no record."""
-        if not self.metrics.exists():
-            return []
-        found = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return [record for record in found if kind in (None, record["kind"])]
+        """The records so far, of one kind or of all."""
+        return [record for record in self.metrics.records() if kind in (None, record["kind"])]
 
     def finished(self) -> dict[str, Any] | None:
         """The record that ends a run of this recipe, written last; None while its verified model is not there."""
@@ -93,9 +144,26 @@ class RunDirectory:
         return ends[-1] if ends else None
 
     def forget_after(self, iteration: int) -> None:
-        """Drop what was measured after `iteration`: a resumed run measures it again."""
-        kept = [record for record in self.records() if record["iteration"] <= iteration]
-        write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        """Drop what was measured after `iteration`: a resumed run measures it again. Other cooldowns' records stay."""
+        ours = (None, self.recipe.schedule.max_iters)
+        self.metrics.keep(lambda record: record["iteration"] <= iteration or record.get("cooldown") not in ours)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """What differs between two meanings: `{"key", "before", "now"}` each."""
+    return [
+        {"key": key, "before": before.get(key), "now": now.get(key)}
+        for key in now | before
+        if now.get(key) != before.get(key)
+    ]
+
+
+def grown(differing: list[dict[str, Any]]) -> bool:
+    """Whether the run became longer, and the share of its decay stayed: then its trunk is the same."""
+    changed = {change["key"]: change for change in differing}
+    length = changed.get("schedule.max_iters")
+    same_trunk = not changed.keys() & {"schedule.kind", "schedule.decay_fraction"}
+    return length is not None and length["now"] > length["before"] and same_trunk
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Everything before the first step: the environment, the data, the model on its device, the newest checkpoint in it."""
+"""Everything before the first step: the environment, the data, the model on its device, the directory."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from overnight import checkpoint, micro_batch, optim
 from overnight.batches import TrainingBatches
 from overnight.console import Console, estimated_end
 from overnight.device import Device, resolve_precision
+from overnight.files import room_in
 from overnight.manifest import Manifest, is_prepared
 from overnight.model import LOSS_CHUNK, LanguageModel, attention_report, padded_vocabulary, require_flash
 from overnight.plan import Derived, derive, derived_rows
@@ -30,6 +31,7 @@ from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory
 from overnight.shards import Shards, open_shards
 from overnight.tokenizer import load_tokenizer
+from overnight.watch import History
 
 
 @dataclass
@@ -49,12 +51,15 @@ class Run:
     compiled: bool  # the model's body, in training
     optimizers: list[torch.optim.Optimizer]
     micro_batch: int  # rows at once, now: it changes when memory runs out
+    saver: checkpoint.Saver
     iteration: int = 0  # updates done
-    best_val: float | None = None
-    last_val: dict = field(default_factory=dict)  # {"val_loss": ..., "val_iteration": ...}
+    history: History = field(default_factory=History)
     joules: float | None = None  # of the sessions before this one, where the device measures energy
+    saved_at: float = field(default_factory=time.monotonic)  # when the last save began, or the session
     signalled: bool = False  # this process was asked to stop
     stopping: bool = False  # all processes know of it
+    cannot_log: bool = False  # metrics.jsonl refuses records, which the user knows
+    overdue: bool = False  # all processes know that `checkpoint.every_minutes` are over
 
     @property
     def grad_accum(self) -> int:
@@ -172,7 +177,7 @@ def identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
 
 
 def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory: RunDirectory, shards: Shards) -> Run:
-    """Model, optimizers and data on the device, the newest checkpoint in them, and the facts on the screen."""
+    """Model, optimizers and data on the device, the facts on the screen, and the run directory ours."""
     run = assemble(recipe, accelerator, console, directory, shards)
     console.table(f"{directory.path} on {run.device.name}", derived_rows(recipe, run.derived))
     facts, seconds = device_facts(run)
@@ -184,10 +189,11 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
         "estimated end": f"{end}, from the time of one micro-batch; the lines below measure it",
     }
     console.table("this machine", list(facts.items()))
+    lock(accelerator, directory, create=True)
     if accelerator.is_main_process:
-        directory.claim(identity(accelerator, shards), facts)
+        with room_in(directory.path, "name"):
+            directory.claim(identity(accelerator, shards), facts)
     accelerator.wait_for_everyone()
-    resume(run)
     if recipe.logging.trackers:
         accelerator.init_trackers(recipe.name)
     return run
@@ -230,6 +236,7 @@ def assemble(
         compiled=compiled,
         optimizers=optim.build(model, recipe.optim),
         micro_batch=derived.first_micro_batch,
+        saver=checkpoint.Saver(recipe.checkpoint.keep),
     )
 
 
@@ -275,20 +282,14 @@ def check_attention(run: Run) -> tuple[str, float]:
     return str(report), seconds
 
 
-def resume(run: Run) -> None:
-    """Load the newest whole checkpoint, if there is one; every process loads the one that the main process chose."""
-    chosen = [checkpoint.newest_whole(run.directory.checkpoints) if run.accelerator.is_main_process else None]
-    found, said = broadcast_object_list(chosen)[0]
-    for line in said:
-        run.console.say(line)
-    if found is None:
-        if run.accelerator.is_main_process:
-            run.directory.forget_after(-1)
-        return
-    state = checkpoint.load(found, run.model, run.optimizers)
-    run.iteration = state["iteration"]
-    run.best_val, run.last_val, run.joules = state["best_val"], state["last_val"], state["joules"]
-    if run.accelerator.is_main_process:
-        run.directory.forget_after(run.iteration)
-        run.directory.append("event", run.iteration, event="resumed", checkpoint=found.name)
-    run.console.say(f"goes on at iteration {run.iteration} from {found}")
+def lock(accelerator: Accelerator, directory: RunDirectory, *, create: bool) -> None:
+    """Lock the run directory, on the main process; all processes raise its `InputError`."""
+    problem: list[InputError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            directory.lock(create=create)
+        except InputError as error:
+            problem = [error]
+    (refusal,) = broadcast_object_list(problem)
+    if refusal:
+        raise refusal

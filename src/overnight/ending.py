@@ -1,0 +1,113 @@
+"""How a run ends: asked by a signal, diverged, interrupted, or finished with a model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from overnight.checkpoint import folder_name
+from overnight.cli import EXIT_DIVERGED, EXIT_INTERRUPTED
+from overnight.evaluation.milestone import Look
+from overnight.export import export
+from overnight.files import no_room
+from overnight.model import published
+from overnight.progress import Pace, log_look, print_finished
+from overnight.signals import ENDING, ORPHANED, handled
+from overnight.startup import Run
+from overnight.state import energy_used, finish_saving
+
+SKIPS_BEFORE_GIVING_UP = 10
+
+
+def stop_on_signal(run: Run) -> contextlib.AbstractContextManager[None]:
+    """SIGTERM, SIGINT, SIGHUP and the launcher's end let the iteration finish, and then save.
+
+    A second signal ends the process at once.
+    """
+
+    def ask(number: int, frame: object) -> None:
+        for each in ENDING:
+            signal.signal(each, signal.SIG_DFL)
+        if run.accelerator.is_main_process and not run.signalled:
+            why = "the launcher is gone" if number == ORPHANED else signal.Signals(number).name
+            with contextlib.suppress(OSError):  # not through the console: it may be in the middle of a line of its own
+                os.write(2, f"{why}: finishing iteration {run.iteration + 1}, then saving\n".encode())
+        run.signalled = True
+
+    return handled(ask)
+
+
+def give_up(run: Run) -> int:
+    """End a run that does not come back from non-finite updates; the last checkpoint stays."""
+    finish_saving(run)
+    saved = run.directory.resumable()
+    where = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+    run.console.say(
+        f"{SKIPS_BEFORE_GIVING_UP} updates in a row were not finite: the run has diverged; {where}."
+        f" A lower `--optim.lr` (now {run.recipe.optim.lr:g}) under another `--name` is the usual cure"
+    )
+    if run.accelerator.is_main_process:
+        run.directory.append("event", run.iteration, event="diverged")
+    return EXIT_DIVERGED
+
+
+def interrupted(run: Run) -> int:
+    """Record that the run stopped early, and say how it goes on."""
+    if run.accelerator.is_main_process:
+        run.directory.append("event", run.iteration, event="interrupted")
+    saved = run.directory.resumable()
+    if saved and saved[0].name == folder_name(run.iteration):
+        where = "and saved; the same command again goes on from there"
+    elif saved:
+        where = f"and not saved; the same command again goes on from {saved[0]}"
+    else:
+        where = "with nothing saved; the same command again begins anew"
+    command = f":\n  {shlex.join(['python', *sys.argv])}" if run.accelerator.num_processes == 1 else ""
+    run.console.say(f"interrupted after iteration {run.iteration} {where}{command}")
+    return EXIT_INTERRUPTED
+
+
+def finish(run: Run, pace: Pace) -> int:
+    """Export the finished model, verified by a fresh process, and close with the results; returns the exit code."""
+    code = 0
+    if run.accelerator.is_main_process:
+        folder = run.directory.models / folder_name(run.iteration)
+        probe = torch.from_numpy(run.shards.val.read(0, 0, 64).astype(np.int64))[None]
+        run.console.say(f"exporting {folder} and loading it in a fresh process")
+        try:
+            export(published(run.model, run.recipe.model), run.tokenizer, folder, probe)
+        except Exception as error:  # tokenizers' own for a full disk is a bare Exception
+            if not no_room(error):
+                raise
+            run.console.say(f"{folder} is not written: {error}; make room, and the same command again writes it")
+            code = EXIT_INTERRUPTED
+        else:
+            conclude(run, pace, folder)
+    run.accelerator.wait_for_everyone()
+    return code
+
+
+def conclude(run: Run, pace: Pace, folder: Path) -> None:
+    """Score the finished model where the recipe asks for it, record the end of the run, and print its results."""
+    if run.recipe.evaluation.at_milestones:
+        run.device.release()
+        log_look(run, Look(folder, run.recipe.evaluation.at_milestones))
+    joules, seconds = energy_used(run), pace.per_iteration()
+    run.directory.append(
+        "event",
+        run.iteration,
+        event="finished",
+        model=str(folder),
+        val_loss=run.history.validations[-1][1],
+        best_val_loss=run.history.best_val,
+        tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,
+        kwh=None if joules is None else joules / 3.6e6,
+    )
+    print_finished(run.directory, run.console)

@@ -1,0 +1,111 @@
+"""The state of a run on its way to a checkpoint and back: what is saved, when, and how a run goes on from it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from overnight import checkpoint
+from overnight.progress import log_saved
+from overnight.recipe import InputError, branch_point, meaning
+from overnight.rundir import differences
+from overnight.startup import Run, identity
+from overnight.watch import History
+
+
+def save_due(run: Run) -> bool:
+    """Whether this iteration is one to save: by its number, by the clock, or as a point that is needed later."""
+    needed = (branch_point(run.recipe.schedule), run.recipe.schedule.max_iters)
+    return run.overdue or run.iteration % run.recipe.checkpoint.every == 0 or run.iteration in needed
+
+
+def save_overdue(run: Run) -> bool:
+    """Whether the main process has not saved for `checkpoint.every_minutes`."""
+    return run.accelerator.is_main_process and (
+        time.monotonic() - run.saved_at > 60 * run.recipe.checkpoint.every_minutes
+    )
+
+
+def save(run: Run) -> None:
+    """Begin a checkpoint on the main process; it is written while training goes on."""
+    run.saved_at = time.monotonic()
+    if run.accelerator.is_main_process:
+        log_saved(run, run.saver.outcome(wait=True))
+        tensors = checkpoint.state_tensors(run.model, run.optimizers)
+        path = run.directory.checkpoint(run.iteration)
+        run.saver.start(path, tensors, state_of(run), kept_for_ever={branch_point(run.recipe.schedule)})
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for the save that is underway; the other processes wait too, since a launcher ends all when one ends."""
+    log_saved(run, run.saver.outcome(wait=True))
+    run.accelerator.wait_for_everyone()
+
+
+def energy_used(run: Run) -> float | None:
+    """Joules of the device over all sessions of the run, or None where it does not measure them."""
+    session = run.device.joules()
+    return None if session is None else session + (run.joules or 0.0)
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors."""
+    return {
+        "iteration": run.iteration,
+        "meaning": meaning(run.recipe) | identity(run.accelerator, run.shards),
+        "changes": run.directory.changes,
+        "history": run.history.as_json(),
+        "joules": energy_used(run),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def resume(run: Run) -> None:
+    """Load the newest whole checkpoint, if there is one; every process loads the one that the main process chose.
+
+    Raises `InputError`, before anything of the run is changed, when that is a checkpoint of another run.
+    """
+    if run.accelerator.is_main_process:
+        run.directory.clear_leftovers()
+    chosen = [checkpoint.newest_whole(run.directory.resumable()) if run.accelerator.is_main_process else None]
+    found, said = broadcast_object_list(chosen)[0]
+    for line in said:
+        run.console.say(line)
+    if found is None:
+        if run.accelerator.is_main_process:
+            run.directory.forget_after(-1)
+        return
+    state = checkpoint.read_state(found)
+    refuse_foreign(run, found, state)
+    checkpoint.load(found, run.model, run.optimizers)
+    run.iteration, run.joules = state["iteration"], state["joules"]
+    run.history = History.from_json(state["history"])
+    if run.accelerator.is_main_process:
+        run.directory.forget_after(run.iteration)
+        run.directory.append("event", run.iteration, event="resumed", checkpoint=found.name)
+        for change in run.directory.changes[len(state["changes"]) :]:
+            run.directory.append("event", run.iteration, event="changed", **change)
+    for change in run.directory.changes[len(state["changes"]) :]:
+        run.console.say(f"`{change['key']}` was {change['before']!r} and is {change['now']!r} from here on")
+    if state["threads"] != (threads := torch.get_num_threads()):
+        run.console.say(
+            f"this session computes with {threads} threads, the one before with {state['threads']}: losses agree to"
+            " rounding, not to the bit"
+        )
+    run.console.say(f"goes on at iteration {run.iteration} from {found}")
+
+
+def refuse_foreign(run: Run, found: Path, state: dict[str, Any]) -> None:
+    """Raise `InputError` for a checkpoint whose meaning is not this run's, now or before a change that was allowed."""
+    changed = {change["key"] for change in run.directory.changes}
+    now = meaning(run.recipe) | identity(run.accelerator, run.shards)
+    foreign = [change for change in differences(state["meaning"], now) if change["key"] not in changed]
+    if foreign:
+        lines = [f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in foreign]
+        raise InputError(
+            f"{found} is of another run:\n" + "\n".join(lines) + "\nmove it away; the one before it would work"
+        )
