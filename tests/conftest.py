@@ -48,9 +48,9 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(workplace: Path) -> str:
     """One whole run of `tiny.yaml`, started as a user does, that others are compared with; what it printed."""
-    from runs import train
+    from runs import train_in_a_fresh_process
 
-    result = train(workplace, "tiny.yaml")
+    result = train_in_a_fresh_process(workplace, "tiny.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -7,10 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import yaml
+from started import Started
 
 from overnight import startup
 from overnight.prepare import prepare
@@ -60,6 +62,21 @@ def train(
     folder: Path, *arguments: str, launcher: tuple[str, ...] = (), script: str = TRAIN, **changes: str
 ) -> subprocess.CompletedProcess:
     """Run `recipes/train.py`, or a script in its place, in `folder` to its end, under a launcher if one is named."""
+    if not launcher and script == TRAIN:
+        started = Started([script, *arguments], folder, environment(**changes), merged=False)
+        errors: list[str] = []
+        reading = threading.Thread(target=lambda: errors.append(started.stderr.read()))
+        reading.start()
+        said = started.stdout.read()
+        reading.join()
+        return subprocess.CompletedProcess(arguments, started.wait(300), said, errors[0])
+    return train_in_a_fresh_process(folder, *arguments, launcher=launcher, script=script, **changes)
+
+
+def train_in_a_fresh_process(
+    folder: Path, *arguments: str, launcher: tuple[str, ...] = (), script: str = TRAIN, **changes: str
+) -> subprocess.CompletedProcess:
+    """As a user does it: Python starts, and imports everything."""
     command = [sys.executable, *launcher, script, *arguments]
     return subprocess.run(command, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=300)
 
@@ -72,11 +89,9 @@ def two_processes() -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
+def start(folder: Path, *arguments: str, script: str = TRAIN) -> Started:
     """Start `recipes/train.py` in `folder`; its lines can be read from `stdout`."""
-    command = [sys.executable, TRAIN, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
+    return Started([script, *arguments], folder, environment())
 
 
 def records(folder: Path, name: str, kind: str) -> list[dict]:
