@@ -62,7 +62,7 @@ def train(
     folder: Path, *arguments: str, launcher: tuple[str, ...] = (), script: str = TRAIN, **changes: str
 ) -> subprocess.CompletedProcess:
     """Run `recipes/train.py`, or a script in its place, in `folder` to its end, under a launcher if one is named."""
-    if not launcher and script == TRAIN:
+    if not launcher:
         started = Started([script, *arguments], folder, environment(**changes), merged=False)
         errors: list[str] = []
         reading = threading.Thread(target=lambda: errors.append(started.stderr.read()))
@@ -89,9 +89,9 @@ def two_processes() -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
 
 
-def start(folder: Path, *arguments: str, script: str = TRAIN) -> Started:
-    """Start `recipes/train.py` in `folder`; its lines can be read from `stdout`."""
-    return Started([script, *arguments], folder, environment())
+def start(folder: Path, *arguments: str, script: str = TRAIN, **changes: str) -> Started:
+    """Start `recipes/train.py`, or a script in its place, in `folder`; its lines can be read from `stdout`."""
+    return Started([script, *arguments], folder, environment(**changes))
 
 
 def records(folder: Path, name: str, kind: str) -> list[dict]:

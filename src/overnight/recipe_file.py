@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,28 @@ DIALECTS = {
 }
 
 
+CREDENTIALS = re.compile(r"://[^/\s@]*@")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with `1e-3` as a number, as YAML 1.2 has it, and without silently dropped duplicate keys."""
+    """YAML with `1e-3` as a number, as YAML 1.2 has it, without silently dropped duplicate keys, and without aliases.
+
+    A few lines of aliases can stand for more values than a memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            mark = event.start_mark
+            raise InputError(f"{mark.name} line {mark.line + 1}: `*{event.anchor}` is an alias; write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
             if key in seen:
                 raise InputError(
                     f"{key_node.start_mark.name} line {key_node.start_mark.line + 1}: `{key}` stands twice"
@@ -103,6 +118,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     data.setdefault("name", path.stem)
     for key, value in pairs(overrides, problems):
         _place(data, key.split("."), value, problems)
+    _refuse_credentials(path, data)
     recipe, broken = _validate(data, problems)
     problems += [text for keys, text in conflicts(recipe) if not broken.intersection(keys)]
     if problems:
@@ -111,9 +127,25 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def _refuse_credentials(path: Path, data: Any, key: str = "") -> None:
+    """Raise `InputError`, which does not repeat them: a recipe is copied into run, model card and manifest."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            _refuse_credentials(path, value, f"{key}.{name}".removeprefix("."))
+    if isinstance(data, list):
+        for value in data:
+            _refuse_credentials(path, value, key)
+    if isinstance(data, str) and CREDENTIALS.search(data):
+        raise InputError(
+            f"{path}: `{key}`: a name and password in a URL would be written into everything that is made of it;"
+            " fetch the file yourself and give its path"
+        )
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        with path.open(encoding="utf-8") as file:
+            data = yaml.load(file, Loader=_Loader)
     except FileNotFoundError:
         known = sorted(str(other) for other in path.parent.glob("*.yaml")) or ["recipes/quickstart.yaml"]
         raise InputError(f"{path}: there is no such recipe; there are {', '.join(known)}") from None
