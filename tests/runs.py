@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import pytest
 import yaml
 from started import Started
 
@@ -35,6 +36,11 @@ TINY = {
     "checkpoint": {"every": 10},
     "logging": {"every": 1},
 }
+
+
+def slow(*values):
+    """A case that `make test-all` alone runs: another of the same kind stands beside it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def make_workplace(folder: Path) -> Path:

@@ -28,7 +28,7 @@ def batches_of(split: Split, rows: int, length: int, **processes: int) -> Traini
     return TrainingBatches(split, Batch(tokens_per_iter=rows * length, sequence_length=length), 7, **processes)
 
 
-def test_every_row_is_seen_once_an_epoch_and_no_iteration_is_short(tmp_path):
+def test_b6_every_row_is_seen_once_an_epoch_and_no_iteration_is_short(tmp_path):
     batches = batches_of(split_of(tmp_path, 101, 68), rows=4, length=8)
     assert len(batches.rows) == 12 + 8  # a row needs the token after it, and never crosses a file
     batches = batches_of(

@@ -70,7 +70,7 @@ def test_tensors_of_another_model_are_refused_before_any_is_copied(tmp_path):
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "emptied", "missing"])
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, file, harm):
+def test_c1_c2_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, file, harm):
     model, optimizers = trained()
     good = save(tmp_path, 10, model, optimizers)
     bad = save(tmp_path, 20, model, optimizers)
@@ -113,7 +113,7 @@ def test_pruning_keeps_the_newest_and_the_branch_point(tmp_path):
     assert list(checkpoint.saved_iterations(tmp_path)) == [10, 20, 25]
 
 
-def test_older_checkpoints_go_only_when_the_new_one_reads_back_as_it_was_written(tmp_path, monkeypatch):
+def test_c8_older_checkpoints_go_only_when_the_new_one_reads_back_as_it_was_written(tmp_path, monkeypatch):
     model, optimizers = trained()
     older = [save(tmp_path, iteration, model, optimizers) for iteration in (10, 20, 30)]
     real = checkpoint.publish

@@ -277,7 +277,7 @@ def test_tasks_that_are_not_there_or_not_scored_by_log_likelihoods_are_refused(
     assert "`--limit` is 0" in said("--tasks", "sciq", "--limit", "0")
 
 
-def test_a_task_file_runs_no_code_unless_it_is_trusted(script: ModuleType, tmp_path: Path, monkeypatch, capsys):
+def test_f4_a_task_file_runs_no_code_unless_it_is_trusted(script: ModuleType, tmp_path: Path, monkeypatch, capsys):
     folder, ran = tmp_path / "tasks", tmp_path / "ran"
     items = [{"context": "The", "choices": ["end", "start"], "answer": 0}] * 4
     how = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}

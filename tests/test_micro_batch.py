@@ -43,7 +43,7 @@ def full_memory(monkeypatch):
     [({13}, [8, 4]), ({14}, [8, 4]), ({13, 14, 16}, [8, 4, 2, 1])],
     ids=["in the first micro-batch", "in a later micro-batch", "again in the repetitions"],
 )
-def test_out_of_memory_in_an_iteration_repeats_it_with_the_same_tokens(
+def test_a9_out_of_memory_in_an_iteration_repeats_it_with_the_same_tokens(
     in_process, undisturbed, full_memory, capsys, fails, sizes
 ):
     full_memory[0].update(fails)
@@ -59,7 +59,7 @@ def test_out_of_memory_in_an_iteration_repeats_it_with_the_same_tokens(
     assert max(abs(found[iteration] - expected[iteration]) for iteration in expected) < TOLERANCE
 
 
-def test_out_of_memory_with_a_single_row_ends_with_code_2_and_advice(in_process, full_memory, monkeypatch, capsys):
+def test_a9_out_of_memory_with_a_single_row_ends_with_code_2_and_advice(in_process, full_memory, monkeypatch, capsys):
     full_memory[0].update(range(17, 1000))  # from iteration 2 on
     arguments = ["train.py", "tiny.yaml", "--name", "too-full", "--batch.micro_batch", "1"]
     monkeypatch.setattr(sys, "argv", arguments)

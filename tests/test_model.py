@@ -30,7 +30,7 @@ def stock_loss(language_model, ids, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def test_targets_are_not_shifted_a_second_time(language_model):
+def test_b7_targets_are_not_shifted_a_second_time(language_model):
     ids, targets = torch.tensor([[5, 6, 7]]), torch.tensor([[6, 7, 8]])
     with torch.no_grad():
         log_probabilities = published(language_model, SHAPE)(ids).logits.log_softmax(-1)

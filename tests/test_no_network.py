@@ -9,7 +9,7 @@ import pytest
 OUTSIDE = ("192.0.2.1", 443)  # TEST-NET-1, RFC 5737: belongs to nobody
 
 
-def test_no_connection_leaves_the_test_process():
+def test_f8_no_connection_leaves_the_test_process():
     with socket.socket() as client, pytest.raises(PermissionError, match="no network"):
         client.connect(OUTSIDE)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client, pytest.raises(PermissionError, match="no network"):
@@ -18,7 +18,7 @@ def test_no_connection_leaves_the_test_process():
         socket.create_connection(("huggingface.co", 443))
 
 
-def test_no_connection_leaves_a_child_process():
+def test_f8_no_connection_leaves_a_child_process():
     code = f"import socket; socket.socket().connect({OUTSIDE})"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode != 0

@@ -48,7 +48,7 @@ def data(tmp_path) -> Data:
     )
 
 
-def test_equal_texts_are_written_once_and_never_on_both_sides(data):
+def test_d10_equal_texts_are_written_once_and_never_on_both_sides(data):
     first, second = texts_of(1, 600), texts_of(2, 600)
     planted = [text.replace(" ", "\n \t", 3) + "  " for text in first[:200]]
     write(Path(data.path or "") / "b.jsonl", second + planted + second[:50])
@@ -245,7 +245,7 @@ def test_a_literal_end_of_text_is_plain_text(tmp_path):
         assert name == "own" or (len(tokenizer), ids[ends[1] : ends[2]].tolist()) == (50_257, [15496, 995])
 
 
-def test_a_document_cannot_forge_its_end(data):
+def test_d7_a_document_cannot_forge_its_end(data):
     texts = texts_of(1, 600)
     write(Path(data.path or "") / "a.jsonl", [f"{text} <|endoftext|> {text}" for text in texts])
     manifest = prepare(data, VOCAB, **SILENT)

@@ -32,7 +32,7 @@ def data(tmp_path, gpt2_folder) -> Data:
 
 
 @pytest.mark.parametrize("damage", [case[1] for case in TRAINER_REFUSES], ids=[case[0] for case in TRAINER_REFUSES])
-def test_training_on_a_damaged_shard_is_refused_with_the_file_named(workplace, tmp_path, damage):
+def test_d1_d2_training_on_a_damaged_shard_is_refused_with_the_file_named(workplace, tmp_path, damage):
     path = Path(tiny(workplace).data.dir) / "train" / "00000.ds"
     raw = path.read_bytes()
     try:

@@ -67,7 +67,7 @@ def test_the_keys_of_other_tools_are_answered_with_ours(override, ours):
 
 
 @pytest.mark.parametrize("name", ["../x", "/abs", "a b", "a\nb", ".hidden", ""])
-def test_a_name_that_could_leave_the_runs_folder_is_refused(name):
+def test_e6_a_name_that_could_leave_the_runs_folder_is_refused(name):
     (found,) = problems(ROOT / "recipes" / "quickstart.yaml", f"--name={name!r}")
     assert "`name`" in found
 
@@ -91,8 +91,3 @@ def test_a_missing_recipe_is_answered_with_the_ones_that_are_there():
 )
 def test_settings_that_do_not_fit_are_refused_with_a_way_out(override, said):
     assert any(said in problem for problem in problems(ROOT / "recipes" / "quickstart.yaml", override))
-
-
-def test_yaml_that_would_build_python_objects_is_refused(tmp_path):
-    (found,) = problems(recipe_file(tmp_path, "seed: !!python/object/apply:os.getcwd []\n"))
-    assert "not a readable YAML file" in found

@@ -10,18 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, checkpoint_of, final_sums, losses, records, start, tiny, train
+from runs import ROOT, checkpoint_of, final_sums, losses, records, slow, start, tiny, train
 
 from overnight import startup
 from overnight import train as train_module
-from overnight.cli import EXIT_DIVERGED
-from overnight.model import LanguageModel
 from overnight.recipe import InputError
-
-
-def slow(*values):
-    """A case that `make test-all` alone runs: another of the same kind stands beside it."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def test_a_run_shows_its_facts_learns_and_ends_with_a_finished_model(workplace, undisturbed):
@@ -35,7 +28,7 @@ def test_a_run_shows_its_facts_learns_and_ends_with_a_finished_model(workplace, 
     assert "next: python recipes/eval.py runs/tiny/models/iter-000040" in undisturbed
 
 
-def test_the_finished_model_loads_with_plain_transformers_in_a_fresh_process(workplace, undisturbed):
+def test_c10_the_finished_model_loads_with_plain_transformers_in_a_fresh_process(workplace, undisturbed):
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
         "m, info = M.from_pretrained(sys.argv[1], output_loading_info=True); t = T.from_pretrained(sys.argv[1]);"
@@ -69,7 +62,7 @@ def test_the_same_command_again_prints_the_results_and_another_run_is_refused(wo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGHUP)])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
+def test_a3_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     workplace, undisturbed, in_process, capsys, number
 ):
     name = f"interrupted-{number.name}"
@@ -88,7 +81,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     assert final_sums(workplace, name) == final_sums(workplace, "tiny")
 
 
-def test_killed_without_warning_it_goes_on_from_the_last_checkpoint_to_the_same_bits(
+def test_a1_killed_without_warning_it_goes_on_from_the_last_checkpoint_to_the_same_bits(
     workplace, undisturbed, in_process, capsys
 ):
     process = start(workplace, "tiny.yaml", "--name", "killed")
@@ -103,7 +96,7 @@ def test_killed_without_warning_it_goes_on_from_the_last_checkpoint_to_the_same_
     assert final_sums(workplace, "killed") == final_sums(workplace, "tiny")
 
 
-def test_killed_before_the_first_checkpoint_it_starts_again_and_nothing_is_recorded_twice(in_process, undisturbed):
+def test_a1_killed_before_the_first_checkpoint_it_starts_again_and_nothing_is_recorded_twice(in_process, undisturbed):
     process = start(in_process, "tiny.yaml", "--name", "early")
     for line in process.stdout:
         if line.startswith("iter  6/40"):
@@ -115,7 +108,7 @@ def test_killed_before_the_first_checkpoint_it_starts_again_and_nothing_is_recor
     assert len(records(in_process, "early", "val")) == 3
 
 
-def test_killed_between_the_export_and_its_record_the_run_is_finished_again(in_process, undisturbed):
+def test_a1_killed_between_the_export_and_its_record_the_run_is_finished_again(in_process, undisturbed):
     shutil.copytree("runs/tiny", "runs/unrecorded")
     metrics = Path("runs/unrecorded/metrics.jsonl")
     lines = metrics.read_text().splitlines(keepends=True)
@@ -127,7 +120,7 @@ def test_killed_between_the_export_and_its_record_the_run_is_finished_again(in_p
 
 
 @pytest.mark.slow
-def test_dropout_too_resumes_to_the_same_bits(in_process):
+def test_a1_dropout_too_resumes_to_the_same_bits(in_process):
     dropout = ("--model.dropout", "0.1", "--model.attention", "sdpa", "--schedule.max_iters", "20")
     assert train_module.train(tiny(in_process, "--name", "dropout", *dropout)) == 0
     again = Path("runs/dropout-again")
@@ -184,55 +177,12 @@ def test_a_configuration_for_the_cpu_keeps_the_run_there_also_where_there_is_a_g
         (["--model.dropout", "0.1"], "'sdpa' would work"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(in_process, arguments, said):
+def test_b8_what_cannot_work_is_refused_before_anything_is_written(in_process, arguments, said):
     recipe = tiny(in_process, "--name", "refused", *arguments)
     with pytest.raises(InputError) as caught:
         train_module.train(recipe)
     assert said in str(caught.value)
     assert not (in_process / "runs" / "refused").exists()
-
-
-def test_an_update_that_is_not_finite_never_reaches_the_weights(in_process, monkeypatch):
-    real, calls = LanguageModel.forward, []
-
-    def poisoned(self, ids, targets):
-        calls.append(1)
-        loss = real(self, ids, targets)
-        return loss * float("nan") if 10 < len(calls) <= 12 else loss
-
-    before, steps = [], []
-    real_step = train_module.train_step
-
-    def watched(run):
-        before[:] = [p.detach().clone() for p in run.model.parameters()]
-        out = real_step(run)
-        unchanged = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
-        steps.append((out[2], unchanged))
-        return out
-
-    monkeypatch.setattr(train_module, "train_step", watched)
-    monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
-    monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
-    monkeypatch.setattr(LanguageModel, "forward", poisoned)
-    assert train_module.train(tiny(in_process, "--name", "poisoned", "--schedule.max_iters", "10")) == 0
-    assert steps == [(True, False)] * 5 + [(False, True)] + [(True, False)] * 4
-    (skip,) = [record for record in records(in_process, "poisoned", "event") if record["event"] == "skipped"]
-    assert skip["iteration"] == 6 and len(skip["rows"]["train/00000.ds"]) == 16 and skip["loss"] == "nan"
-
-
-def test_a_run_that_diverges_ends_with_its_own_code_and_keeps_its_checkpoint(in_process, monkeypatch):
-    real, calls = LanguageModel.forward, []
-
-    def poisoned(self, ids, targets):
-        calls.append(1)
-        return real(self, ids, targets) * (float("inf") if len(calls) > 24 else 1.0)
-
-    monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
-    monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
-    monkeypatch.setattr(LanguageModel, "forward", poisoned)
-    assert train_module.train(tiny(in_process, "--name", "diverged")) == EXIT_DIVERGED == 4
-    assert records(in_process, "diverged", "event")[-1]["event"] == "diverged"
-    assert "iter-000010" in {path.name for path in Path("runs/diverged/checkpoints").iterdir()}
 
 
 def test_the_dry_run_of_the_night_prints_every_derived_number_and_writes_nothing(tmp_path):

@@ -35,6 +35,11 @@ def folder_name(iteration: int) -> str:
     return f"iter-{iteration:06d}"
 
 
+def iteration_of(path: Path) -> int:
+    """4800 of `.../iter-004800`."""
+    return int(path.name.removeprefix("iter-"))
+
+
 def saved_iterations(folder: Path) -> dict[int, Path]:
     """The checkpoints (or models) in `folder` by iteration, ascending; other files there are left alone."""
     found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("iter-*"))

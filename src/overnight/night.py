@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from overnight import doctor
-from overnight.checkpoint import folder_name, saved_iterations
+from overnight.checkpoint import folder_name, iteration_of
 from overnight.cli import EXIT_INTERRUPTED, default_recipe, recipe_command
 from overnight.manifest import MANIFEST, is_prepared
 from overnight.recipe import InputError, Recipe
@@ -118,8 +118,8 @@ def comparison(recipe: Recipe) -> Path:
 
 
 def newest_checkpoint(recipe: Recipe) -> int | None:
-    """The iteration of the newest checkpoint, None without one."""
-    return max(saved_iterations(RunDirectory(recipe).checkpoints), default=None)
+    """The iteration of the newest checkpoint that the run can go on from, None without one."""
+    return max(map(iteration_of, RunDirectory(recipe).resumable()), default=None)
 
 
 def prepare(arguments: list[str], child: Child) -> int:

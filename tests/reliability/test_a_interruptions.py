@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from faulty import STAGES
-from runs import ROOT, TRAIN, environment, final_sums, losses, records, start, tiny, train
+from runs import ROOT, TRAIN, environment, final_sums, losses, records, slow, start, tiny, train
 
 from overnight import train as train_module
 from overnight.checkpoint import damage
@@ -21,11 +21,6 @@ from overnight.recipe import InputError
 
 FAULTY = str(ROOT / "tests" / "reliability" / "faulty.py")
 KILL_LOOP = str(ROOT / "tests" / "reliability" / "kill_loop.py")
-
-
-def slow(*values):
-    """A case that `make test-all` alone runs: another of the same kind stands beside it."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def read_until(process, beginning: str) -> None:
