@@ -43,6 +43,7 @@ def p_values_of(tasks: list[Paired]) -> list[float]:
     return [mcnemar(int((t.ours > t.theirs).sum()), int((t.ours < t.theirs).sum())) for t in tasks]
 
 
+@pytest.mark.slow
 def test_equal_models_get_a_verdict_on_any_of_nine_tasks_in_at_most_one_table_of_twenty():
     random = np.random.default_rng(0)
     sizes = [min(each, 2_000) for each in ITEMS]
@@ -50,6 +51,7 @@ def test_equal_models_get_a_verdict_on_any_of_nine_tasks_in_at_most_one_table_of
     assert 0.01 < rate <= 0.065
 
 
+@pytest.mark.slow
 def test_without_holm_equal_models_would_get_one_much_more_often():
     random = np.random.default_rng(0)
     tables = [p_values_of(table(random, [1_000] * 9, 0.35, 0.35)) for _ in range(300)]

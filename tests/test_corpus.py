@@ -129,6 +129,7 @@ def test_unknown_and_broken_files_are_refused_by_name(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_10_mb_of_unique_documents_and_survives_a_damaged_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = embedded_documents()

@@ -91,6 +91,7 @@ sys.exit(recipe_command("", lambda recipe, options: train.train(recipe)))
 """
 
 
+@pytest.mark.slow
 def test_when_one_of_two_processes_runs_out_of_memory_both_repeat_the_iteration(workplace, undisturbed, tmp_path):
     script = tmp_path / "one_of_two.py"
     script.write_text(ONE_OF_TWO)

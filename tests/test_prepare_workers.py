@@ -78,6 +78,7 @@ def test_duplicates_across_files_are_written_once_and_a_file_added_later_changes
     assert (Path(more.dir) / "train" / "00000.ds").read_bytes().startswith(old)
 
 
+@pytest.mark.slow
 def test_what_is_staged_is_kept_when_the_set_falls_short(data, tmp_path):
     done = script(data.model_copy(update={"train_tokens": 10**7}), "--workers", "2")
     assert done.returncode == 2
@@ -142,7 +143,7 @@ def test_a_worker_that_is_killed_ends_the_command_with_75_and_a_word(long_data):
     assert script(long_data, "--workers", "2").returncode == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_no_worker_outlives_the_command(long_data, number):
     process = running(long_data)
     wait_for_worker(Path(long_data.dir + ".partial"), process)

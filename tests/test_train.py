@@ -42,12 +42,10 @@ def test_c10_the_finished_model_loads_with_plain_transformers_in_a_fresh_process
     assert result.stdout.startswith("The")
 
 
-def test_a_run_without_prompts_ends_well_and_suggests_a_conversation(workplace):
-    result = train(
-        workplace, "tiny.yaml", "--name", "silent", "--schedule.max_iters", "10", "--validation.prompts", "[]"
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " python recipes/sample.py runs/silent/models/iter-000010\n" in result.stdout
+def test_a_run_without_prompts_ends_well_and_suggests_a_conversation(in_process, capsys):
+    recipe = tiny(in_process, "--name", "silent", "--schedule.max_iters", "10", "--validation.prompts", "[]")
+    assert train_module.train(recipe) == 0
+    assert " python recipes/sample.py runs/silent/models/iter-000010\n" in capsys.readouterr().out
 
 
 def test_the_same_command_again_prints_the_results_and_another_run_is_refused(workplace, undisturbed):

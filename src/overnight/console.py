@@ -5,11 +5,14 @@ On a terminal a progress bar lives under the lines; in a log file there are only
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
@@ -69,7 +72,17 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """One line, as it is."""
-        self.rich.print(Text(plain(text)))
+        self._print(Text(plain(text)))
+
+    def _print(self, what: RenderableType, **how: Any) -> None:
+        """Print; where nobody takes it, as on a terminal that was closed or a full disk, be quiet from then on."""
+        try:
+            self.rich.print(what, **how)
+        except OSError:
+            self.rich.quiet = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)  # what is still in Python's buffer goes there at the end of the process
+            os.close(nowhere)
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """Facts under each other: what, and its value."""
@@ -82,7 +95,7 @@ class Console:
     def box(self, title: str, lines: list[str]) -> None:
         """The end of a run."""
         self.stop()
-        self.rich.print(Panel(Text(plain("\n".join(lines))), title=Text(plain(title)), expand=False), soft_wrap=False)
+        self._print(Panel(Text(plain("\n".join(lines))), title=Text(plain(title)), expand=False), soft_wrap=False)
 
     def progress(self, iteration: int, max_iters: int) -> None:
         """Move the bar, where there is a terminal."""

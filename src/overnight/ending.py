@@ -18,7 +18,7 @@ from overnight.evaluation.milestone import Look
 from overnight.export import export
 from overnight.files import no_room
 from overnight.model import published
-from overnight.progress import Pace, log_look, print_finished
+from overnight.progress import Pace, log_look, log_lost, print_finished
 from overnight.signals import ENDING, ORPHANED, handled
 from overnight.startup import Run
 from overnight.state import energy_used, finish_saving
@@ -62,6 +62,7 @@ def interrupted(run: Run) -> int:
     """Record that the run stopped early, and say how it goes on."""
     if run.accelerator.is_main_process:
         run.directory.append("event", run.iteration, event="interrupted")
+        log_lost(run)
     saved = run.directory.resumable()
     if saved and saved[0].name == folder_name(run.iteration):
         where = "and saved; the same command again goes on from there"
@@ -111,3 +112,4 @@ def conclude(run: Run, pace: Pace, folder: Path) -> None:
         kwh=None if joules is None else joules / 3.6e6,
     )
     print_finished(run.directory, run.console)
+    log_lost(run)

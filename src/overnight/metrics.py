@@ -37,10 +37,9 @@ class Metrics:
             self.waiting, self.trouble = [], None
 
     def records(self) -> list[Record]:
-        """The records so far; a line that a crash left unfinished is no record."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        """The records so far, those that wait included; a line that a crash left unfinished is no record."""
+        written = self.path.read_bytes() if self.path.exists() else b""
+        lines = b"".join([written, *self.waiting]).decode(errors="replace").splitlines()
         return [record for record in map(_parsed, lines) if isinstance(record, dict)]
 
     def keep(self, wanted: Callable[[Record], bool]) -> None:

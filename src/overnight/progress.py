@@ -173,6 +173,12 @@ def log_trouble(run: Run) -> None:
     run.cannot_log = trouble is not None
 
 
+def log_lost(run: Run) -> None:
+    """Say at the end which records found no room."""
+    if waiting := run.directory.metrics.waiting:
+        run.console.say(f"{run.directory.metrics.trouble}: its last {len(waiting)} records are lost")
+
+
 def log_look(run: Run, look: Look) -> None:
     """What the finished model scores on the first items of each task, once they are scored."""
     scores, problem = look.scores()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from faulty import STAGES
-from runs import ROOT, TRAIN, environment, final_sums, losses, records, slow, start, tiny, train
+from runs import ROOT, TRAIN, environment, final_sums, losses, records, slow, start, tiny
 
 from overnight import train as train_module
 from overnight.checkpoint import damage
@@ -81,6 +82,37 @@ def test_a3_a_signal_in_the_middle_of_a_validation_does_not_wait_for_its_end(in_
     goes_on_to_the_same_bits(in_process, "validating")
     validations = [[r["loss"] for r in records(in_process, name, "val")] for name in ("validating", "tiny")]
     assert validations[0] == validations[1]
+
+
+def test_a3_a_terminal_that_is_closed_saves_the_run(in_process, undisturbed):
+    terminal, trainers_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, TRAIN, "tiny.yaml", "--name", "hung-up"],
+        cwd=in_process,
+        env=environment(),
+        stdin=trainers_end,
+        stdout=trainers_end,
+        stderr=trainers_end,
+        start_new_session=True,
+    )
+    os.close(trainers_end)
+    seen = b""
+    while b"iter 12/40" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)  # the kernel sends SIGHUP, and every later line of the trainer is an error
+    assert process.wait(30) == 75
+    at = records(in_process, "hung-up", "event")[-1]
+    assert at["event"] == "interrupted" and at["iteration"] >= 12
+    goes_on_to_the_same_bits(in_process, "hung-up")
+
+
+# Takes its input as the terminal of its session, and becomes the script.
+IN_A_TERMINAL = """
+import fcntl, runpy, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_a4_sigterm_to_the_launcher_alone_leaves_no_orphan_and_a_saved_run(in_process, undisturbed):
@@ -229,8 +261,7 @@ def test_a8_a_directory_that_cannot_be_written_to_is_refused_before_the_first_st
             path.unlink() if path.is_file() else path.exists() and path.rmdir()
 
 
-def test_the_clock_decides_on_a_checkpoint_beside_the_iterations(in_process, undisturbed):
+def test_the_clock_decides_on_a_checkpoint_beside_the_iterations(in_process, undisturbed, capsys):
     options = ("--checkpoint.every", "1000", "--checkpoint.every_minutes", "0.0001", "--schedule.max_iters", "10")
-    result = train(in_process, "tiny.yaml", "--name", "by-the-clock", *options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "checkpoints/iter-000001 in" in result.stdout
+    assert train_module.train(tiny(in_process, "--name", "by-the-clock", *options)) == 0
+    assert "checkpoints/iter-000001 in" in capsys.readouterr().out

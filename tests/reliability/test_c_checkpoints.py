@@ -138,20 +138,14 @@ def test_c4_a_finished_run_may_become_longer_from_its_trunk_and_keeps_what_it_fi
     assert sorted(path.name for path in Path("runs/longer/checkpoints").glob("iter-*"))[0] == "iter-000032"
 
 
-def sessions(folder: Path, name: str, *each: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
-    """A run whose sessions, of 15, 15 and 10 iterations, have these launchers and overrides."""
-    for (launcher, overrides), stop in zip(each, (15, 30, None), strict=True):
-        # A session that ends where it should is one whose checkpoints behind that place are taken away.
-        result = train(folder, "tiny.yaml", "--name", name, "--checkpoint.every", "15", *overrides, launcher=launcher)
-        assert result.returncode == 0, result.stdout + result.stderr
-        if stop is None:
-            return
-        run = folder / "runs" / name
-        shutil.rmtree(run / "models" / "iter-000040")
-        shutil.rmtree(run / "checkpoints" / "cooldown-000040")
-        for iteration, path in checkpoint.saved_iterations(run / "checkpoints").items():
-            if iteration > stop:
-                shutil.rmtree(path)
+def after_session(folder: Path, name: str, last: int) -> None:
+    """Take away what a finished run saved after `last`: it is as if a session had ended there."""
+    run = folder / "runs" / name
+    shutil.rmtree(run / "models" / "iter-000040")
+    shutil.rmtree(run / "checkpoints" / "cooldown-000040")
+    for iteration, path in checkpoint.saved_iterations(run / "checkpoints").items():
+        if iteration > last:
+            shutil.rmtree(path)
 
 
 def largest_difference(folder: Path, name: str) -> float:
@@ -160,16 +154,26 @@ def largest_difference(folder: Path, name: str) -> float:
     return max(abs(found[iteration] - expected[iteration]) for iteration in expected)
 
 
-def test_c5_the_micro_batch_may_change_across_resumes(workplace, undisturbed):
-    sizes = [((), ("--batch.micro_batch", str(size))) for size in (4, 2, 8)]
-    sessions(workplace, "micro-batches", *sizes)
-    assert 0 < largest_difference(workplace, "micro-batches") <= 1e-5
+def test_c5_the_micro_batch_may_change_across_resumes(in_process, undisturbed, capsys):
+    for size, last in ((4, 15), (2, 30), (8, None)):
+        options = ("--name", "micro-batches", "--checkpoint.every", "15", "--batch.micro_batch", str(size))
+        assert train_module.train(tiny(in_process, *options)) == 0
+        if last:
+            after_session(in_process, "micro-batches", last)
+    said = capsys.readouterr().out
+    assert "goes on at iteration 15 from" in said and "goes on at iteration 30 from" in said
+    assert 0 < largest_difference(in_process, "micro-batches") <= 1e-5
 
 
 @pytest.mark.slow
 def test_c6_the_number_of_processes_may_change_across_resumes(workplace, undisturbed):
-    one, two = ((), ()), (two_processes(), ("--threads", "1", "--batch.micro_batch", "4"))
-    sessions(workplace, "processes", one, two, one)
+    two = ("--threads", "1", "--batch.micro_batch", "4")
+    for launcher, options, last in (((), (), 15), (two_processes(), two, 30), ((), (), None)):
+        command = ("tiny.yaml", "--name", "processes", "--checkpoint.every", "15", *options)
+        result = train(workplace, *command, launcher=launcher)
+        assert result.returncode == 0, result.stdout + result.stderr
+        if last:
+            after_session(workplace, "processes", last)
     assert 0 < largest_difference(workplace, "processes") <= 1e-5
     rates = {r["iteration"]: r["lr"] for r in records(workplace, "processes", "train")}
     assert rates == {r["iteration"]: r["lr"] for r in records(workplace, "tiny", "train")}
