@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.utils.checkpoint import checkpoint
 
-from overnight.model import LOSS_CHUNK, padded_vocabulary, summed_loss
+from overnight.model import summed_loss
+from overnight.plan import LOSS_CHUNK, padded_vocabulary
 
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 

@@ -1,34 +1,44 @@
-"""Plan a run: python recipes/plan.py RECIPE [--probe] [--section.key VALUE ...]
+"""Plan a run: python recipes/plan.py RECIPE [--gpu NAME] [--section.key VALUE ...]
 
-Prints what follows from the recipe. With --probe, trains 20 iterations of random tokens on the device at hand, so that
-neither data nor a run is needed, and prints tokens a second, MFU, peak memory, and the attention kernel that ran.
+What each budget costs on a card and what loss to expect of it, before anything runs. Without --gpu the card of this
+machine, or the RTX 4070 that the recipes are written for. With --probe, 20 iterations of random tokens are trained on
+the device at hand, so that neither data nor a run is needed, and the hours follow from what they reached.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from overnight.cli import recipe_command
-from overnight.recipe import Recipe
+from overnight.recipe import InputError, Recipe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", metavar="NAME", help="a card of facts/gpus.csv, for instance rtx-4070; or `all`")
+    parser.add_argument("--milestones", metavar="N,N", help="budgets in iterations (default: 6000,10000,15000,20000)")
+    parser.add_argument("--throughput", type=float, metavar="TOK_S", help="tokens a second, where you know better")
     parser.add_argument("--probe", action="store_true", help="train 20 iterations on this device and measure them")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --probe, write the measurements there as well")
+    parser.add_argument("--probe-file", type=Path, metavar="FILE", help="with --probe write it there, without read it")
+    parser.add_argument("--calibrate", type=Path, metavar="CSV", help="shift the law by measured runs; columns in docs")
+    parser.add_argument("--hours-per-night", type=float, default=10.0, metavar="H", help="default 10")
+    parser.add_argument("--price-kwh", type=float, default=0.30, metavar="P", help="default 0.30")
+    parser.add_argument("--json", action="store_true", help="print the same for programs")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss against hours into a .png or .svg")
 
 
 def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
-    from overnight.probe import probe  # torch and transformers take seconds to import: --help needs neither
-    from overnight.startup import launch, print_plan
+    from overnight.planning import plan
 
-    if chosen.dry_run or not chosen.probe:
+    if chosen.json and chosen.probe:
+        raise InputError(
+            "`--json` prints the plan alone; `--probe --probe-file FILE` first, then `--probe-file FILE --json`"
+        )
+    if chosen.dry_run:
+        from overnight.startup import launch, print_plan  # torch takes seconds to import: a plan needs none
+
         print_plan(recipe, *launch(recipe))
         return 0
-    measured = probe(recipe)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return plan(recipe, chosen)
 
 
 if __name__ == "__main__":

@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import platform
-import re
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import psutil
 import torch
 
+from overnight.gpus import match_gpu
 from overnight.recipe import InputError, Recipe
 
 GIB = 2**30
 MEMORY_SHARE = 0.9  # of a card's free memory; the rest is for NCCL, cuBLAS and the desktop's windows
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A row of facts/gpus.csv: vendor figures, with their provenance in the file."""
-
-    name: str
-    tflops: float
-    vram_gib: float
-
-
-def known_gpus() -> dict[str, Gpu]:
-    """The GPUs of facts/gpus.csv by name; `tflops` is dense bf16 with float32 accumulation."""
-    with (resources.files("overnight") / "facts" / "gpus.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        row["name"]: Gpu(row["name"], float(row["bf16_dense_tflops_fp32_accumulate"]), float(row["vram_gib"]))
-        for row in rows
-    }
-
-
-def match_gpu(cuda_name: str, total_gib: float) -> Gpu | None:
-    """The known GPU of exactly this CUDA name and memory ("NVIDIA GeForce RTX 4070"), or None.
-
-    Every word must fit: a "4070 Laptop GPU" or a "4070 Ti SUPER" is another card than a 4070.
-    """
-    words = set(re.findall(r"[a-z0-9]+", cuda_name.lower())) - {"nvidia", "geforce", "tesla", "pcie", "hbm3", "gb"}
-    for gpu in known_gpus().values():
-        known = {word for word in gpu.name.split("-") if not re.fullmatch(r"\d+gb", word)} - {"sxm"}
-        if known == {word for word in words if not re.fullmatch(r"\d+gb|sxm\d?", word)}:
-            return gpu if abs(gpu.vram_gib - total_gib) < 0.1 * gpu.vram_gib else None
-    return None
 
 
 class Device:

@@ -12,6 +12,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from overnight.plan import parameter_count
 from overnight.recipe import Recipe
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"  # beside the source of an editable install
@@ -110,8 +111,6 @@ def filesystem_of(path: Path, mounts: str) -> str:
 
 def run_bytes(recipe: Recipe) -> int:
     """What a run folder holds at once: checkpoints of trunk and cooldown, the branch point's, a new one, a model."""
-    from overnight.plan import parameter_count  # brings torch, which may be what is missing
-
     parameters = parameter_count(recipe.model, recipe.model.vocab_size)
     moments = 8  # AdamW's two in float32; Muon keeps one
     return (2 * recipe.checkpoint.keep + 2) * parameters * (4 + moments) + 4 * parameters

@@ -15,15 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
+from overnight.plan import LOSS_CHUNK, padded_vocabulary
 from overnight.recipe import InputError, Model
-
-VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
-LOSS_CHUNK = {"cpu": 384, "cuda": 2048}  # rows of logits that exist at once: a CPU's cache wants fewer than CUDA
-
-
-def padded_vocabulary(vocab_size: int) -> int:
-    """Rows of the embedding while training."""
-    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Config:

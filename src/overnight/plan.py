@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overnight.model import LOSS_CHUNK, padded_vocabulary
 from overnight.recipe import InputError, Model, Recipe, decay_iters
 
+VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
+LOSS_CHUNK = {"cpu": 384, "cuda": 2048}  # rows of logits that exist at once: a CPU's cache wants fewer than CUDA
 AUTO_MICRO_BATCH = {"cpu": 8, "cuda": 64}  # rows of 1,024 tokens: on a CPU taken as they are, on CUDA the most to try
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of the embedding while training."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def parameter_count(model: Model, vocabulary: int) -> int:

@@ -25,8 +25,8 @@ from overnight.console import Console, estimated_end
 from overnight.device import Device, resolve_precision
 from overnight.files import room_in
 from overnight.manifest import Manifest, is_prepared
-from overnight.model import LOSS_CHUNK, LanguageModel, attention_report, padded_vocabulary, require_flash
-from overnight.plan import Derived, derive, derived_rows
+from overnight.model import LanguageModel, attention_report, require_flash
+from overnight.plan import LOSS_CHUNK, Derived, derive, derived_rows, padded_vocabulary
 from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory
 from overnight.shards import Shards, open_shards

@@ -1,0 +1,260 @@
+"""What each budget costs and reaches: one row for each number of iterations, and what they say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from overnight import law
+from overnight.console import count, duration
+from overnight.gpus import Gpu, Speed, facts
+from overnight.machine import data_bytes, run_bytes
+from overnight.plan import beside_the_tensors, derive, next_divisor, peak_memory
+from overnight.recipe import InputError, Recipe
+
+MILESTONES = (6_000, 10_000, 15_000, 20_000)
+VISIBLE = 2 * 0.02  # nats: two standard errors of a forecast that was set right on the same validation set
+FORWARD = 1 / 3  # of a training step's FLOPs: what a token of a validation costs
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What the user pays, and how long a night is."""
+
+    hours_per_night: float = 10.0
+    per_kwh: float = 0.30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget. Hours and what follows from them are None where no speed is known."""
+
+    max_iters: int
+    tokens: int
+    epochs: float | None  # of the unique tokens
+    effective_tokens: float  # seen once, they would be worth as much
+    loss: float  # the last validation's, nats a token
+    loss_low: float  # the 90 % interval
+    loss_high: float
+    chance_below_gpt2: float  # of GPT-2 124M's published loss, which has another validation split
+    gain: float | None  # nats below the row before
+    gain_per_hour: float | None
+    hours: float | None  # validations included
+    nights: float | None
+    kwh: float | None  # at the card's full power
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The rows of a recipe on a card, and what they have in common."""
+
+    recipe: str
+    gpu: str
+    speed: Speed | None
+    seconds_per_iteration: float | None
+    validation_hours: float | None  # of the longest run
+    micro_batch: int | None  # rows that fit the card, by the formula
+    peak_gib: float | None
+    disk_gb: float
+    gpt2: float
+    dataset: str
+    rows: list[Row]
+    doubts: list[str]
+
+    def cheapest_below_gpt2(self) -> int | None:
+        """The fewest iterations whose expected loss is below GPT-2 124M's."""
+        return next((row.max_iters for row in self.rows if row.loss < self.gpt2), None)
+
+    def sweet_spot(self) -> int:
+        """The last budget that is expected to gain on the one before what a validation could tell apart."""
+        return [row.max_iters for row in self.rows if row.gain is None or row.gain >= VISIBLE][-1]
+
+    def best(self) -> int:
+        """The budget of the lowest expected loss."""
+        return min(self.rows, key=lambda row: row.loss).max_iters
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for other programs."""
+        whole = asdict(self)
+        return whole | {
+            "cheapest_below_gpt2": self.cheapest_below_gpt2(),
+            "sweet_spot": self.sweet_spot(),
+            "best": self.best(),
+        }
+
+
+def gpt2_loss(dataset: str) -> float:
+    """GPT-2 124M's published validation loss on one of the law's datasets, nats a token."""
+    wanted = ("gpt2-124m", f"{dataset}-val", "loss_nats_per_token")
+    (row,) = [row for row in facts("reference_scores.csv") if (row["model"], row["task"], row["metric"]) == wanted]
+    return float(row["value"])
+
+
+def default_milestones(recipe: Recipe) -> list[int]:
+    """6k, 10k, 15k and 20k up to the recipe's own length; of a shorter recipe the quarters."""
+    longest = recipe.schedule.max_iters
+    below = [milestone for milestone in MILESTONES if milestone < longest]
+    return [*(below or (longest * part // 4 for part in (1, 2, 3))), longest]
+
+
+def budget(
+    recipe: Recipe,
+    milestones: Sequence[int],
+    gpu: Gpu | None,
+    speed: Speed | None,
+    *,
+    unique: int | None,
+    offset: float | None = None,
+    prices: Prices = Prices(),
+) -> Budget:
+    """The table. `unique` are the training tokens there are; `offset` is the law's error on measured runs, in nats."""
+    dataset = law.dataset_of(recipe)
+    seconds = recipe.batch.tokens_per_iter / speed.tokens_per_second if speed else None
+    rows: list[Row] = []
+    for max_iters in sorted(set(milestones)):
+        rows.append(_row(recipe, max_iters, rows[-1] if rows else None, gpu, speed, unique, offset, prices))
+    micro_batch, peak = fitting(recipe, gpu) if gpu else (None, None)
+    return Budget(
+        recipe=recipe.name,
+        gpu=gpu.name if gpu else "unknown",
+        speed=speed,
+        seconds_per_iteration=seconds,
+        validation_hours=_validation_seconds(recipe, rows[-1].max_iters, speed) / 3600 if speed else None,
+        micro_batch=micro_batch,
+        peak_gib=peak,
+        disk_gb=(run_bytes(recipe) + data_bytes(recipe)) / 1e9,
+        gpt2=gpt2_loss(dataset),
+        dataset=dataset,
+        rows=rows,
+        doubts=law.doubts(recipe, [row.max_iters for row in rows]),
+    )
+
+
+def _row(
+    recipe: Recipe,
+    max_iters: int,
+    before: Row | None,
+    gpu: Gpu | None,
+    speed: Speed | None,
+    unique: int | None,
+    offset: float | None,
+    prices: Prices,
+) -> Row:
+    tokens = max_iters * recipe.batch.tokens_per_iter
+    expected = law.expected(recipe, max_iters, unique, offset)
+    low, high = expected.interval()
+    hours = (tokens / speed.tokens_per_second + _validation_seconds(recipe, max_iters, speed)) / 3600 if speed else None
+    kwh = hours * gpu.tdp_watts / 1000 if hours is not None and gpu else None
+    gain = before.loss - expected.loss if before else None
+    longer = hours - before.hours if before and hours is not None and before.hours is not None else None
+    return Row(
+        max_iters=max_iters,
+        tokens=tokens,
+        epochs=tokens / unique if unique else None,
+        effective_tokens=law.effective_tokens(tokens, unique),
+        loss=expected.loss,
+        loss_low=low,
+        loss_high=high,
+        chance_below_gpt2=expected.chance_below(gpt2_loss(law.dataset_of(recipe))),
+        gain=gain,
+        gain_per_hour=gain / longer if gain is not None and longer else None,
+        hours=hours,
+        nights=hours / prices.hours_per_night if hours is not None else None,
+        kwh=kwh,
+        cost=kwh * prices.per_kwh if kwh is not None else None,
+    )
+
+
+def _validation_seconds(recipe: Recipe, max_iters: int, speed: Speed) -> float:
+    """All validations of a run, the first look included."""
+    validations = 1 + -(-max_iters // recipe.validation.every)
+    return validations * recipe.data.val_tokens * FORWARD / speed.tokens_per_second
+
+
+def fitting(recipe: Recipe, gpu: Gpu) -> tuple[int, float]:
+    """The largest micro-batch that fits 90 % of a card by the formula, and its peak in GiB; InputError if none does."""
+    rows, length = derive(recipe, "cuda", 1, None).rows_per_process, recipe.batch.sequence_length
+    at_most = rows if recipe.batch.micro_batch == "auto" else recipe.batch.micro_batch
+    size = next_divisor(rows, min(at_most, 64 * max(1, 1024 // length)))
+    while size:
+        traced = peak_memory(recipe.model, size, sequence_length=length, optimizer=recipe.optim.name)
+        beside = beside_the_tensors(recipe.model, size, traced, sequence_length=length)
+        gib = (traced + sum(beside.values())) / 2**30
+        if gib <= 0.9 * gpu.vram_gib:
+            return size, gib
+        size = next_divisor(rows, size // 2)
+    raise InputError(
+        f"`model`: not one row fits the {gpu.vram_gib:g} GiB of {gpu.name}; a smaller `model.n_embd` would"
+    )
+
+
+def lines(budget: Budget, prices: Prices) -> list[str]:
+    """The table and the sentences under it, for a person."""
+    head = ("iterations", "tokens", "epochs", "loss", "90 %", "below GPT-2", "gain", "per night", "hours", "nights")
+    table = [(*head, "kWh", "money")]
+    for row in budget.rows:
+        per_night = row.gain_per_hour * prices.hours_per_night if row.gain_per_hour is not None else None
+        table.append(
+            (
+                f"{row.max_iters:,}",
+                count(row.tokens),
+                _shown(row.epochs, ".2f"),
+                f"{row.loss:.3f}",
+                f"{row.loss_low:.3f}-{row.loss_high:.3f}",
+                f"{row.chance_below_gpt2:.0%}",
+                _shown(row.gain, ".3f"),
+                _shown(per_night, ".3f"),
+                _shown(row.hours, ".1f"),
+                _shown(row.nights, ".1f"),
+                _shown(row.kwh, ".1f"),
+                _shown(row.cost, ".2f"),
+            )
+        )
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(head) + 2)]
+    out = ["  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in table]
+    return [*out, "", *_sentences(budget), "", *_basis(budget, prices)]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _sentences(budget: Budget) -> list[str]:
+    rows = {row.max_iters: row for row in budget.rows}
+    cheapest, sweet, best = budget.cheapest_below_gpt2(), budget.sweet_spot(), rows[budget.best()]
+    if cheapest is None:
+        first = f"No budget here is expected to pass GPT-2 124M's published {budget.gpt2:.4f}."
+    else:
+        chance = rows[cheapest].chance_below_gpt2
+        first = (
+            f"The cheapest expected to pass GPT-2 124M's published {budget.gpt2:.4f} ({budget.dataset}, another"
+            f" validation split) is {cheapest:,} iterations, with a chance of {chance:.0%}."
+        )
+    return [
+        first,
+        f"The sweet spot is {sweet:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one before, which"
+        " a validation can tell apart.",
+        f"The best is {best.max_iters:,}, {best.loss:.3f} expected"
+        + (f", after {duration(best.hours * 3600)}." if best.hours is not None else "."),
+    ]
+
+
+def _basis(budget: Budget, prices: Prices) -> list[str]:
+    """What the numbers stand on, and where they do not."""
+    out = []
+    if budget.speed and budget.seconds_per_iteration and budget.validation_hours is not None:
+        rate = f"{count(budget.speed.tokens_per_second)} tokens a second"
+        out += [
+            f"hours     {rate}, {budget.seconds_per_iteration:.2f} s an iteration; {budget.speed.source}",
+            f"          validations included, {budget.validation_hours:.1f} h of the longest; nights of"
+            f" {prices.hours_per_night:g} h",
+            f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} a kWh",
+        ]
+    if budget.peak_gib is not None:
+        rows = f"{budget.micro_batch} rows at once"
+        out.append(f"memory    {budget.peak_gib:.1f} GiB with {rows}, by the formula; not measured")
+    out.append(f"disk      {budget.disk_gb:.1f} GB, the data included")
+    out.append("loss      nats per token, the scaling law of facts/scaling_law.json with 90 % intervals")
+    return out + [f"WARNING   {doubt}" for doubt in budget.doubts]

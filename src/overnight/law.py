@@ -1,0 +1,151 @@
+"""The scaling law: the validation loss to expect of a GPT-2, and how far to trust it (facts/scaling_law.json).
+
+    loss = factor * (E + A * (N / 1e7)^-alpha + B * (D_eff / 1e9)^-beta)    nats per GPT-2 token, after annealing
+
+N are the parameters of the blocks' matrices. D_eff are the tokens seen, each further pass over the unique ones worth
+less (Muennighoff et al. 2023, arXiv 2305.16264). The factor is the training recipe's, measured at 124M parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from statistics import NormalDist
+from typing import Any
+
+from overnight.recipe import InputError, Model, Recipe
+
+REUSE = 15.387756  # R of Muennighoff et al.: passes after which a repeated token has lost most of its worth
+INTERVAL = 0.9
+DATASETS = {"HuggingFaceFW/fineweb-edu": "fineweb-edu", "HuggingFaceFW/fineweb": "fineweb"}
+FACTORS = {
+    ("muon", "wsd"): "muon_wsd",
+    ("muon", "cosine"): "muon_wsd",
+    ("adamw", "wsd"): "adamw_tuned_linear_to_0",
+    ("adamw", "cosine"): "adamw_6e-4_cosine_to_10_percent",
+}
+GPT2_VOCABULARY = 50_257
+
+
+@cache
+def constants() -> dict[str, Any]:
+    """facts/scaling_law.json."""
+    return json.loads((resources.files("overnight") / "facts" / "scaling_law.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A loss in nats a token, normally distributed."""
+
+    loss: float
+    sigma: float
+
+    def interval(self) -> tuple[float, float]:
+        """The 90 % interval."""
+        reach = NormalDist().inv_cdf(0.5 + INTERVAL / 2) * self.sigma
+        return self.loss - reach, self.loss + reach
+
+    def chance_below(self, loss: float) -> float:
+        """The probability that it is below `loss`."""
+        return NormalDist(self.loss, self.sigma).cdf(loss)
+
+
+def block_parameters(model: Model) -> int:
+    """N: parameters of the blocks' matrices, without embeddings, biases and norms."""
+    return 12 * model.n_layer * model.n_embd**2
+
+
+def effective_tokens(tokens: float, unique: float | None) -> float:
+    """Tokens seen once that are worth as much as `tokens` over `unique` ones; all different while these are unknown."""
+    if unique is None or tokens <= unique:
+        return tokens
+    return unique * (1 + REUSE * (1 - math.exp(-(tokens / unique - 1) / REUSE)))
+
+
+def annealed_loss(parameters: float, tokens: float, unique: float | None, dataset: str, factor: float = 1.0) -> float:
+    """The law itself; KeyError for a dataset that it has no constants of."""
+    law = constants()
+    of_data = law["datasets"][dataset]
+    size = of_data["A"] * (parameters / 1e7) ** -law["alpha"]
+    data = of_data["B"] * (effective_tokens(tokens, unique) / 1e9) ** -law["beta"]
+    return factor * (of_data["E"] + size + data)
+
+
+def dataset_of(recipe: Recipe) -> str:
+    """Which of the law's datasets a recipe trains on; FineWeb-Edu stands in for any other (see `doubts`)."""
+    return DATASETS.get(str(recipe.data.path), "fineweb-edu")
+
+
+def factor_of(recipe: Recipe) -> float:
+    """What the recipe's optimizer and schedule multiply the loss by."""
+    return constants()["recipe_factor_on_loss"][FACTORS[recipe.optim.name, recipe.schedule.kind]]
+
+
+def expected(recipe: Recipe, max_iters: int, unique: int | None, offset: float | None = None) -> Expected:
+    """The last validation loss of `recipe` when it ends after `max_iters`; `offset` is what runs were measured to add.
+
+    Without one, the standard error is the law's own, otherwise that of a law that was set right on this set.
+    """
+    tokens = max_iters * recipe.batch.tokens_per_iter
+    loss = annealed_loss(block_parameters(recipe.model), tokens, unique, dataset_of(recipe), factor_of(recipe))
+    sigma = constants()["sigma_nats"]
+    if offset is None:
+        return Expected(loss, sigma["uncalibrated"])
+    return Expected(loss + offset, sigma["after_one_point_on_the_same_validation_set"])
+
+
+def doubts(recipe: Recipe, iterations: list[int]) -> list[str]:
+    """Where a forecast is outside the data that the law was fitted to, in plain words."""
+    ranges, found = constants()["valid_range"], []
+    parameters = block_parameters(recipe.model)
+    low, high = ranges["N"]
+    if not low <= parameters <= high:
+        found.append(f"the law was fitted to {low:.0e} to {high:.0e} block parameters; this model has {parameters:.1e}")
+    low, high = ranges["D"]
+    tokens = [iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations))]
+    if not low <= tokens[0] <= tokens[1] <= high:
+        found.append(
+            f"the law was fitted to {low:.0e} to {high:.1e} tokens; here are {tokens[0]:.1e} to {tokens[1]:.1e}"
+        )
+    if str(recipe.data.path) not in DATASETS:
+        where = recipe.data.path or f"the {recipe.data.source} text"
+        found.append(f"the law knows FineWeb-Edu and FineWeb; for {where} its losses mean nothing")
+    if recipe.model.vocab_size != GPT2_VOCABULARY:
+        found.append(f"its nats are per GPT-2 token; a vocabulary of {recipe.model.vocab_size:,} cuts text otherwise")
+    if recipe.optim.name == "muon":
+        found.append("the factor of Muon was measured at 124M parameters on FineWeb and is carried over")
+    if (recipe.optim.name, recipe.schedule.kind) == ("muon", "cosine"):
+        found.append("Muon under a cosine was not measured; the factor is the one of a linear decay")
+    if recipe.model.dropout:
+        found.append("no run behind the law had dropout, which costs a model that sees few epochs")
+    return found
+
+
+NUMBERS = ("params_nonembedding_millions", "unique_tokens_billions", "tokens_billions", "val_loss")
+CALIBRATION = ("dataset", "annealed", *NUMBERS)
+
+
+def offset_of(runs: list[dict[str, str]], name: str, recipe: Recipe) -> float:
+    """Nats by which measured runs on the recipe's dataset lie above the law, their mean; annealed rows alone.
+
+    `runs` are rows with the columns CALIBRATION, as facts/measured_runs.csv has them, all trained as `recipe` trains.
+    Raises `InputError` for missing columns, values that are no numbers, and when no row fits.
+    """
+    if missing := set(CALIBRATION) - set(runs[0] if runs else {}):
+        needed = ", ".join(CALIBRATION)
+        raise InputError(f"`--calibrate {name}`: no column {', '.join(sorted(missing))}; {needed} are needed")
+    dataset, factor, above = dataset_of(recipe), factor_of(recipe), []
+    for row in runs:
+        if row["dataset"] != dataset or row["annealed"] != "yes":
+            continue
+        try:
+            parameters, unique, tokens, loss = (float(row[key]) for key in NUMBERS)
+        except ValueError as error:
+            raise InputError(f"`--calibrate {name}`: {error}") from None
+        above.append(loss - annealed_loss(1e6 * parameters, 1e9 * tokens, 1e9 * unique, dataset, factor))
+    if not above:
+        raise InputError(f"`--calibrate {name}`: no row with `dataset` {dataset} and `annealed` yes")
+    return sum(above) / len(above)

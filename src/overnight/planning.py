@@ -1,0 +1,141 @@
+"""`recipes/plan.py`: which card, how fast, which budgets, and the answer as a table, JSON or a figure."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+from overnight.budget import Budget, Prices, budget, default_milestones, gpt2_loss, lines
+from overnight.gpus import Gpu, Speed, gpu_named, known_gpus, present, speed_of
+from overnight.law import offset_of
+from overnight.manifest import is_prepared, read_manifest
+from overnight.plan import derive, derived_rows
+from overnight.recipe import InputError, Recipe
+
+USUAL = "rtx-4070"
+
+
+def plan(recipe: Recipe, chosen: argparse.Namespace) -> int:
+    """Print the plan that the command line asks for; returns the exit code."""
+    milestones = _milestones(recipe, chosen.milestones)
+    prices = Prices(chosen.hours_per_night, chosen.price_kwh)
+    offset = _offset(recipe, chosen.calibrate)
+    unique = unique_tokens(recipe)
+    budgets = [
+        budget(recipe, milestones, gpu, speed, unique=unique, offset=offset, prices=prices)
+        for gpu, speed in _cards(recipe, chosen)
+    ]
+    if chosen.json:
+        print(json.dumps(budgets[0].as_json() if len(budgets) == 1 else [each.as_json() for each in budgets], indent=1))
+    else:
+        _print(recipe, budgets, unique, prices)
+    if chosen.plot:
+        draw(budgets, chosen.plot)
+    return 0
+
+
+def unique_tokens(recipe: Recipe) -> int | None:
+    """Training tokens there are: counted where the data is prepared, otherwise what the recipe asks for."""
+    folder = Path(recipe.data.dir)
+    if is_prepared(folder):
+        return sum(record.tokens for record in read_manifest(folder).train)
+    return recipe.data.train_tokens
+
+
+def _milestones(recipe: Recipe, given: str | None) -> list[int]:
+    if given is None:
+        return default_milestones(recipe)
+    try:
+        found = [int(part.replace("_", "")) for part in given.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise InputError(f"`--milestones {given}`: iterations with commas between would work, 6000,10000")
+    return found
+
+
+def _offset(recipe: Recipe, file: Path | None) -> float | None:
+    if file is None:
+        return None
+    try:
+        rows = list(csv.DictReader(line for line in file.read_text(encoding="utf-8").splitlines() if line[:1] != "#"))
+    except OSError as error:
+        raise InputError(f"`--calibrate {file}`: {error.strerror}") from None
+    return offset_of(rows, str(file), recipe)
+
+
+def _cards(recipe: Recipe, chosen: argparse.Namespace) -> list[tuple[Gpu | None, Speed | None]]:
+    """The cards to plan for, and how fast each is with this recipe."""
+    flops = derive(recipe, "cuda", 1, None).flops_per_token
+    if chosen.gpu == "all":
+        return [(gpu, speed_of(gpu, flops)) for gpu in known_gpus().values()]
+    here = present()
+    if chosen.gpu:
+        gpu: Gpu | None = gpu_named(chosen.gpu)
+    else:
+        gpu = here[1] if here else gpu_named(USUAL)
+    if chosen.throughput is not None:
+        if chosen.throughput <= 0:
+            raise InputError(f"`--throughput {chosen.throughput:g}`: tokens a second; 119500 would work")
+        return [(gpu, Speed(chosen.throughput, "as you say"))]
+    if chosen.probe or (here and gpu is None and not chosen.probe_file):  # a card that no table knows is measured
+        return [(gpu, _probed(recipe, chosen.probe_file))]
+    if chosen.probe_file:
+        return [(gpu, _probe_of(chosen.probe_file))]
+    assert gpu is not None
+    return [(gpu, speed_of(gpu, flops))]
+
+
+def _probed(recipe: Recipe, file: Path | None) -> Speed:
+    from overnight.probe import probe  # torch and transformers take seconds to import
+
+    measured = probe(recipe)
+    if file:
+        file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    return Speed(measured["tokens_per_second"], f"measured just now on {measured['device']}")
+
+
+def _probe_of(file: Path) -> Speed:
+    try:
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        return Speed(float(measured["tokens_per_second"]), f"measured on {measured['device']}, {file}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"`--probe-file {file}`: not what `--probe --probe-file` writes ({error!r})") from None
+
+
+def _print(recipe: Recipe, budgets: list[Budget], unique: int | None, prices: Prices) -> None:
+    for name, value in derived_rows(recipe, derive(recipe, "cuda", 1, unique)):
+        print(f"{name:<22}{value}")
+    for each in budgets:
+        print(f"\n{each.recipe} on {each.gpu}\n")
+        print("\n".join(lines(each, prices)))
+
+
+def draw(budgets: list[Budget], file: Path) -> None:
+    """Loss against hours, or against iterations where no speed is known, with the intervals and GPT-2's line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    timed = all(row.hours is not None for each in budgets for row in each.rows)
+    for each in budgets:
+        x = [float((row.hours if timed else row.max_iters) or 0) for row in each.rows]
+        axes.plot(x, [row.loss for row in each.rows], marker="o", label=each.gpu)
+        axes.fill_between(x, [r.loss_low for r in each.rows], [r.loss_high for r in each.rows], alpha=0.15)
+        for at, row in zip(x, each.rows, strict=True):
+            axes.annotate(f"{row.max_iters:,}", (at, row.loss), xytext=(4, 6), textcoords="offset points", fontsize=8)
+    gpt2 = gpt2_loss(budgets[0].dataset)
+    axes.axhline(gpt2, color="black", linestyle="--", linewidth=1, label=f"GPT-2 124M, published {gpt2:.4f}")
+    axes.set_xlabel("hours" if timed else "iterations")
+    axes.set_ylabel("expected validation loss, nats a token; 90 % interval")
+    axes.legend()
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"`--plot {file}`: {error}") from None
+    finally:
+        pyplot.close(figure)

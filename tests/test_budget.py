@@ -1,0 +1,193 @@
+"""The plan says what each budget costs and reaches, by the law alone, and where it does not know."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT
+
+from overnight import law
+from overnight.gpus import gpu_named, known_gpus, match_gpu, speed_of
+from overnight.recipe import InputError
+from overnight.recipe_file import load
+
+NIGHT = ROOT / "recipes" / "fineweb_edu_40m.yaml"
+
+
+def plan(*arguments: str, recipe: str = str(NIGHT), **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "recipes" / "plan.py"), recipe, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def planned(*arguments: str, recipe: str = str(NIGHT)) -> dict:
+    done = plan("--gpu", "rtx-4070", "--json", *arguments, recipe=recipe)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def night() -> dict:
+    return planned()
+
+
+def column(found: dict, key: str) -> list:
+    return [row[key] for row in found["rows"]]
+
+
+ADAMW_COSINE = ("--optim.name", "adamw", "--schedule.kind", "cosine")
+
+
+def test_the_night_has_the_tokens_epochs_losses_and_hours_of_the_facts(night):
+    assert column(night, "max_iters") == [6_000, 10_000, 15_000, 20_000]
+    assert column(night, "tokens") == pytest.approx([3.146e9, 5.243e9, 7.864e9, 10.486e9], rel=1e-3)
+    assert column(night, "epochs") == pytest.approx([0.855, 1.425, 2.137, 2.849], abs=1e-3)
+    assert column(night, "loss") == pytest.approx([3.368, 3.290, 3.241, 3.212], abs=0.005)
+    stock = planned(*ADAMW_COSINE)
+    assert column(stock, "loss") == pytest.approx([3.505, 3.423, 3.372, 3.342], abs=0.005)
+    assert all(row["loss_low"] < row["loss"] < row["loss_high"] for row in night["rows"] + stock["rows"])
+    assert 4.2 <= night["seconds_per_iteration"] <= 4.6
+    for row in night["rows"]:
+        assert 4.2 * row["max_iters"] / 3600 < row["hours"] < 4.8 * row["max_iters"] / 3600  # and its validations
+        assert row["kwh"] == pytest.approx(row["hours"] * 0.2) and row["nights"] == pytest.approx(row["hours"] / 10)
+
+
+def test_the_answers_follow_from_the_rows(night):
+    assert night["cheapest_below_gpt2"] == 10_000 and night["best"] == 20_000 and night["sweet_spot"] == 15_000
+    chances = column(night, "chance_below_gpt2")
+    assert chances == sorted(chances) and 0.05 < chances[0] < 0.5 < chances[1] < chances[3] < 0.95
+    gains = column(night, "gain")
+    assert gains[0] is None and gains[1:] == sorted(gains[1:], reverse=True)
+    assert planned(*ADAMW_COSINE)["cheapest_below_gpt2"] is None
+
+
+def test_another_width_other_data_and_another_card_move_the_rows_as_the_law_says(night):
+    wide = planned("--model.n_embd", "768")
+    assert wide["rows"][0]["loss"] == pytest.approx(0.961 * (1.2683 + 2.0333 * 8.49347**-0.1278 + 0.3895), abs=2e-3)
+    assert wide["rows"][0]["hours"] > 2 * night["rows"][0]["hours"]
+    scarce = planned("--data.train_tokens", "1_000_000_000")
+    assert column(scarce, "epochs") == pytest.approx([tokens / 1e9 for tokens in column(night, "tokens")])
+    assert all(less > more for less, more in zip(column(scarce, "loss"), column(night, "loss"), strict=True))
+    assert scarce["rows"][3]["effective_tokens"] < 0.8 * scarce["rows"][3]["tokens"]
+    done = plan("--gpu", "rtx-4090", "--json")
+    fast = json.loads(done.stdout)
+    assert column(fast, "loss") == column(night, "loss")
+    assert fast["rows"][0]["hours"] < 0.6 * night["rows"][0]["hours"]
+
+
+def test_the_law_is_the_one_that_its_authors_wrote():
+    assert law.annealed_loss(21_233_664, 3.145728e9, 3.68e9, "fineweb-edu") == pytest.approx(3.5048, abs=5e-4)
+    assert law.effective_tokens(2e9, 4e9) == 2e9
+    # Muennighoff et al., section 5: up to four epochs are almost as good as new data, by 40 they are worth little
+    assert law.effective_tokens(4e9, 1e9) == pytest.approx(3.73e9, rel=0.01)
+    assert law.effective_tokens(100e9, 1e9) < 16.5e9
+
+
+def test_a_plan_needs_no_torch():
+    code = (
+        "import runpy, sys; sys.argv = ['plan.py', sys.argv[1], '--gpu', 'rtx-4070']\n"
+        f"try: runpy.run_path({str(ROOT / 'recipes' / 'plan.py')!r}, run_name='__main__')\n"
+        "except SystemExit as done: assert not done.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(NIGHT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_table_says_what_it_stands_on_and_warns_where_it_is_outside_the_data():
+    said = plan("--gpu", "rtx-4070").stdout
+    for part in (
+        "The cheapest expected to pass GPT-2 124M's published 3.2924",
+        "another validation split",
+        "sweet spot",
+    ):
+        assert part in said
+    assert "measured by public runs: nanoGPT, gpt2-40m" in said and re.search(r"20,000 +10.5B", said)
+    assert "WARNING   the factor of Muon was measured at 124M" in said
+    quickstart = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "quickstart.yaml")).stdout
+    assert "WARNING   the law was fitted to 3e+06 to 2e+08 block parameters; this model has 7.9e+05" in quickstart
+    assert "its losses mean nothing" in quickstart and "a vocabulary of 4,096" in quickstart
+    assert [line.split()[0] for line in quickstart.splitlines() if "%" in line and "-" in line][1:5] == [
+        "80", "160", "240", "320",
+    ]  # fmt: skip
+
+
+COLUMNS = "dataset,params_nonembedding_millions,unique_tokens_billions,annealed,tokens_billions,val_loss\n"
+
+
+def test_measured_runs_shift_the_law_and_narrow_its_intervals(night, tmp_path):
+    mine = tmp_path / "runs.csv"
+    ours = night["rows"][0]
+    mine.write_text(COLUMNS + f"fineweb-edu,21.233664,3.68,yes,3.145728,{ours['loss'] + 0.05}\n")
+    shifted = planned("--calibrate", str(mine))
+    assert column(shifted, "loss") == pytest.approx([loss + 0.05 for loss in column(night, "loss")])
+    width = [row["loss_high"] - row["loss_low"] for row in (shifted["rows"][0], ours)]
+    assert width[0] == pytest.approx(width[1] / 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--gpu", "rtx-9999"), "`--gpu rtx-9999` is not known; there are rtx-3060-12gb, rtx-3090"),
+        (("--milestones", "6k,10k"), "iterations with commas between would work"),
+        (("--milestones", "0"), "iterations with commas between would work"),
+        (("--throughput", "-1"), "119500 would work"),
+        (("--calibrate", "nowhere.csv"), "No such file"),
+        (("--probe-file", "nowhere.json"), "not what `--probe --probe-file` writes"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_message(arguments, said):
+    done = plan(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dataset,val_loss\nfineweb-edu,3\n", "no column annealed, params_nonembedding_millions"),
+        (COLUMNS + "fineweb,21,3.68,yes,3,3.4\n", "no row with `dataset` fineweb-edu and `annealed` yes"),
+        (COLUMNS + "fineweb-edu,21,3.68,yes,3,low\n", "could not convert string to float: 'low'"),
+        ("", "no column"),
+    ],
+)
+def test_a_calibration_that_cannot_be_used_is_refused(tmp_path, text, said):
+    (tmp_path / "runs.csv").write_text(text)
+    done = plan("--calibrate", str(tmp_path / "runs.csv"))
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_milestones_a_throughput_of_your_own_and_a_figure(tmp_path):
+    file = tmp_path / "plan.png"
+    found = planned("--milestones", "8000,2000", "--throughput", "100000", "--price-kwh", "0.5", "--plot", str(file))
+    assert column(found, "max_iters") == [2_000, 8_000]
+    assert found["seconds_per_iteration"] == pytest.approx(5.24288) and found["speed"]["source"] == "as you say"
+    assert found["rows"][0]["cost"] == pytest.approx(found["rows"][0]["kwh"] * 0.5)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_card_is_known_by_its_exact_name_and_memory():
+    assert match_gpu("NVIDIA GeForce RTX 4070", 11.99).name == "rtx-4070"
+    assert match_gpu("NVIDIA GeForce RTX 4070 Laptop GPU", 8.0) is None
+    assert match_gpu("NVIDIA GeForce RTX 4070 SUPER", 11.99).name == "rtx-4070-super"
+    assert match_gpu("NVIDIA GeForce RTX 4070 Ti SUPER", 15.99) is None
+    assert match_gpu("NVIDIA GeForce RTX 4070", 8.0) is None
+
+
+def test_every_known_card_has_a_speed_and_says_where_from():
+    flops = 300.2e6
+    speeds = {name: speed_of(gpu, flops) for name, gpu in known_gpus().items()}
+    assert speeds["rtx-4070"].tokens_per_second == pytest.approx(119_500, rel=0.01)
+    assert speeds["rtx-3090"].source.startswith("assumed: 61% of the card's peak")
+    assert speeds["rtx-4090"].source.startswith("scaled by FLOPs from 855M a token")
+    assert speed_of(gpu_named("rtx-4070"), 854.8e6).tokens_per_second == pytest.approx(47_200)
+
+
+def test_a_dataset_that_is_not_the_laws_stands_on_fineweb_edu_and_says_so():
+    recipe = load(NIGHT, ["--data.path", "someone/else"])
+    assert law.dataset_of(recipe) == "fineweb-edu"
+    assert any("someone/else" in doubt for doubt in law.doubts(recipe, [10_000]))
+    with pytest.raises(InputError, match="no column"):
+        law.offset_of([], "x.csv", recipe)
