@@ -16,12 +16,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What the trainer takes beside a recipe and its overrides."""
     says = "let KEY mean something else than when the run began, and write that down; may be given several times"
     parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=says)
+    says = "finish the budget of N iterations from the checkpoint of the trunk that its decay begins with"
+    parser.add_argument("--cooldown", metavar="N", type=int, help=says)
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
     from overnight.train import train  # torch and transformers take seconds to import: bad input needs neither
 
-    return train(recipe, dry_run=options.dry_run, allowed=options.allow_change)
+    return train(recipe, dry_run=options.dry_run, allowed=options.allow_change, cooldown=options.cooldown)
 
 
 if __name__ == "__main__":

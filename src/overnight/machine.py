@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overnight.plan import parameter_count
-from overnight.recipe import Recipe
+from overnight.recipe import Recipe, branch_points, goals
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"  # beside the source of an editable install
 
@@ -110,10 +110,12 @@ def filesystem_of(path: Path, mounts: str) -> str:
 
 
 def run_bytes(recipe: Recipe) -> int:
-    """What a run folder holds at once: checkpoints of trunk and cooldown, the branch point's, a new one, a model."""
+    """What a run folder holds in the end: checkpoints of trunk, branch points and decays, a new one, the models."""
     parameters = parameter_count(recipe.model, recipe.model.vocab_size)
     moments = 8  # AdamW's two in float32; Muon keeps one
-    return (2 * recipe.checkpoint.keep + 2) * parameters * (4 + moments) + 4 * parameters
+    budgets, keep = len(goals(recipe.schedule)), recipe.checkpoint.keep
+    checkpoints = keep + len(branch_points(recipe.schedule)) + keep * budgets + 1
+    return checkpoints * parameters * (4 + moments) + budgets * 4 * parameters
 
 
 def data_bytes(recipe: Recipe) -> int:

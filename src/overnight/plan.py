@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overnight.recipe import InputError, Model, Recipe, decay_iters
+from overnight.recipe import InputError, Model, Recipe, Schedule, decay_iters, goals, towards
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
 LOSS_CHUNK = {"cpu": 384, "cuda": 2048}  # rows of logits that exist at once: a CPU's cache wants fewer than CUDA
@@ -134,6 +134,11 @@ def derive(recipe: Recipe, device: str, num_processes: int, unique_tokens: int |
     )
 
 
+def iterations_in_all(schedule: Schedule) -> int:
+    """The updates of a run: its own, and the decays of the budgets that it finishes on the way."""
+    return schedule.max_iters + sum(decay_iters(towards(schedule, m)) for m in goals(schedule)[:-1])
+
+
 def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
     """The derived facts as (what, value), for the table at the start and for `--dry-run`."""
     batch, schedule = recipe.batch, recipe.schedule
@@ -145,6 +150,10 @@ def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
     if derived.measured:
         cut = f"{rows} rows x {tokens} x {processes}, up to {first} rows at once, as the start measures"
     ending = f"linear to zero over the last {decay_iters(schedule):,}" if schedule.kind == "wsd" else "cosine"
+    on_the_way = goals(schedule)[:-1]
+    finished = [
+        ("finished on the way", f"{', '.join(f'{m:,}' for m in on_the_way)}: {iterations_in_all(schedule):,} in all")
+    ]
     return [
         ("parameters", f"{derived.parameters:,} exported ({derived.parameters_padded:,} while padded)"),
         (
@@ -155,6 +164,7 @@ def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
             "the run",
             f"{schedule.max_iters:,} iterations = {derived.tokens:,} tokens = {epochs}{unique}",
         ),
+        *(finished if on_the_way else []),
         (
             "learning rate",
             f"{recipe.optim.lr:g} with {recipe.optim.name}, {schedule.warmup_iters:,} iterations of warmup, {ending}",

@@ -67,7 +67,7 @@ def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
     """One line on the screen, one record in metrics.jsonl, the same numbers to the trackers."""
     if not run.accelerator.is_main_process:
         return
-    batch, schedule = run.recipe.batch, run.recipe.schedule
+    batch, schedule = run.recipe.batch, run.schedule
     seconds = pace.since_last_line()
     rate = batch.tokens_per_iter / seconds if seconds else None
     record = run.directory.append(
@@ -105,7 +105,7 @@ def log_slow(run: Run, fall: float) -> None:
 
 def remaining_seconds(run: Run, seconds_per_iteration: float, seconds_per_validation: float) -> float:
     """Seconds from this iteration to the end of the run, validations included."""
-    last, every = run.recipe.schedule.max_iters, run.recipe.validation.every
+    last, every = run.schedule.max_iters, run.recipe.validation.every
     validations = -(-last // every) - run.iteration // every
     return (last - run.iteration) * seconds_per_iteration + validations * seconds_per_validation
 
@@ -196,7 +196,7 @@ def baseline_line(losses: dict[str, float]) -> str:
 def print_finished(directory: RunDirectory, console: Console) -> None:
     """The box at the end, from metrics.jsonl alone: a finished run prints it again."""
     events = {record["event"]: record for record in directory.records("event")}
-    done, baselines = directory.finished(), events.get("ngram baselines")
+    done, baselines = directory.finished(directory.schedule.max_iters), events.get("ngram baselines")
     assert done is not None
     rate, kwh = done["tokens_per_second"], done["kwh"]
     lines = [

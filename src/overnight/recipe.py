@@ -136,6 +136,10 @@ class Schedule(Section):
     """For `wsd`: the share of the run, at its end, in which the learning rate falls to zero."""
     final_lr_fraction: Fraction = 0.1
     """For `cosine`: the learning rate at the end, as a share of the peak."""
+    milestones: list[PositiveInt] = []
+    """For `wsd`: shorter budgets that are finished on the way, each by a decay of its own; then the run goes on."""
+    branches: list[PositiveInt] = []
+    """For `wsd`: budgets whose branch point is kept, so that `--cooldown N` can finish them later."""
 
 
 class Validation(Section):
@@ -267,6 +271,16 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
             f"`schedule.warmup_iters` {schedule.warmup_iters} and the decay of {decay_iters(schedule)} iterations do"
             f" not fit into `schedule.max_iters` {schedule.max_iters}; at most {works} would work",
         )
+    for key in ("milestones", "branches"):
+        wrong = [m for m in getattr(schedule, key) if not fits(schedule, m)]
+        if schedule.kind != "wsd" and getattr(schedule, key):
+            yield {f"schedule.{key}", "schedule.kind"}, f"`schedule.{key}` needs `schedule.kind: wsd`"
+        elif wrong:
+            yield (
+                {f"schedule.{key}", "schedule.max_iters", "schedule.warmup_iters", "schedule.decay_fraction"},
+                f"`schedule.{key}` holds {wrong[0]}; one below `schedule.max_iters` {schedule.max_iters}, whose decay"
+                " begins after the warmup, would work",
+            )
     if (data.source == "embedded") == (data.path is not None):
         needed = "has no use with" if data.path else "is needed with"
         yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
@@ -282,15 +296,36 @@ def branch_point(schedule: Schedule) -> int:
     return schedule.max_iters - decay_iters(schedule)
 
 
+def towards(schedule: Schedule, milestone: int) -> Schedule:
+    """The same schedule of a run that ends at `milestone`: up to its branch point it is the one of any longer run."""
+    return schedule.model_copy(update={"max_iters": milestone})
+
+
+def goals(schedule: Schedule) -> list[int]:
+    """The budgets that a run finishes, ascending; the last is its length."""
+    return sorted({*schedule.milestones, schedule.max_iters})
+
+
+def branch_points(schedule: Schedule) -> set[int]:
+    """The iterations whose checkpoint on the trunk some budget begins to decay from."""
+    return {branch_point(towards(schedule, m)) for m in (*goals(schedule), *schedule.branches)}
+
+
+def fits(schedule: Schedule, milestone: int) -> bool:
+    """Whether a budget can branch off: it is shorter than the run, and its decay begins after the warmup."""
+    return schedule.warmup_iters <= branch_point(towards(schedule, milestone)) and milestone < schedule.max_iters
+
+
 def meaning(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide what a run computes, dotted; a run can only be resumed while these stay as they were.
 
-    Left out are names, prompts, intervals of measuring, saving and printing, what changes speed alone (micro-batch,
-    threads, compile), and two for which a run directory keeps what was really found: the data, by the fingerprint of
-    its shards, and the precision that the device took.
+    Left out are names, prompts, the budgets beside the last, intervals of measuring, saving and printing, what changes
+    speed alone (micro-batch, threads, compile), and two for which a run directory keeps what was really found: the
+    data, by the fingerprint of its shards, and the precision that the device took.
     """
     chosen = recipe.model_dump(include={"seed", "model", "batch", "optim", "schedule"})
     del chosen["batch"]["micro_batch"], chosen["model"]["attention"]
+    del chosen["schedule"]["milestones"], chosen["schedule"]["branches"]
     return flat(chosen)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -18,7 +19,7 @@ from overnight.checkpoint import clear_leftovers, folder_name, saved_iterations
 from overnight.files import write_whole
 from overnight.lock import hold
 from overnight.metrics import Metrics
-from overnight.recipe import InputError, Recipe, branch_point, lasting, meaning
+from overnight.recipe import InputError, Recipe, branch_point, branch_points, lasting, meaning, towards
 
 RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "pydantic")
@@ -31,11 +32,48 @@ class RunDirectory:
         self.path = runs / recipe.name
         self.recipe = recipe
         self.checkpoints = self.path / "checkpoints"
-        self.cooldown = self.checkpoints / f"cooldown-{recipe.schedule.max_iters:06d}"
+        self.schedule = recipe.schedule  # towards the budget that is being finished; see `aim`
         self.models = self.path / "models"
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self.changes: list[dict[str, Any]] = []  # of the run's meaning since it began: {"key", "before", "now"}
         self._lock: IO[str] | None = None
+
+    def aim(self, goal: int) -> None:
+        """From now on, checkpoints and records are those of a run on its way to the end of budget `goal`."""
+        self.schedule = towards(self.recipe.schedule, goal)
+
+    @property
+    def cooldown(self) -> Path:
+        """The checkpoints of the decay towards the budget that is being finished."""
+        return self.checkpoints / f"cooldown-{self.schedule.max_iters:06d}"
+
+    def refuse_unreachable(self, goal: int, *, now: bool) -> None:
+        """Raise `InputError` when the trunk has no checkpoint that the decay of `goal` begins with, and went past it.
+
+        With `now` the trunk must have been there already.
+        """
+        if now and self.schedule.kind != "wsd":
+            raise InputError(f"`--cooldown {goal}` needs `schedule.kind: wsd`, whose trunk it branches off")
+        self.aim(goal)
+        trunk, point = saved_iterations(self.checkpoints), branch_point(self.schedule)
+        if point in trunk or saved_iterations(self.cooldown) or not (now or any(i > point for i in trunk)):
+            return
+        share = 1 - self.schedule.decay_fraction
+        near = [round(i / share) for i in trunk if share]
+        can = [m for m in near if branch_point(towards(self.schedule, m)) in trunk]
+        way = (
+            f"from those that are kept, {', '.join(map(str, can))} can" if can else "there is no checkpoint of a trunk"
+        )
+        raise InputError(
+            f"{goal} iterations cannot be finished: {self.checkpoints} has no checkpoint of iteration {point}, where"
+            f" that decay begins; {way}"
+        )
+
+    def kept_for_ever(self) -> set[int]:
+        """Iterations of the trunk that are never pruned: there a budget that is wanted, or finished, branches off."""
+        folders = [re.fullmatch(r"cooldown-(\d+)", path.name) for path in self.checkpoints.glob("cooldown-*")]
+        finished = [int(match[1]) for match in folders if match]
+        return branch_points(self.recipe.schedule) | {branch_point(towards(self.schedule, m)) for m in finished}
 
     def refuse_another_run(self, found: dict[str, Any], allowed: Collection[str] = ()) -> None:
         """Raise `InputError` with every difference when this directory holds a run of another meaning.
@@ -104,13 +142,13 @@ class RunDirectory:
         write_whole(self.path / "environment.json", json.dumps(environment() | facts, indent=1))
 
     def checkpoint(self, iteration: int) -> Path:
-        """Where the state after `iteration` belongs: to the trunk, or to the cooldown towards the end of this run."""
+        """Where the state after `iteration` belongs: to the trunk, or to the decay towards the budget's end."""
         folder = self.cooldown if self.cooling(iteration) else self.checkpoints
         return folder / folder_name(iteration)
 
     def cooling(self, iteration: int) -> bool:
         """Whether the update that gave this iteration was made at a learning rate on its way to zero."""
-        return iteration > branch_point(self.recipe.schedule)
+        return iteration > branch_point(self.schedule)
 
     def resumable(self) -> list[Path]:
         """The checkpoints that this run can go on from, newest first: none of another cooldown than its own."""
@@ -127,7 +165,7 @@ class RunDirectory:
         tokens = iteration * self.recipe.batch.tokens_per_iter
         record = {"kind": kind, "iteration": iteration, "tokens": tokens, **values}
         if self.cooling(iteration):
-            record["cooldown"] = self.recipe.schedule.max_iters
+            record["cooldown"] = self.schedule.max_iters
         self.metrics.append(record)
         return record
 
@@ -135,18 +173,26 @@ class RunDirectory:
         """The records so far, of one kind or of all."""
         return [record for record in self.metrics.records() if kind in (None, record["kind"])]
 
-    def finished(self) -> dict[str, Any] | None:
-        """The record that ends a run of this recipe, written last; None while its verified model is not there."""
-        if not (self.models / folder_name(self.recipe.schedule.max_iters)).is_dir():
+    def finished(self, goal: int) -> dict[str, Any] | None:
+        """The record that ends budget `goal`, written last; None while its verified model is not there."""
+        if not (self.models / folder_name(goal)).is_dir():
             return None
         ends = [record for record in self.records("event") if record["event"] == "finished"]
-        ends = [record for record in ends if record["iteration"] == self.recipe.schedule.max_iters]
+        ends = [record for record in ends if record["iteration"] == goal]
         return ends[-1] if ends else None
 
     def forget_after(self, iteration: int) -> None:
-        """Drop what was measured after `iteration`: a resumed run measures it again. Other cooldowns' records stay."""
-        ours = (None, self.recipe.schedule.max_iters)
-        self.metrics.keep(lambda record: record["iteration"] <= iteration or record.get("cooldown") not in ours)
+        """Drop what was measured after `iteration` on the way to this budget: a resumed run measures it again.
+
+        Records of other decays stay, and those of the trunk as far as its checkpoints reach.
+        """
+        goal, trunk = self.schedule.max_iters, max([iteration, *saved_iterations(self.checkpoints)])
+
+        def wanted(record: dict[str, Any]) -> bool:
+            reach = {None: trunk, goal: iteration}.get(record.get("cooldown"))
+            return reach is None or record["iteration"] <= reach
+
+        self.metrics.keep(wanted)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:

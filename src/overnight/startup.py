@@ -26,8 +26,8 @@ from overnight.device import Device, resolve_precision
 from overnight.files import room_in
 from overnight.manifest import Manifest, is_prepared
 from overnight.model import LanguageModel, attention_report, require_flash
-from overnight.plan import LOSS_CHUNK, Derived, derive, derived_rows, padded_vocabulary
-from overnight.recipe import InputError, Recipe
+from overnight.plan import LOSS_CHUNK, Derived, derive, derived_rows, iterations_in_all, padded_vocabulary
+from overnight.recipe import InputError, Recipe, Schedule
 from overnight.rundir import RunDirectory
 from overnight.shards import Shards, open_shards
 from overnight.tokenizer import load_tokenizer
@@ -60,6 +60,11 @@ class Run:
     stopping: bool = False  # all processes know of it
     cannot_log: bool = False  # metrics.jsonl refuses records, which the user knows
     overdue: bool = False  # all processes know that `checkpoint.every_minutes` are over
+
+    @property
+    def schedule(self) -> Schedule:
+        """The recipe's, ending with the budget that is being finished."""
+        return self.directory.schedule
 
     @property
     def grad_accum(self) -> int:
@@ -181,7 +186,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
     run = assemble(recipe, accelerator, console, directory, shards)
     console.table(f"{directory.path} on {run.device.name}", derived_rows(recipe, run.derived))
     facts, seconds = device_facts(run)
-    end = estimated_end(seconds * run.grad_accum * recipe.schedule.max_iters)
+    end = estimated_end(seconds * run.grad_accum * iterations_in_all(recipe.schedule))
     facts |= {
         "data": f"{shards.folder}, {shards.train.tokens:,} training + {shards.val.tokens:,} validation tokens",
         **text_facts(shards.manifest),

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from overnight import checkpoint
 from overnight.progress import log_saved
-from overnight.recipe import InputError, branch_point, meaning
+from overnight.recipe import InputError, branch_points, meaning
 from overnight.rundir import differences
 from overnight.startup import Run, identity
 from overnight.watch import History
@@ -19,7 +19,7 @@ from overnight.watch import History
 
 def save_due(run: Run) -> bool:
     """Whether this iteration is one to save: by its number, by the clock, or as a point that is needed later."""
-    needed = (branch_point(run.recipe.schedule), run.recipe.schedule.max_iters)
+    needed = branch_points(run.recipe.schedule) | {run.schedule.max_iters}
     return run.overdue or run.iteration % run.recipe.checkpoint.every == 0 or run.iteration in needed
 
 
@@ -37,7 +37,7 @@ def save(run: Run) -> None:
         log_saved(run, run.saver.outcome(wait=True))
         tensors = checkpoint.state_tensors(run.model, run.optimizers)
         path = run.directory.checkpoint(run.iteration)
-        run.saver.start(path, tensors, state_of(run), kept_for_ever={branch_point(run.recipe.schedule)})
+        run.saver.start(path, tensors, state_of(run), kept_for_ever=run.directory.kept_for_ever())
 
 
 def finish_saving(run: Run) -> None:
@@ -76,6 +76,8 @@ def resume(run: Run) -> None:
     for line in said:
         run.console.say(line)
     if found is None:
+        if run.iteration:  # a budget was finished, and the weights at hand are those of its decay
+            raise InputError(f"{run.directory.checkpoints} has no whole checkpoint of the trunk to go back to")
         if run.accelerator.is_main_process:
             run.directory.forget_after(-1)
         return

@@ -31,18 +31,18 @@ from overnight.progress import (
     log_validation,
     print_finished,
 )
-from overnight.recipe import Recipe
+from overnight.recipe import Recipe, goals
 from overnight.rundir import RunDirectory
 from overnight.startup import Run, identity, launch, lock, open_data, print_plan, set_up
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
 
 
-def train(recipe: Recipe, *, dry_run: bool = False, allowed: Collection[str] = ()) -> int:
+def train(recipe: Recipe, *, dry_run: bool = False, allowed: Collection[str] = (), cooldown: int | None = None) -> int:
     """Train what `recipe` says, from where its run directory stands; returns the exit code.
 
     0 done, or done before; 4 diverged; 75 interrupted and resumable. `allowed` are the keys that may mean something
-    else than when the run began. Raises `InputError` before anything is written when recipe, data and device do not
-    fit.
+    else than when the run began; `cooldown` is a budget to finish from the trunk as it is, and nothing else. Raises
+    `InputError` before anything is written when recipe, data and device do not fit.
     """
     accelerator, console = launch(recipe)
     if dry_run:
@@ -51,23 +51,39 @@ def train(recipe: Recipe, *, dry_run: bool = False, allowed: Collection[str] = (
     shards = open_data(recipe, accelerator, console)
     directory = RunDirectory(recipe)
     directory.refuse_another_run(identity(accelerator, shards), allowed)
-    if directory.finished():
+    wanted = goals(recipe.schedule) if cooldown is None else [cooldown]
+    unfinished = [goal for goal in wanted if not directory.finished(goal)]
+    for goal in unfinished:
+        directory.refuse_unreachable(goal, now=cooldown is not None)
+    directory.aim((unfinished or wanted)[-1])
+    if not unfinished:
         print_finished(directory, console)
         return 0
     lock(accelerator, directory, create=False)
     run = set_up(recipe, accelerator, console, directory, shards)
     try:
-        with room_in(directory.path, "name"):
-            resume(run)
-        return loop(run)
+        with stop_on_signal(run):
+            return finish_each(run, unfinished)
     finally:
         console.stop()
         accelerator.end_training()
 
 
+def finish_each(run: Run, budgets: list[int]) -> int:
+    """Train to the end of each budget, ascending; between two, go back to the trunk. Returns the exit code."""
+    for goal in budgets:
+        run.directory.aim(goal)
+        with room_in(run.directory.path, "name"):
+            resume(run)
+        code = loop(run)
+        if code:
+            return code
+    return 0
+
+
 def train_step(run: Run) -> tuple[float, float, bool]:
     """One update on exactly `tokens_per_iter` tokens: (loss in nats a token, gradient norm, was the weight updated)."""
-    optim.set_lr(run.optimizers, optim.lr_at(run.iteration, run.recipe.schedule))
+    optim.set_lr(run.optimizers, optim.lr_at(run.iteration, run.schedule))
     loss = accumulate(run)
     while loss is None:  # out of memory: the same tokens again, fewer of them at once
         micro_batch.halve(run)
@@ -143,34 +159,31 @@ def validate(run: Run) -> float | None:
 
 
 def loop(run: Run) -> int:
-    """Train to the end, or until a signal asks to stop; returns the exit code."""
-    schedule, pace = run.recipe.schedule, Pace()
+    """Train to the end of the budget, or until a signal asks to stop; returns the exit code."""
+    last, pace = run.schedule.max_iters, Pace()
     gc.collect()
     gc.freeze()  # what set-up made stays: collecting it again and again only stalls the device
-    with stop_on_signal(run):
-        if run.iteration == 0:
-            first_look(run, pace)
-        elif validation_due(run):  # and not done: the session before was asked to stop in the middle of it
+    if run.iteration == 0:
+        first_look(run, pace)
+    elif validation_due(run):  # and not done: the session before was asked to stop in the middle of it
+        measure(run, pace)
+    while run.iteration < last and not run.stopping:
+        started = time.monotonic()
+        loss, grad_norm, finite = train_step(run)
+        pace.add(time.monotonic() - started)
+        run.iteration += 1
+        watch(run, loss, grad_norm, finite=finite)
+        if run.history.skipped_in_a_row == SKIPS_BEFORE_GIVING_UP:
+            return give_up(run)
+        if run.iteration % run.recipe.logging.every == 0 or run.iteration == last:
+            log_step(run, loss, grad_norm, pace)
+        if validation_due(run):
             measure(run, pace)
-        while run.iteration < schedule.max_iters and not run.stopping:
-            started = time.monotonic()
-            loss, grad_norm, finite = train_step(run)
-            pace.add(time.monotonic() - started)
-            run.iteration += 1
-            watch(run, loss, grad_norm, finite=finite)
-            if run.history.skipped_in_a_row == SKIPS_BEFORE_GIVING_UP:
-                return give_up(run)
-            if run.iteration % run.recipe.logging.every == 0 or run.iteration == schedule.max_iters:
-                log_step(run, loss, grad_norm, pace)
-            if validation_due(run):
-                measure(run, pace)
-            if save_due(run) or run.stopping:
-                save(run)
-            log_saved(run, run.saver.outcome(wait=False))
-        finish_saving(run)
-        if run.stopping:
-            return interrupted(run)
-        return finish(run, pace)
+        if save_due(run) or run.stopping:
+            save(run)
+        log_saved(run, run.saver.outcome(wait=False))
+    finish_saving(run)
+    return interrupted(run) if run.stopping else finish(run, pace)
 
 
 def first_look(run: Run, pace: Pace) -> None:
@@ -194,7 +207,7 @@ def watch(run: Run, loss: float, grad_norm: float, *, finite: bool) -> None:
 def validation_due(run: Run) -> bool:
     """Whether the model as it stands is one to validate, and was not yet."""
     last = run.history.last_val
-    due = run.iteration % run.recipe.validation.every == 0 or run.iteration == run.recipe.schedule.max_iters
+    due = run.iteration % run.recipe.validation.every == 0 or run.iteration == run.schedule.max_iters
     return due and (last is None or last[0] < run.iteration)
 
 

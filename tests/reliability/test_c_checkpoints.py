@@ -135,7 +135,7 @@ def test_c4_a_finished_run_may_become_longer_from_its_trunk_and_keeps_what_it_fi
     assert {path.name for path in Path("runs/longer/models").iterdir()} == {"iter-000040", "iter-000060"}
     ends = [r["iteration"] for r in records(in_process, "longer", "event") if r["event"] == "finished"]
     assert ends == [40, 60]
-    assert sorted(path.name for path in Path("runs/longer/checkpoints").glob("iter-*"))[0] == "iter-000032"
+    assert {"iter-000032", "iter-000048"} <= {path.name for path in Path("runs/longer/checkpoints").glob("iter-*")}
 
 
 def after_session(folder: Path, name: str, last: int) -> None:

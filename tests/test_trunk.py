@@ -1,0 +1,173 @@
+"""One trunk, several finished models: each budget is the run that had its length from the start, to the last bit."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from runs import records, start, tiny
+
+from overnight import train as train_module
+from overnight.checkpoint import saved_iterations
+from overnight.cli import EXIT_INTERRUPTED
+from overnight.optim import lr_at
+from overnight.recipe import InputError, Schedule, branch_points, goals, towards
+
+LADDER = ("--schedule.milestones", "[20, 30]")
+
+
+def run(folder: Path, name: str, *overrides: str, **how) -> int:
+    return train_module.train(tiny(folder, "--name", name, *overrides), **how)
+
+
+def model_sums(name: str, iteration: int) -> str:
+    return Path(f"runs/{name}/models/iter-{iteration:06d}/SHA256SUMS").read_text()
+
+
+def state_sums(folder: Path, name: str, iteration: int) -> list[str]:
+    sums = Path(f"runs/{name}/checkpoints/cooldown-{iteration:06d}/iter-{iteration:06d}/SHA256SUMS").read_text()
+    return [line for line in sums.splitlines() if line.endswith(".safetensors")]
+
+
+def losses_of(folder: Path, name: str, cooldown: int | None = None, kind: str = "train") -> dict[int, float]:
+    found = [r for r in records(folder, name, kind) if r.get("cooldown") == cooldown]
+    assert len({r["iteration"] for r in found}) == len(found)
+    return {r["iteration"]: r["loss"] for r in found}
+
+
+@pytest.fixture(scope="module")
+def alone(workplace):
+    """Runs of 20, 30 and 40 iterations on their own, made by whichever test asks first."""
+    return {}
+
+
+@pytest.fixture
+def each_alone(in_process, undisturbed, alone):
+    for length in (20, 30):
+        if length not in alone:
+            assert run(in_process, f"alone-{length}", "--schedule.max_iters", str(length)) == 0
+            alone[length] = f"alone-{length}"
+    return alone | {40: "tiny"}
+
+
+@pytest.fixture
+def ladder(in_process, each_alone, alone):
+    """The run that finishes 20 and 30 on its way to 40."""
+    if "ladder" not in alone:
+        assert run(in_process, "ladder", *LADDER) == 0
+        alone["ladder"] = "ladder"
+    return "ladder"
+
+
+def test_a_milestone_is_the_run_of_its_length_and_the_trunk_goes_on_as_if_there_were_none(
+    in_process, each_alone, ladder
+):
+    for length, name in each_alone.items():
+        assert model_sums(ladder, length) == model_sums(name, length)
+        assert state_sums(in_process, ladder, length) == state_sums(in_process, name, length)
+        assert losses_of(in_process, ladder, length) == losses_of(in_process, name, length)
+        assert losses_of(in_process, ladder, length, "val") == losses_of(in_process, name, length, "val")
+    assert losses_of(in_process, ladder) == losses_of(in_process, "tiny")  # the trunk's: iterations 1 to 32
+    ends = [r for r in records(in_process, ladder, "event") if r["event"] == "finished"]
+    assert [r["iteration"] for r in ends] == [20, 30, 40]
+    kept = set(saved_iterations(Path("runs/ladder/checkpoints")))
+    assert {16, 24, 32} <= kept
+
+
+def test_a_cooldown_later_is_the_one_in_line(in_process, ladder, capsys):
+    shutil.rmtree("runs/later", ignore_errors=True)
+    assert run(in_process, "later", "--schedule.branches", "[30]") == 0
+    before = losses_of(in_process, "later"), losses_of(in_process, "later", 40)
+    assert run(in_process, "later", cooldown=30) == 0
+    assert "goes on at iteration 24 from" in capsys.readouterr().out
+    assert model_sums("later", 30) == model_sums(ladder, 30)
+    assert losses_of(in_process, "later", 30) == losses_of(in_process, ladder, 30)
+    assert (losses_of(in_process, "later"), losses_of(in_process, "later", 40)) == before
+    assert run(in_process, "later", cooldown=30) == 0
+    assert "runs/later is finished" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match=r"35 iterations cannot be finished: .* of iteration 28, .* 25, 30, 38, 40 can"
+    ):
+        run(in_process, "later", cooldown=35)
+    with pytest.raises(InputError, match="20 iterations cannot be finished"):
+        run(in_process, "later", *LADDER)
+
+
+@pytest.mark.slow
+def test_killed_in_a_milestone_the_run_goes_on_there_to_the_same_bits(in_process, ladder, capsys):
+    shutil.rmtree("runs/killed-ladder", ignore_errors=True)
+    process = start(in_process, "tiny.yaml", "--name", "killed-ladder", "--checkpoint.every", "2", *LADDER)
+    for line in process.stdout:
+        if line.startswith("iter 28/30"):
+            process.kill()
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert run(in_process, "killed-ladder", *LADDER) == 0
+    assert "cooldown-000030/iter-0000" in capsys.readouterr().out
+    for length in (20, 30, 40):
+        assert model_sums("killed-ladder", length) == model_sums(ladder, length)
+        assert losses_of(in_process, "killed-ladder", length) == losses_of(in_process, ladder, length)
+    assert losses_of(in_process, "killed-ladder") == losses_of(in_process, ladder)
+
+
+@pytest.mark.slow
+def test_interrupted_while_a_milestone_is_exported_the_run_stops_after_it(in_process, ladder, monkeypatch):
+    shutil.rmtree("runs/exporting", ignore_errors=True)
+    real = train_module.finish
+
+    def signalled(run, pace):
+        code = real(run, pace)
+        if run.iteration == 20:
+            signal.raise_signal(signal.SIGTERM)
+        return code
+
+    monkeypatch.setattr(train_module, "finish", signalled)
+    assert run(in_process, "exporting", *LADDER) == EXIT_INTERRUPTED
+    assert not Path("runs/exporting/models/iter-000030").exists()
+    assert run(in_process, "exporting", *LADDER) == 0
+    assert model_sums("exporting", 40) == model_sums(ladder, 40)
+    assert losses_of(in_process, "exporting") == losses_of(in_process, ladder)
+
+
+@pytest.mark.slow
+def test_a_trunk_that_is_damaged_at_the_branch_point_is_not_left_with_decayed_weights(in_process, ladder, monkeypatch):
+    shutil.rmtree("runs/no-way-back", ignore_errors=True)
+    real = train_module.finish
+
+    def damaging(run, pace):
+        code = real(run, pace)
+        for path in saved_iterations(run.directory.checkpoints).values():
+            (path / "model.safetensors").write_bytes(b"")
+        return code
+
+    monkeypatch.setattr(train_module, "finish", damaging)
+    with pytest.raises(InputError, match="no whole checkpoint of the trunk to go back to"):
+        run(in_process, "no-way-back", *LADDER)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("--schedule.milestones", "[50]"), "`schedule.milestones` holds 50; one below `schedule.max_iters` 40"),
+        (("--schedule.branches", "[5]"), "`schedule.branches` holds 5"),
+        (("--schedule.milestones", "[20]", "--schedule.kind", "cosine"), "needs `schedule.kind: wsd`"),
+        (("--schedule.milestones", "[0]"), "greater than 0"),
+    ],
+)
+def test_milestones_that_cannot_be_are_refused(workplace, overrides, said):
+    with pytest.raises(InputError) as caught:
+        tiny(workplace, *overrides)
+    assert said in str(caught.value)
+
+
+def test_a_cosine_has_no_trunk(in_process):
+    with pytest.raises(InputError, match=r"`--cooldown 20` needs `schedule\.kind: wsd`"):
+        run(in_process, "cosine", "--schedule.kind", "cosine", cooldown=20)
+
+
+def test_up_to_its_branch_point_a_budget_has_the_learning_rates_of_any_longer_one():
+    schedule = Schedule(max_iters=100, warmup_iters=10, decay_fraction=0.2, milestones=[40, 60], branches=[80])
+    assert goals(schedule) == [40, 60, 100] and branch_points(schedule) == {32, 48, 64, 80}
+    short = towards(schedule, 40)
+    assert [lr_at(i, short) for i in range(33)] == [lr_at(i, schedule) for i in range(33)]
+    assert lr_at(36, short) == 0.5 and lr_at(40, short) == 0 and lr_at(36, schedule) == 1
