@@ -149,7 +149,7 @@ def test_a_trunk_that_is_damaged_at_the_branch_point_is_not_left_with_decayed_we
     ("overrides", "said"),
     [
         (("--schedule.milestones", "[50]"), "`schedule.milestones` holds 50; one below `schedule.max_iters` 40"),
-        (("--schedule.branches", "[5]"), "`schedule.branches` holds 5"),
+        (("--schedule.milestones", "[5]"), "`schedule.milestones` holds 5"),
         (("--schedule.milestones", "[20]", "--schedule.kind", "cosine"), "needs `schedule.kind: wsd`"),
         (("--schedule.milestones", "[0]"), "greater than 0"),
     ],
@@ -170,4 +170,6 @@ def test_up_to_its_branch_point_a_budget_has_the_learning_rates_of_any_longer_on
     assert goals(schedule) == [40, 60, 100] and branch_points(schedule) == {32, 48, 64, 80}
     short = towards(schedule, 40)
     assert [lr_at(i, short) for i in range(33)] == [lr_at(i, schedule) for i in range(33)]
+    shorter = schedule.model_copy(update={"max_iters": 50, "milestones": [40], "branches": [5, 60]})
+    assert branch_points(shorter) == {32, 40}  # branches that it cannot have are left out
     assert lr_at(36, short) == 0.5 and lr_at(40, short) == 0 and lr_at(36, schedule) == 1

@@ -139,7 +139,7 @@ class Schedule(Section):
     milestones: list[PositiveInt] = []
     """For `wsd`: shorter budgets that are finished on the way, each by a decay of its own; then the run goes on."""
     branches: list[PositiveInt] = []
-    """For `wsd`: budgets whose branch point is kept, so that `--cooldown N` can finish them later."""
+    """For `wsd`: budgets whose branch point is kept, where the run gets there, so that `--cooldown N` finishes them."""
 
 
 class Validation(Section):
@@ -271,16 +271,14 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
             f"`schedule.warmup_iters` {schedule.warmup_iters} and the decay of {decay_iters(schedule)} iterations do"
             f" not fit into `schedule.max_iters` {schedule.max_iters}; at most {works} would work",
         )
-    for key in ("milestones", "branches"):
-        wrong = [m for m in getattr(schedule, key) if not fits(schedule, m)]
-        if schedule.kind != "wsd" and getattr(schedule, key):
-            yield {f"schedule.{key}", "schedule.kind"}, f"`schedule.{key}` needs `schedule.kind: wsd`"
-        elif wrong:
-            yield (
-                {f"schedule.{key}", "schedule.max_iters", "schedule.warmup_iters", "schedule.decay_fraction"},
-                f"`schedule.{key}` holds {wrong[0]}; one below `schedule.max_iters` {schedule.max_iters}, whose decay"
-                " begins after the warmup, would work",
-            )
+    if schedule.milestones and schedule.kind != "wsd":
+        yield {"schedule.milestones", "schedule.kind"}, "`schedule.milestones` needs `schedule.kind: wsd`"
+    elif wrong := [m for m in schedule.milestones if not fits(schedule, m)]:
+        yield (
+            {"schedule.milestones", "schedule.max_iters", "schedule.warmup_iters", "schedule.decay_fraction"},
+            f"`schedule.milestones` holds {wrong[0]}; one below `schedule.max_iters` {schedule.max_iters}, whose decay"
+            " begins after the warmup, would work",
+        )
     if (data.source == "embedded") == (data.path is not None):
         needed = "has no use with" if data.path else "is needed with"
         yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
@@ -308,12 +306,14 @@ def goals(schedule: Schedule) -> list[int]:
 
 def branch_points(schedule: Schedule) -> set[int]:
     """The iterations whose checkpoint on the trunk some budget begins to decay from."""
-    return {branch_point(towards(schedule, m)) for m in (*goals(schedule), *schedule.branches)}
+    budgets = [*goals(schedule), *(m for m in schedule.branches if fits(schedule, m))]
+    return {branch_point(towards(schedule, m)) for m in budgets}
 
 
 def fits(schedule: Schedule, milestone: int) -> bool:
-    """Whether a budget can branch off: it is shorter than the run, and its decay begins after the warmup."""
-    return schedule.warmup_iters <= branch_point(towards(schedule, milestone)) and milestone < schedule.max_iters
+    """Whether a budget can branch off: it is shorter than a run with a trunk, and decays after the warmup."""
+    after_warmup = schedule.warmup_iters <= branch_point(towards(schedule, milestone))
+    return schedule.kind == "wsd" and after_warmup and milestone < schedule.max_iters
 
 
 def meaning(recipe: Recipe) -> dict[str, Any]:
