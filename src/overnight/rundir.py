@@ -130,15 +130,13 @@ class RunDirectory:
             ) from error
 
     def claim(self, found: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Lock the directory and write what runs here; a resumed run gets a new environment.json alone.
+        """Lock the directory and write what runs here: the recipe of this session, and its environment.
 
         A changed meaning is written down with what it was before.
         """
         self.lock(create=True)
         now = {"meaning": meaning(self.recipe) | found, "changes": self.changes, "recipe": self.recipe.model_dump()}
-        stored = self.path / "recipe.yaml"
-        if not stored.exists() or yaml.safe_load(stored.read_text(encoding="utf-8"))["meaning"] != now["meaning"]:
-            write_whole(stored, yaml.safe_dump(now, sort_keys=False))
+        write_whole(self.path / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
         write_whole(self.path / "environment.json", json.dumps(environment() | facts, indent=1))
 
     def checkpoint(self, iteration: int) -> Path:
