@@ -114,8 +114,12 @@ def losses(folder: Path, name: str) -> dict[int, float]:
 
 
 def checkpoint_of(folder: Path, name: str, iteration: int) -> Path:
-    """A run's checkpoint of an iteration, on the trunk or in a cooldown."""
-    (found,) = (folder / "runs" / name / "checkpoints").glob(f"**/iter-{iteration:06d}")
+    """A run's checkpoint of an iteration: that of the decay which ends there, or the only one."""
+    checkpoints = folder / "runs" / name / "checkpoints"
+    last = checkpoints / f"cooldown-{iteration:06d}" / f"iter-{iteration:06d}"
+    if last.exists():
+        return last
+    (found,) = checkpoints.glob(f"**/iter-{iteration:06d}")
     return found
 
 

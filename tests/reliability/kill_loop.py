@@ -1,8 +1,9 @@
 """A training run that is killed again and again: python tests/reliability/kill_loop.py --kills 30 --seed 1
 
-The quickstart's model with Muon, validation and a cooldown, on smaller iterations so that a save takes a good part of
-one. Each kill is a SIGKILL 0 to 3 seconds after the first new line of metrics, followed by the same command. In the end
-weights, optimizer state, finished model and every loss must be those of a run that nobody disturbed.
+The quickstart's model with Muon, validation and a milestone that is finished on the way, on smaller iterations so that
+a save takes a good part of one. Each kill is a SIGKILL 0 to 3 seconds after the first new line of metrics, followed by
+the same command. In the end weights, optimizer state, both finished models and every loss must be those of a run that
+nobody disturbed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
-from runs import final_sums, losses, records, start  # noqa: E402
+from runs import final_sums, records, start  # noqa: E402
 from started import Started  # noqa: E402
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -30,7 +31,8 @@ ITERATIONS = 320
 def shape(iterations: int, dropout: float) -> list[str]:
     """The overrides that both runs have."""
     options = ["--batch.tokens_per_iter", "1024", "--logging.every", "1", "--checkpoint.every", str(EVERY)]
-    options += ["--schedule.max_iters", str(iterations), "--validation.every", str(iterations // 4)]
+    options += ["--schedule.max_iters", str(iterations), "--schedule.milestones", f"[{iterations // 2}]"]
+    options += ["--validation.every", str(iterations // 4)]
     options += ["--validation.ngram_baselines", "false", "--data.val_tokens", "8192", "--data.dir", "data/killed"]
     return options + (["--model.dropout", str(dropout), "--model.attention", "sdpa"] if dropout else [])
 
@@ -39,42 +41,44 @@ def shape(iterations: int, dropout: float) -> list[str]:
 class Kill:
     """What was there when the process was dead."""
 
-    logged: int  # the last iteration in metrics.jsonl
+    records: int  # of training in metrics.jsonl
+    last: int  # the iteration of the last
     underway: int | None  # the iteration whose save was cut off
 
     def lost_at_most(self) -> int:
         """One interval, and the iterations that were made while the save that was cut off was being written."""
-        return EVERY + (self.logged - self.underway if self.underway is not None else 0)
+        return EVERY + (self.last - self.underway if self.underway is not None else 0)
 
 
-def last_logged(metrics: Path) -> int:
-    """The last iteration that stands in metrics.jsonl as a whole line."""
-    if not metrics.exists():
-        return 0
-    return max((record["iteration"] for record in records(metrics.parents[2], metrics.parent.name, "train")), default=0)
+def trained(folder: Path, name: str = "killed") -> list[dict]:
+    """The records of training that stand in metrics.jsonl as whole lines."""
+    there = (folder / "runs" / name / "metrics.jsonl").exists()
+    return records(folder, name, "train") if there else []
 
 
-def kill(process: Started, run: Path, delay: float) -> Kill | None:
-    """Kill the trainer `delay` seconds after its first new record; None when it ended before."""
-    metrics = run / "metrics.jsonl"
-    before = metrics.stat().st_size if metrics.exists() else 0
+def kill(process: Started, folder: Path, before: Kill | None, delay: float) -> Kill | None:
+    """Kill the trainer `delay` seconds after its first new record; None when it ended before.
+
+    Where it went on it must have lost no more than `before` allows.
+    """
+    metrics = folder / "runs" / "killed" / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
     for line in process.stdout:
-        if line.startswith("goes on at iteration"):  # what was measured after it is forgotten by now
-            before = metrics.stat().st_size
-        if line.startswith("iter ") and metrics.exists() and metrics.stat().st_size != before:
+        if line.startswith("goes on at iteration") and before is not None:  # what came after it is forgotten by now
+            lost = before.records - len(trained(folder))
+            assert lost <= before.lost_at_most(), f"{lost} iterations were lost by {before}"
+            size, before = metrics.stat().st_size, None
+        if line.startswith("iter ") and metrics.exists() and metrics.stat().st_size != size:
             break
     time.sleep(delay)
     if process.poll() is not None:
         return None
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    cut_off = [path.name for path in run.glob("checkpoints/**/.iter-*.partial")]
-    return Kill(last_logged(metrics), int(cut_off[0].split("-")[1].split(".")[0]) if cut_off else None)
-
-
-def resumed_at(folder: Path, name: str) -> int:
-    """Where the newest session began."""
-    return [r["iteration"] for r in records(folder, name, "event") if r["event"] == "resumed"][-1]
+    cut_off = [path.name for path in metrics.parent.glob("checkpoints/**/.iter-*.partial")]
+    found = trained(folder)
+    underway = int(cut_off[0].split("-")[1].split(".")[0]) if cut_off else None
+    return Kill(len(found), found[-1]["iteration"], underway)
 
 
 def finish(process: Started) -> str:
@@ -87,13 +91,9 @@ def finish(process: Started) -> str:
 def kill_again_and_again(folder: Path, options: list[str], kills: int, draw: random.Random) -> list[Kill]:
     """Kill the run `killed` that often and let it end."""
     fallen: list[Kill] = []
-    run = folder / "runs" / "killed"
     while len(fallen) < kills:
         process = start(folder, QUICKSTART, "--name", "killed", *options)
-        fell = kill(process, run, draw.uniform(0, 3))
-        if fallen and fallen[-1].logged > EVERY:
-            lost = fallen[-1].logged - resumed_at(folder, "killed")
-            assert lost <= fallen[-1].lost_at_most(), f"{lost} iterations were lost by {fallen[-1]}"
+        fell = kill(process, folder, fallen[-1] if fallen else None, draw.uniform(0, 3))
         if fell is None:
             raise SystemExit(f"the run was over after {len(fallen)} kills; more iterations would work")
         fallen.append(fell)
@@ -102,14 +102,22 @@ def kill_again_and_again(folder: Path, options: list[str], kills: int, draw: ran
     return fallen
 
 
+def losses(folder: Path, name: str, kind: str) -> dict[tuple[int | None, int], float]:
+    """Losses by decay and iteration; each must be there once."""
+    found = [((r.get("cooldown"), r["iteration"]), r["loss"]) for r in records(folder, name, kind)]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
 def compare(folder: Path, iterations: int) -> None:
-    """The killed run is the undisturbed one: losses, validations, state, and the finished model."""
-    assert losses(folder, "killed") == losses(folder, "undisturbed")
-    validations = [[r["loss"] for r in records(folder, name, "val")] for name in ("killed", "undisturbed")]
-    assert validations[0] == validations[1] and len(validations[0]) == 5
-    assert final_sums(folder, "killed", iterations) == final_sums(folder, "undisturbed", iterations)
-    models = [folder / "runs" / name / f"models/iter-{iterations:06d}/SHA256SUMS" for name in ("killed", "undisturbed")]
-    assert models[0].read_text() == models[1].read_text()
+    """The killed run is the undisturbed one: losses, validations, state, and the finished models."""
+    for kind in ("train", "val"):
+        expected = losses(folder, "undisturbed", kind)
+        assert losses(folder, "killed", kind) == expected and len(expected) > 5
+    for end in (iterations // 2, iterations):
+        assert final_sums(folder, "killed", end) == final_sums(folder, "undisturbed", end)
+        sums = [folder / "runs" / name / f"models/iter-{end:06d}/SHA256SUMS" for name in ("killed", "undisturbed")]
+        assert sums[0].read_text() == sums[1].read_text()
 
 
 def main() -> None:
@@ -129,7 +137,7 @@ def main() -> None:
         assert inside >= 8 or args.kills < 30, f"only {inside} of {args.kills} kills fell inside a save"
         sums = "\n".join(final_sums(folder, "killed", args.iterations))
     print(f"{args.kills} kills, seed {args.seed}, dropout {args.dropout:g}; {inside} fell inside a save")
-    print(f"losses, validations, state and model are those of the undisturbed run:\n{sums}")
+    print(f"losses, validations, state and both models are those of the undisturbed run:\n{sums}")
 
 
 if __name__ == "__main__":
