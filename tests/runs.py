@@ -108,7 +108,15 @@ def records(folder: Path, name: str, kind: str) -> list[dict]:
 
 def losses(folder: Path, name: str) -> dict[int, float]:
     """Training loss by iteration; every iteration must be there once."""
-    found = [(record["iteration"], record["loss"]) for record in records(folder, name, "train")]
+    found = losses_by_decay(folder, name)
+    by_iteration = {iteration: loss for (_, iteration), loss in found.items()}
+    assert len(by_iteration) == len(found)
+    return by_iteration
+
+
+def losses_by_decay(folder: Path, name: str, kind: str = "train") -> dict[tuple[int | None, int], float]:
+    """Losses by budget of the decay (None on the trunk) and iteration; each must be there once."""
+    found = [((r.get("cooldown"), r["iteration"]), r["loss"]) for r in records(folder, name, kind)]
     assert len(found) == len(dict(found))
     return dict(found)
 

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import records, start, tiny
+from runs import final_sums, losses_by_decay, records, start, tiny
 
 from overnight import train as train_module
 from overnight.checkpoint import saved_iterations
@@ -24,15 +24,20 @@ def model_sums(name: str, iteration: int) -> str:
     return Path(f"runs/{name}/models/iter-{iteration:06d}/SHA256SUMS").read_text()
 
 
-def state_sums(folder: Path, name: str, iteration: int) -> list[str]:
-    sums = Path(f"runs/{name}/checkpoints/cooldown-{iteration:06d}/iter-{iteration:06d}/SHA256SUMS").read_text()
-    return [line for line in sums.splitlines() if line.endswith(".safetensors")]
-
-
 def losses_of(folder: Path, name: str, cooldown: int | None = None, kind: str = "train") -> dict[int, float]:
-    found = [r for r in records(folder, name, kind) if r.get("cooldown") == cooldown]
-    assert len({r["iteration"] for r in found}) == len(found)
-    return {r["iteration"]: r["loss"] for r in found}
+    return {i: loss for (decay, i), loss in losses_by_decay(folder, name, kind).items() if decay == cooldown}
+
+
+def after_each_budget(monkeypatch, act) -> None:
+    """Have `act(run)` called when a budget was finished, before the run goes back to its trunk."""
+    real = train_module.finish
+
+    def finish(run, pace):
+        code = real(run, pace)
+        act(run)
+        return code
+
+    monkeypatch.setattr(train_module, "finish", finish)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_a_milestone_is_the_run_of_its_length_and_the_trunk_goes_on_as_if_there_
 ):
     for length, name in each_alone.items():
         assert model_sums(ladder, length) == model_sums(name, length)
-        assert state_sums(in_process, ladder, length) == state_sums(in_process, name, length)
+        assert final_sums(in_process, ladder, length) == final_sums(in_process, name, length)
         assert losses_of(in_process, ladder, length) == losses_of(in_process, name, length)
         assert losses_of(in_process, ladder, length, "val") == losses_of(in_process, name, length, "val")
     assert losses_of(in_process, ladder) == losses_of(in_process, "tiny")  # the trunk's: iterations 1 to 32
@@ -113,15 +118,7 @@ def test_killed_in_a_milestone_the_run_goes_on_there_to_the_same_bits(in_process
 @pytest.mark.slow
 def test_interrupted_while_a_milestone_is_exported_the_run_stops_after_it(in_process, ladder, monkeypatch):
     shutil.rmtree("runs/exporting", ignore_errors=True)
-    real = train_module.finish
-
-    def signalled(run, pace):
-        code = real(run, pace)
-        if run.iteration == 20:
-            signal.raise_signal(signal.SIGTERM)
-        return code
-
-    monkeypatch.setattr(train_module, "finish", signalled)
+    after_each_budget(monkeypatch, lambda run: signal.raise_signal(signal.SIGTERM) if run.iteration == 20 else None)
     assert run(in_process, "exporting", *LADDER) == EXIT_INTERRUPTED
     assert not Path("runs/exporting/models/iter-000030").exists()
     assert run(in_process, "exporting", *LADDER) == 0
@@ -132,15 +129,12 @@ def test_interrupted_while_a_milestone_is_exported_the_run_stops_after_it(in_pro
 @pytest.mark.slow
 def test_a_trunk_that_is_damaged_at_the_branch_point_is_not_left_with_decayed_weights(in_process, ladder, monkeypatch):
     shutil.rmtree("runs/no-way-back", ignore_errors=True)
-    real = train_module.finish
 
-    def damaging(run, pace):
-        code = real(run, pace)
+    def damage(run):
         for path in saved_iterations(run.directory.checkpoints).values():
             (path / "model.safetensors").write_bytes(b"")
-        return code
 
-    monkeypatch.setattr(train_module, "finish", damaging)
+    after_each_budget(monkeypatch, damage)
     with pytest.raises(InputError, match="no whole checkpoint of the trunk to go back to"):
         run(in_process, "no-way-back", *LADDER)
 

@@ -136,10 +136,15 @@ def write(final: Path, tensors: Tensors, state: str) -> str | None:
     return reason
 
 
+def write_sums(folder: Path) -> None:
+    """Write the checksum of every other file of a folder into its SHA256SUMS."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    (folder / SUMS).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names), encoding="utf-8")
+
+
 def publish(aside: Path, final: Path) -> None:
     """Checksum and sync what is in `aside`, then give it its `final` name; an older folder of that name is replaced."""
-    names = sorted(path.name for path in aside.iterdir())
-    (aside / SUMS).write_text("".join(f"{sha256(aside / name)}  {name}\n" for name in names), encoding="utf-8")
+    write_sums(aside)
     for path in aside.iterdir():
         sync(path)
         forget_cached(path)

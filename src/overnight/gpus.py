@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 
 from overnight.recipe import InputError
@@ -43,6 +44,7 @@ def known_gpus() -> dict[str, Gpu]:
     }
 
 
+@cache
 def facts(name: str) -> list[dict[str, str]]:
     """The rows of a CSV file of the package; lines that begin with `#` are its provenance."""
     with (resources.files("overnight") / "facts" / name).open(encoding="utf-8") as file:

@@ -96,14 +96,13 @@ class RunDirectory:
         self.changes = self.changes + differing
 
     def _refusal(self, refused: list[dict[str, Any]]) -> str:
-        lines = [f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in refused]
         keys = [change["key"] for change in refused]
         never = [key for key in keys if key in lasting(self.recipe)]
         options = " ".join(f"--allow-change {key}" for key in keys)
         way_on = f"; `{options}` goes on with it all the same" if not never else f"; `{never[0]}` can never change"
         return (
             f"{self.path} holds another run:\n"
-            + "\n".join(lines)
+            + told(refused)
             + (f"\n`--name {self._free_name()}` starts a new one{way_on}")
         )
 
@@ -200,6 +199,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, A
         for key in now | before
         if now.get(key) != before.get(key)
     ]
+
+
+def told(differing: list[dict[str, Any]]) -> str:
+    """Each difference on a line of its own."""
+    return "\n".join(f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in differing)
 
 
 def grown(differing: list[dict[str, Any]]) -> bool:

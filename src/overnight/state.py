@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from overnight import checkpoint
 from overnight.progress import log_saved
 from overnight.recipe import InputError, branch_points, meaning
-from overnight.rundir import differences
+from overnight.rundir import differences, told
 from overnight.startup import Run, identity
 from overnight.watch import History
 
@@ -107,7 +107,4 @@ def refuse_foreign(run: Run, found: Path, state: dict[str, Any]) -> None:
     now = meaning(run.recipe) | identity(run.accelerator, run.shards)
     foreign = [change for change in differences(state["meaning"], now) if change["key"] not in changed]
     if foreign:
-        lines = [f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in foreign]
-        raise InputError(
-            f"{found} is of another run:\n" + "\n".join(lines) + "\nmove it away; the one before it would work"
-        )
+        raise InputError(f"{found} is of another run:\n{told(foreign)}\nmove it away; the one before it would work")

@@ -42,13 +42,13 @@ STAGES = {
 def kill_at(stage: str, iteration: str) -> None:
     """Have this process killed when that stage of a save begins."""
     event, ending = STAGES[stage]
-    ending = ending.format(checkpoint.folder_name(int(iteration)))
-    pruned = checkpoint.folder_name(int(iteration))
+    saved = checkpoint.folder_name(int(iteration))
+    ending = ending.format(saved)
 
     def hook(name: str, arguments: tuple) -> None:
         if name != event or not str(arguments[0]).endswith(ending):
             return
-        if "pruning" in stage and not list(Path().glob(f"runs/*/checkpoints/{pruned}")):
+        if "pruning" in stage and not list(Path().glob(f"runs/*/checkpoints/{saved}")):
             return
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
-from runs import final_sums, records, start  # noqa: E402
+from runs import final_sums, losses_by_decay, records, start  # noqa: E402
 from started import Started  # noqa: E402
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -50,10 +50,9 @@ class Kill:
         return EVERY + (self.last - self.underway if self.underway is not None else 0)
 
 
-def trained(folder: Path, name: str = "killed") -> list[dict]:
-    """The records of training that stand in metrics.jsonl as whole lines."""
-    there = (folder / "runs" / name / "metrics.jsonl").exists()
-    return records(folder, name, "train") if there else []
+def trained(folder: Path) -> list[dict]:
+    """The records of training that stand in metrics.jsonl."""
+    return records(folder, "killed", "train")
 
 
 def kill(process: Started, folder: Path, before: Kill | None, delay: float) -> Kill | None:
@@ -102,18 +101,11 @@ def kill_again_and_again(folder: Path, options: list[str], kills: int, draw: ran
     return fallen
 
 
-def losses(folder: Path, name: str, kind: str) -> dict[tuple[int | None, int], float]:
-    """Losses by decay and iteration; each must be there once."""
-    found = [((r.get("cooldown"), r["iteration"]), r["loss"]) for r in records(folder, name, kind)]
-    assert len(found) == len(dict(found))
-    return dict(found)
-
-
 def compare(folder: Path, iterations: int) -> None:
     """The killed run is the undisturbed one: losses, validations, state, and the finished models."""
     for kind in ("train", "val"):
-        expected = losses(folder, "undisturbed", kind)
-        assert losses(folder, "killed", kind) == expected and len(expected) > 5
+        expected = losses_by_decay(folder, "undisturbed", kind)
+        assert losses_by_decay(folder, "killed", kind) == expected and len(expected) > 5
     for end in (iterations // 2, iterations):
         assert final_sums(folder, "killed", end) == final_sums(folder, "undisturbed", end)
         sums = [folder / "runs" / name / f"models/iter-{end:06d}/SHA256SUMS" for name in ("killed", "undisturbed")]

@@ -17,7 +17,6 @@ from runs import checkpoint_of, final_sums, losses, records, start, tiny, train,
 
 from overnight import checkpoint, optim
 from overnight import train as train_module
-from overnight.files import sha256
 from overnight.lock import hold
 from overnight.model import LanguageModel
 from overnight.recipe import InputError, Model, Optim
@@ -59,12 +58,6 @@ def test_c1_c2_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(in_process
     same_as_undisturbed(in_process, name)
 
 
-def resummed(folder: Path) -> None:
-    """Make the checksums of a checkpoint those of what is in it."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != checkpoint.SUMS)
-    (folder / checkpoint.SUMS).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names))
-
-
 def test_c3_a_state_that_was_edited_is_damage_and_the_state_of_another_run_is_refused(in_process, half, capsys):
     name = half()
     folder = checkpoint_of(in_process, name, 32)
@@ -72,7 +65,7 @@ def test_c3_a_state_that_was_edited_is_damage_and_the_state_of_another_run_is_re
     state["meaning"]["seed"] = 99
     (folder / "state.json").write_text(json.dumps(state))
     assert "state.json differs" in checkpoint.damage(folder)
-    resummed(folder)
+    checkpoint.write_sums(folder)
     before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=r"(?s)iter-000032 is of another run:.*`seed` was 99, now 1337"):
         train_module.train(tiny(in_process, "--name", name))
