@@ -1,21 +1,27 @@
-"""Refits the scaling law's exponents to the sweep behind it, and predicts each model size from the others.
+"""Refits the scaling law to the sweep behind it, and predicts what public runs measured, each without its own run.
 
 The sweep (facts/kempner_sweep.csv) is in nats per Llama token, so of the fit only the exponents carry over; the
 constants of facts/scaling_law.json were set by GPT-2 runs on GPT-2 tokens. Both datasets share the exponents.
+
+The public runs (facts/measured_runs.csv) are predicted by the law, the factor of a recipe and the offset of a set, both
+estimated from the other runs. All of it is normal: a Gaussian conditional, averaged over the size of the effects by
+their evidence in the other runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from overnight.gpus import facts
-from overnight.law import constants
+from overnight.law import Expected, annealed_loss, constants, cosine_offset
 
 LARGEST, FEWEST = 3e8, 4.5e8  # parameters and tokens of the rows that the law was fitted to
 
@@ -90,6 +96,126 @@ def rms(errors: list[float]) -> float:
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
+MUON_TOKENS = 0.52  # of AdamW's, for the same loss (Liu et al. 2025, arXiv 2502.16982): Muon's prior
+TOKENS_PER_ITER = 524_288
+COSINES = {  # iterations of the schedule; iterations of its warmup, None where they are not known
+    "practitioner-40m": (20_000, None),
+    "practitioner-124m": (19_073, 715),
+}
+RECIPES = {  # the other recipes are the law's reference, AdamW at 6e-4 under a cosine, whose factor is 1 by definition
+    "practitioner-40m": "AdamW at 1e-3",
+    "tuned-adamw-124m": "tuned",
+    "rotary-adamw-124m": "tuned",
+    "rotary-muon-124m": "tuned",  # with fewer tokens for the same loss
+}
+SIZES = list(itertools.product((0.01, 0.02, 0.04), (0.01, 0.02, 0.04), (0.015, 0.03, 0.045, 0.06)))
+ANNEALED_NOISE, NOISE = 0.005, 0.015  # nats: of a run's end; of a validation on the way
+OFFSET_SPREAD = 0.3  # of the offset of a cosine that has not ended, from one run to another
+MUON_SPREAD = 0.01  # of the loss
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of facts/measured_runs.csv, and what the law says of it before any factor or offset."""
+
+    run: str
+    dataset: str
+    recipe: str
+    iteration: int
+    loss: float
+    law: float  # after annealing
+    lack: float  # what an annealed run would be below it
+
+    @property
+    def expected(self) -> float:
+        """The prior mean."""
+        return self.law + self.lack
+
+
+def measured_runs() -> list[Measured]:
+    """All rows, in the order of the file."""
+    rows = []
+    for row in facts("measured_runs.csv"):
+        run, iteration, tokens = row["run"], int(row["iteration"]), 1e9 * float(row["tokens_billions"])
+        length, warmup = COSINES.get(run, (iteration, None))
+        tokens -= (warmup or 0) / 2 * TOKENS_PER_ITER
+        if run == "rotary-muon-124m":
+            tokens /= MUON_TOKENS
+        parameters, unique = (
+            1e6 * float(row["params_nonembedding_millions"]),
+            1e9 * float(row["unique_tokens_billions"]),
+        )
+        law = annealed_loss(parameters, tokens, unique, row["dataset"])
+        lack = cosine_offset(iteration / length) if row["annealed"] == "no" else 0.0
+        recipe = RECIPES.get(run, "reference")
+        rows.append(Measured(run, row["dataset"], recipe, iteration, float(row["val_loss"]), law, lack))
+    return rows
+
+
+def covariance(a: Measured, b: Measured, of_recipe: float, of_set: float, of_run: float) -> float:
+    """What two rows have in common, in nats squared, given the standard deviations of the effects."""
+    shared = of_set**2 * (a.dataset == b.dataset)
+    if a.recipe == b.recipe != "reference":
+        shared += of_recipe**2 * a.law * b.law
+    if a.run == b.run:
+        shared += of_run**2 + OFFSET_SPREAD**2 * a.lack * b.lack
+    if a is b:
+        shared += (NOISE if a.run in COSINES else ANNEALED_NOISE) ** 2
+        shared += (MUON_SPREAD * a.law) ** 2 * (a.run == "rotary-muon-124m")
+    return shared
+
+
+def predicted(row: Measured, given: Sequence[Measured]) -> Expected:
+    """A row's loss from the law and the rows `given`."""
+    found = []
+    above = np.array([other.loss - other.expected for other in given])
+    for sizes in SIZES:
+        between = np.array([[covariance(a, b, *sizes) for b in given] for a in given])
+        across = np.array([covariance(row, other, *sizes) for other in given])
+        solved = np.linalg.solve(between, np.column_stack([above, across]))
+        evidence = -(above @ solved[:, 0] + np.linalg.slogdet(between)[1]) / 2
+        spread = covariance(row, row, *sizes) - across @ solved[:, 1]
+        found.append((row.expected + across @ solved[:, 0], spread, evidence))
+    mean, spread, evidence = np.array(found).T
+    share = np.exp(evidence - evidence.max()) / np.exp(evidence - evidence.max()).sum()
+    loss = float(share @ mean)
+    return Expected(loss, float(np.sqrt(share @ (spread + (mean - loss) ** 2))))
+
+
+def predict_measured_runs() -> None:
+    """Print every row beside what the other runs predict, and beside that with the row before it known."""
+    rows, kinds = measured_runs(), defaultdict(list)
+    print("\npublic runs, each predicted without itself: nats per GPT-2 token, errors, half of the 90 % interval")
+    print(f"{'run':<23}{'iteration':>9}{'measured':>10}{'predicted':>11}{'error':>9}{'+/-':>7}{'row before known':>19}")
+    for number, row in enumerate(rows):
+        others = [other for other in rows if other.run != row.run]
+        cold = predicted(row, others)
+        told = f"{row.run:<23}{row.iteration:>9}{row.loss:>10.4f}{cold.loss:>11.4f}{shown(cold, row)}"
+        if row.run not in COSINES:
+            kinds["annealed"].append((cold, row))
+        else:
+            kinds["not annealed, cold"].append((cold, row))
+            if rows[number - 1].run == row.run:
+                known = predicted(row, [*others, rows[number - 1]])
+                kinds["not annealed, row before known"].append((known, row))
+                told += f"{shown(known, row):>19}"
+        print(told)
+    everything = [each for kind in kinds.values() for each in kind]
+    print(f"\n{'':<36}{'rows':>6}{'largest error':>15}{'in the interval':>17}{'median width':>14}")
+    for name, kind in [*kinds.items(), ("all", everything)]:
+        worst = max(abs(expected.loss - row.loss) for expected, row in kind)
+        bounds = [(*expected.interval(), row.loss) for expected, row in kind]
+        inside = sum(low <= loss <= high for low, high, loss in bounds)
+        width = statistics.median(high - low for low, high, _ in bounds)
+        print(f"{name:<36}{len(kind):>6}{worst:>15.4f}{inside:>17}{width:>14.3f}")
+
+
+def shown(expected: Expected, row: Measured) -> str:
+    """The error, and half of the interval."""
+    low, high = expected.interval()
+    return f"{expected.loss - row.loss:>+9.4f}{(high - low) / 2:>7.3f}"
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     data, law = points(), constants()
@@ -106,6 +232,7 @@ def main() -> None:
     for width, errors in left_out.items():
         print(f"{width:>6}{line(errors)}")
     print(f"{'all':>6}{line([error for errors in left_out.values() for error in errors])}")
+    predict_measured_runs()
 
 
 def line(errors: list[float]) -> str:

@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--throughput", type=float, metavar="TOK_S", help="tokens a second, where you know better")
     parser.add_argument("--probe", action="store_true", help="train 20 iterations on this device and measure them")
     parser.add_argument("--probe-file", type=Path, metavar="FILE", help="with --probe write it there, without read it")
-    parser.add_argument("--calibrate", type=Path, metavar="CSV", help="shift the law by measured runs; columns in docs")
+    parser.add_argument("--calibrate", type=Path, metavar="CSV|RUN", help="measured runs that shift the law, or a run")
     parser.add_argument("--hours-per-night", type=float, default=10.0, metavar="H", help="default 10")
     parser.add_argument("--price-kwh", type=float, default=0.30, metavar="P", help="default 0.30")
     parser.add_argument("--json", action="store_true", help="print the same for programs")

@@ -18,12 +18,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=says)
     says = "finish the budget of N iterations from the checkpoint of the trunk that its decay begins with"
     parser.add_argument("--cooldown", metavar="N", type=int, help=says)
+    says = "finish by this time of day, as `--schedule.hours` does in so many hours"
+    parser.add_argument("--until", metavar="HH:MM", help=says)
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
     from overnight.train import train  # torch and transformers take seconds to import: bad input needs neither
 
-    return train(recipe, dry_run=options.dry_run, allowed=options.allow_change, cooldown=options.cooldown)
+    chosen = {"allowed": options.allow_change, "cooldown": options.cooldown, "until": options.until}
+    return train(recipe, dry_run=options.dry_run, **chosen)
 
 
 if __name__ == "__main__":

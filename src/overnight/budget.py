@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,15 @@ class Prices:
 
     hours_per_night: float = 10.0
     per_kwh: float = 0.30
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What budgets are expected to end with."""
+
+    of: Mapping[int, law.Expected]  # by max_iters
+    source: str
+    doubts: list[str]
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Budget:
     gpt2: float
     dataset: str
     rows: list[Row]
+    losses: str  # what they stand on
     doubts: list[str]
 
     def cheapest_below_gpt2(self) -> int | None:
@@ -106,15 +116,17 @@ def budget(
     speed: Speed | None,
     *,
     unique: int | None,
-    offset: float | None = None,
+    losses: Losses | None = None,
     prices: Prices = Prices(),
 ) -> Budget:
-    """The table. `unique` are the training tokens there are; `offset` is the law's error on measured runs, in nats."""
+    """The table. `unique` are the training tokens there are; without `losses` the law's own are expected."""
     dataset = law.dataset_of(recipe)
     seconds = recipe.batch.tokens_per_iter / speed.tokens_per_second if speed else None
+    losses = losses or by_law(recipe, milestones, unique)
     rows: list[Row] = []
     for max_iters in sorted(set(milestones)):
-        rows.append(_row(recipe, max_iters, rows[-1] if rows else None, gpu, speed, unique, offset, prices))
+        loss = losses.of[max_iters]
+        rows.append(_row(recipe, max_iters, rows[-1] if rows else None, gpu, speed, unique, loss, prices))
     micro_batch, peak = fitting(recipe, gpu) if gpu else (None, None)
     return Budget(
         recipe=recipe.name,
@@ -128,7 +140,18 @@ def budget(
         gpt2=gpt2_loss(dataset),
         dataset=dataset,
         rows=rows,
-        doubts=law.doubts(recipe, [row.max_iters for row in rows]),
+        losses=losses.source,
+        doubts=losses.doubts,
+    )
+
+
+def by_law(recipe: Recipe, milestones: Sequence[int], unique: int | None, offset: float | None = None) -> Losses:
+    """What the scaling law expects, shifted by `offset` nats where runs were measured."""
+    return Losses(
+        {max_iters: law.expected(recipe, max_iters, unique, offset) for max_iters in milestones},
+        "nats per token, the scaling law of facts/scaling_law.json with 90 % intervals"
+        + (f", shifted by {offset:+.3f} as measured" if offset is not None else ""),
+        law.doubts(recipe, list(milestones)),
     )
 
 
@@ -139,11 +162,10 @@ def _row(
     gpu: Gpu | None,
     speed: Speed | None,
     unique: int | None,
-    offset: float | None,
+    expected: law.Expected,
     prices: Prices,
 ) -> Row:
     tokens = max_iters * recipe.batch.tokens_per_iter
-    expected = law.expected(recipe, max_iters, unique, offset)
     low, high = expected.interval()
     hours = (tokens / speed.tokens_per_second + _validation_seconds(recipe, max_iters, speed)) / 3600 if speed else None
     kwh = hours * gpu.tdp_watts / 1000 if hours is not None and gpu else None
@@ -256,5 +278,5 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
         rows = f"{budget.micro_batch} rows at once"
         out.append(f"memory    {budget.peak_gib:.1f} GiB with {rows}, by the formula; not measured")
     out.append(f"disk      {budget.disk_gb:.1f} GB, the data included")
-    out.append("loss      nats per token, the scaling law of facts/scaling_law.json with 90 % intervals")
+    out.append(f"loss      {budget.losses}")
     return out + [f"WARNING   {doubt}" for doubt in budget.doubts]

@@ -106,7 +106,7 @@ class Console:
             self._bar = Progress(*columns, console=self.rich, transient=True)
             self._bar.add_task("", total=max_iters)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=iteration)
+        self._bar.update(self._bar.task_ids[0], completed=iteration, total=max_iters)
 
     def stop(self) -> None:
         """Take the bar away."""

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from overnight.export import export
 from overnight.files import no_room
 from overnight.model import published
 from overnight.progress import Pace, log_look, log_lost, print_finished
+from overnight.recipe import branch_point
 from overnight.signals import ENDING, ORPHANED, handled
 from overnight.startup import Run
 from overnight.state import energy_used, finish_saving
@@ -79,7 +81,7 @@ def finish(run: Run, pace: Pace) -> int:
     """Export the finished model, verified by a fresh process, and close with the results; returns the exit code."""
     code = 0
     if run.accelerator.is_main_process:
-        folder = run.directory.models / folder_name(run.iteration)
+        folder, started = run.directory.models / folder_name(run.iteration), time.monotonic()
         probe = torch.from_numpy(run.shards.val.read(0, 0, 64).astype(np.int64))[None]
         run.console.say(f"exporting {folder} and loading it in a fresh process")
         try:
@@ -90,12 +92,12 @@ def finish(run: Run, pace: Pace) -> int:
             run.console.say(f"{folder} is not written: {error}; make room, and the same command again writes it")
             code = EXIT_INTERRUPTED
         else:
-            conclude(run, pace, folder)
+            conclude(run, pace, folder, time.monotonic() - started)
     run.accelerator.wait_for_everyone()
     return code
 
 
-def conclude(run: Run, pace: Pace, folder: Path) -> None:
+def conclude(run: Run, pace: Pace, folder: Path, export_seconds: float) -> None:
     """Score the finished model where the recipe asks for it, record the end of the run, and print its results."""
     if run.recipe.evaluation.at_milestones:
         run.device.release()
@@ -110,6 +112,10 @@ def conclude(run: Run, pace: Pace, folder: Path) -> None:
         best_val_loss=run.history.best_val,
         tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,
         kwh=None if joules is None else joules / 3.6e6,
+        export_seconds=export_seconds,
     )
     print_finished(run.directory, run.console)
+    if run.night and run.iteration < run.recipe.schedule.max_iters:
+        point = branch_point(run.schedule)
+        run.console.say(f"      the same command, another night: goes on from the trunk at iteration {point:,}")
     log_lost(run)

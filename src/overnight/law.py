@@ -8,6 +8,7 @@ less (Muennighoff et al. 2023, arXiv 2305.16264). The factor is the training rec
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -74,6 +75,32 @@ def annealed_loss(parameters: float, tokens: float, unique: float | None, datase
     return factor * (of_data["E"] + size + data)
 
 
+def level_and_slope(recipe: Recipe, tokens: float) -> tuple[float, float]:
+    """The annealed loss after `tokens` that count, and its fall for each e-fold of them, nats a token."""
+    of_data = constants()["datasets"][dataset_of(recipe)]
+    beta, factor = constants()["beta"], factor_of(recipe)
+    level = annealed_loss(block_parameters(recipe.model), tokens, None, dataset_of(recipe), factor)
+    return level, factor * of_data["B"] * (tokens / 1e9) ** -beta * beta
+
+
+def cosine_offset(progress: float) -> float:
+    """Nats that a cosine run at a share of its schedule lies above an annealed one of the same tokens, at 124M."""
+    points = constants()["cosine_offset_nats"]
+    (x0, y0), (x1, y1) = points[:2]
+    if progress < x0:  # as the first segment goes
+        return y0 + (x0 - progress) * (y0 - y1) / (x1 - x0)
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if progress <= x1:
+            return y0 + (progress - x0) * (y1 - y0) / (x1 - x0)
+    return 0.0
+
+
+def wsd_offset() -> float:
+    """Nats that a run at its peak learning rate lies above an annealed one of the same tokens, at 124M."""
+    low, high = constants()["wsd_offset_nats"]
+    return (low + high) / 2
+
+
 def dataset_of(recipe: Recipe) -> str:
     """Which of the law's datasets a recipe trains on; FineWeb-Edu stands in for any other (see `doubts`)."""
     return DATASETS.get(str(recipe.data.path), "fineweb-edu")
@@ -95,6 +122,13 @@ def expected(recipe: Recipe, max_iters: int, unique: int | None, offset: float |
     if offset is None:
         return Expected(loss, sigma["uncalibrated"])
     return Expected(loss + offset, sigma["after_one_point_on_the_same_validation_set"])
+
+
+def inside(recipe: Recipe) -> bool:
+    """Whether the law was fitted to models and tokens like these."""
+    low, high = constants()["valid_range"]["N"]
+    of_size = low <= block_parameters(recipe.model) <= high
+    return of_size and str(recipe.data.path) in DATASETS and recipe.model.vocab_size == GPT2_VOCABULARY
 
 
 def doubts(recipe: Recipe, iterations: list[int]) -> list[str]:

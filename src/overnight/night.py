@@ -48,13 +48,18 @@ class Child:
             self.process.send_signal(number)
 
 
-def night(recipe: Recipe, arguments: list[str], config_file: Path, *, dry_run: bool = False) -> int:
+def night(
+    recipe: Recipe, arguments: list[str], config_file: Path, *, until: str | None = None, dry_run: bool = False
+) -> int:
     """Do every step of the night that is not done; `arguments` are what the scripts in recipes/ get.
 
+    With `until`, HH:MM, or `schedule.hours` the trainer goes on from the last night, as far as this one is long.
     Returns the exit code of the step that failed, 75 when interrupted, otherwise 0.
     """
+    hours = recipe.schedule.hours
+    time = f"until {until}" if until else f"in {hours:g} hours" if hours else None
     print(f"The night of {recipe.name}, the steps that are done are skipped:")
-    for number, line in enumerate(plan(recipe), start=1):
+    for number, line in enumerate(plan(recipe, time), start=1):
         print(f"  {number}. {line}", flush=True)
     if dry_run:
         return 0
@@ -67,12 +72,13 @@ def night(recipe: Recipe, arguments: list[str], config_file: Path, *, dry_run: b
             code = prepare(arguments, child)
             if code != 0:
                 return EXIT_INTERRUPTED if child.stopped_by else code
-        code = train(recipe, arguments, config_file, child)
-        return code or evaluate(recipe, config_file, child)
+        timed = ["--until", until] if until else []
+        code = train(recipe, [*arguments, *timed], config_file, child)
+        return code or evaluate(finished_model(recipe, timed=time is not None), config_file, child)
 
 
-def plan(recipe: Recipe) -> list[str]:
-    """One line a step: what will be done, or why it is skipped."""
+def plan(recipe: Recipe, time: str | None = None) -> list[str]:
+    """One line a step: what will be done, or why it is skipped; `time` says what the night is limited to."""
     if prepares_itself(recipe):
         prepare = "skipped: the trainer makes the shards of the embedded corpus itself, in seconds"
     elif is_prepared(Path(recipe.data.dir)):
@@ -81,16 +87,18 @@ def plan(recipe: Recipe) -> list[str]:
         size = f", {recipe.data.download_gb:g} GB to download" if recipe.data.download_gb else ""
         prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"
     done, finished = newest_checkpoint(recipe), finished_model(recipe)
-    if finished.exists():
+    if time:
+        train = f"recipes/train.py, goes on at iteration {done or 0:,} to the budget that can be finished {time}"
+    elif finished.exists():
         train = f"done: {finished} is there; the trainer is only asked for its results"
     elif done is not None:
         train = f"recipes/train.py, goes on at iteration {done:,} of {recipe.schedule.max_iters:,}"
     else:
         train = f"recipes/train.py, {recipe.schedule.max_iters:,} iterations into runs/{recipe.name}"
-    if not finished.exists():
+    if time or not finished.exists():
         train += f"; restarted when interrupted, up to {MAX_RESTARTS} times, each time only after new progress"
-    if comparison(recipe).exists():
-        compare = f"skipped: {comparison(recipe)} is there"
+    if comparison(finished).exists() and not time:
+        compare = f"skipped: {comparison(finished)} is there"
     else:
         against = ", ".join(recipe.evaluation.against) or "nothing"
         compare = f"recipes/eval.py, {len(recipe.evaluation.tasks)} tasks, against {against}"
@@ -107,19 +115,27 @@ def prepares_itself(recipe: Recipe) -> bool:
     return recipe.data.source == "embedded"
 
 
-def finished_model(recipe: Recipe) -> Path:
-    """Where the run's finished model lies once the run is over."""
-    return RunDirectory(recipe).models / folder_name(recipe.schedule.max_iters)
+def finished_model(recipe: Recipe, *, timed: bool = False) -> Path:
+    """Where the run's finished model lies once the run is over; of a run in nights, the longest budget's so far."""
+    directory = RunDirectory(recipe)
+    last = directory.flat_end() or recipe.schedule.max_iters
+    ends = [end["iteration"] for end in directory.ends()] if timed else []
+    return directory.models / folder_name(max(ends, default=last))
 
 
-def comparison(recipe: Recipe) -> Path:
-    """What an evaluation of the finished model writes last."""
-    return RunDirectory(recipe).path / "evaluation" / finished_model(recipe).name / "comparison.md"
+def comparison(model: Path) -> Path:
+    """What an evaluation of a run's model writes last."""
+    return model.parents[1] / "evaluation" / model.name / "comparison.md"
 
 
 def newest_checkpoint(recipe: Recipe) -> int | None:
     """The iteration of the newest checkpoint that the run can go on from, None without one."""
     return max(map(iteration_of, RunDirectory(recipe).resumable()), default=None)
+
+
+def checkpoints(recipe: Recipe) -> set[Path]:
+    """All there are, on the trunk and of every decay: another set is progress."""
+    return set(RunDirectory(recipe).checkpoints.glob("**/iter-*"))
 
 
 def prepare(arguments: list[str], child: Child) -> int:
@@ -138,14 +154,14 @@ def train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child)
     command, environment, one_process = launched(config_file, "train.py", arguments)
     restarts = 0
     while True:
-        before = newest_checkpoint(recipe)
+        before = checkpoints(recipe)
         code = child.run(command, environment)
         if child.stopped_by:
             print(
                 f"{child.stopped_by.name}: the trainer has ended with code {code}; the same command goes on from there"
             )
             return EXIT_INTERRUPTED if code else 0
-        if not goes_on(code, one_process, newest_checkpoint(recipe) != before, restarts):
+        if not goes_on(code, one_process, checkpoints(recipe) != before, restarts):
             if code == EXIT_INTERRUPTED or code < 0:
                 print(
                     f"The trainer was interrupted (code {code}) and is not started again: no new progress, or too often"
@@ -168,14 +184,14 @@ def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bo
     return interrupted and progressed and restarts < MAX_RESTARTS
 
 
-def evaluate(recipe: Recipe, config_file: Path, child: Child) -> int:
-    """Measure the finished model as the recipe says, unless that was done; returns the exit code."""
-    if comparison(recipe).exists():
+def evaluate(model: Path, config_file: Path, child: Child) -> int:
+    """Measure a finished model as its recipe says, unless that was done; returns the exit code."""
+    if comparison(model).exists():
         return 0
-    command, environment, _ = launched(config_file, "eval.py", [str(finished_model(recipe))])
+    command, environment, _ = launched(config_file, "eval.py", [str(model)])
     code = child.run(command, environment)
     if code and not child.stopped_by:
-        print(f"The model is finished, its evaluation is not (code {code}); the same command tries that again")
+        print(f"{model} is finished, its evaluation is not (code {code}): python recipes/eval.py {model}")
     return EXIT_INTERRUPTED if child.stopped_by else code if code >= 0 else 128 - code
 
 
@@ -202,6 +218,8 @@ def accelerate_config() -> Path:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the night takes beside a recipe and its overrides."""
+    says = "finish by this time of day, as `--schedule.hours` does in so many hours"
+    parser.add_argument("--until", metavar="HH:MM", help=says)
     says = "accelerate's configuration (default: your own where there is one, otherwise accelerate_config.yaml)"
     parser.add_argument("--config_file", type=Path, help=says)
 
@@ -211,7 +229,7 @@ def run(recipe: Recipe, options: argparse.Namespace) -> int:
     config_file = options.config_file or accelerate_config()
     if not config_file.is_file():
         raise InputError(f"`--config_file` is {config_file}: there is no such file; accelerate_config.yaml would work")
-    return night(recipe, options.arguments, config_file, dry_run=options.dry_run)
+    return night(recipe, options.arguments, config_file, until=options.until, dry_run=options.dry_run)
 
 
 if __name__ == "__main__":

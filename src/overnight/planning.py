@@ -7,9 +7,9 @@ import csv
 import json
 from pathlib import Path
 
-from overnight.budget import Budget, Prices, budget, default_milestones, gpt2_loss, lines
+from overnight.budget import Budget, Losses, Prices, budget, by_law, default_milestones, gpt2_loss, lines
 from overnight.gpus import Gpu, Speed, gpu_named, known_gpus, present, speed_of
-from overnight.law import offset_of
+from overnight.law import inside, offset_of
 from overnight.manifest import is_prepared, read_manifest
 from overnight.plan import derive, derived_rows
 from overnight.recipe import InputError, Recipe
@@ -21,10 +21,10 @@ def plan(recipe: Recipe, chosen: argparse.Namespace) -> int:
     """Print the plan that the command line asks for; returns the exit code."""
     milestones = _milestones(recipe, chosen.milestones)
     prices = Prices(chosen.hours_per_night, chosen.price_kwh)
-    offset = _offset(recipe, chosen.calibrate)
     unique = unique_tokens(recipe)
+    losses = _losses(recipe, milestones, unique, chosen.calibrate)
     budgets = [
-        budget(recipe, milestones, gpu, speed, unique=unique, offset=offset, prices=prices)
+        budget(recipe, milestones, gpu, speed, unique=unique, losses=losses, prices=prices)
         for gpu, speed in _cards(recipe, chosen)
     ]
     if chosen.json:
@@ -56,9 +56,21 @@ def _milestones(recipe: Recipe, given: str | None) -> list[int]:
     return found
 
 
-def _offset(recipe: Recipe, file: Path | None) -> float | None:
-    if file is None:
-        return None
+def _losses(recipe: Recipe, milestones: list[int], unique: int | None, measured: Path | None) -> Losses:
+    """What each budget will reach: by the law, by the law set right by runs in a table, or by the curve of a run."""
+    if measured is None:
+        return by_law(recipe, milestones, unique)
+    if not measured.is_dir():
+        return by_law(recipe, milestones, unique, _offset(recipe, measured))
+    from overnight.outlook import forecast_of_run  # and with it torch, which takes seconds to import
+
+    found = forecast_of_run(measured, milestones, unique)
+    source = f"nats per token, forecast with 90 % intervals from the validations of {measured} so far"
+    doubts = [] if inside(recipe) else ["GPT-2's loss is of other text or other tokens, or the model of another size"]
+    return Losses({m: found.at(number) for number, m in enumerate(milestones)}, source, doubts)
+
+
+def _offset(recipe: Recipe, file: Path) -> float:
     try:
         rows = list(csv.DictReader(line for line in file.read_text(encoding="utf-8").splitlines() if line[:1] != "#"))
     except OSError as error:

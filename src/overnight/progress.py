@@ -25,7 +25,8 @@ class Pace:
 
     def __init__(self) -> None:
         self.cold = COLD_ITERATIONS
-        self.seconds = self.recent_seconds = self.validation_seconds = 0.0
+        self.seconds = self.recent_seconds = 0.0
+        self.validation_seconds = self.all_validations = 0.0  # of the last one with all that goes with it; of all
         self.iterations = self.recent_iterations = 0
         self.window: deque[float] = deque(maxlen=WINDOW)
         self.usual: float | None = None  # seconds of an iteration when the run had just become warm
@@ -43,6 +44,11 @@ class Pace:
         self.window.append(seconds)
         if self.iterations == WINDOW:
             self.usual = statistics.median(self.window)
+
+    def add_validation(self, seconds: float) -> None:
+        """Count one validation, with samples and forecast."""
+        self.validation_seconds = seconds
+        self.all_validations += seconds
 
     def fell_by(self) -> float | None:
         """The share by which the rate has fallen below the warm one, told once, when it is 30 % or more."""

@@ -140,6 +140,17 @@ class Schedule(Section):
     """For `wsd`: shorter budgets that are finished on the way, each by a decay of its own; then the run goes on."""
     branches: list[PositiveInt] = []
     """For `wsd`: budgets whose branch point is kept, where the run gets there, so that `--cooldown N` finishes them."""
+    hours: PositiveFloat | None = None
+    """For `wsd`: of this night. The budget that fits is finished; the same command goes on from the trunk the next."""
+
+
+class Stop(Section):
+    """When a run ends before its length."""
+
+    when_flat: bool = False
+    """For `wsd`: cool down and end where the next budget is, 90 % sure, expected to gain less than `min_gain_nats`."""
+    min_gain_nats: PositiveFloat = 0.01
+    """What going on has to gain, in nats a token; the forecast lines call a run flat below it."""
 
 
 class Validation(Section):
@@ -215,6 +226,7 @@ class Recipe(Section):
     batch: Batch = Batch()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
+    stop: Stop = Stop()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
@@ -271,8 +283,15 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
             f"`schedule.warmup_iters` {schedule.warmup_iters} and the decay of {decay_iters(schedule)} iterations do"
             f" not fit into `schedule.max_iters` {schedule.max_iters}; at most {works} would work",
         )
-    if schedule.milestones and schedule.kind != "wsd":
-        yield {"schedule.milestones", "schedule.kind"}, "`schedule.milestones` needs `schedule.kind: wsd`"
+    chosen = {"schedule.milestones": schedule.milestones, "schedule.hours": schedule.hours}
+    chosen |= {"stop.when_flat": recipe.stop.when_flat}
+    if schedule.kind != "wsd" and (trunk := [key for key, value in chosen.items() if value]):
+        yield {trunk[0], "schedule.kind"}, f"`{trunk[0]}` needs `schedule.kind: wsd`, whose trunk it branches off"
+    elif schedule.milestones and schedule.hours:
+        yield (
+            {"schedule.milestones", "schedule.hours"},
+            f"`schedule.hours` {schedule.hours:g} finds the one budget that fits; `schedule.milestones` [] would work",
+        )
     elif wrong := [m for m in schedule.milestones if not fits(schedule, m)]:
         yield (
             {"schedule.milestones", "schedule.max_iters", "schedule.warmup_iters", "schedule.decay_fraction"},
@@ -304,6 +323,14 @@ def goals(schedule: Schedule) -> list[int]:
     return sorted({*schedule.milestones, schedule.max_iters})
 
 
+def ending_now(schedule: Schedule, iteration: int) -> int | None:
+    """The shortest budget that begins to decay after `iteration`; None where there is no trunk to end."""
+    if schedule.kind != "wsd" or schedule.decay_fraction == 1:
+        return None
+    first = int(iteration / (1 - schedule.decay_fraction))
+    return next(m for m in range(max(1, first - 1), first + 3) if branch_point(towards(schedule, m)) >= iteration)
+
+
 def branch_points(schedule: Schedule) -> set[int]:
     """The iterations whose checkpoint on the trunk some budget begins to decay from."""
     budgets = [*goals(schedule), *(m for m in schedule.branches if fits(schedule, m))]
@@ -325,7 +352,8 @@ def meaning(recipe: Recipe) -> dict[str, Any]:
     """
     chosen = recipe.model_dump(include={"seed", "model", "batch", "optim", "schedule"})
     del chosen["batch"]["micro_batch"], chosen["model"]["attention"]
-    del chosen["schedule"]["milestones"], chosen["schedule"]["branches"]
+    for key in ("milestones", "branches", "hours"):
+        del chosen["schedule"][key]
     return flat(chosen)
 
 

@@ -18,8 +18,8 @@ import yaml
 from overnight.checkpoint import clear_leftovers, folder_name, saved_iterations
 from overnight.files import write_whole
 from overnight.lock import hold
-from overnight.metrics import Metrics
-from overnight.recipe import InputError, Recipe, branch_point, branch_points, lasting, meaning, towards
+from overnight.metrics import Metrics, Record
+from overnight.recipe import InputError, Recipe, branch_point, branch_points, goals, lasting, meaning, towards
 
 RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "pydantic")
@@ -45,7 +45,11 @@ class RunDirectory:
     @property
     def cooldown(self) -> Path:
         """The checkpoints of the decay towards the budget that is being finished."""
-        return self.checkpoints / f"cooldown-{self.schedule.max_iters:06d}"
+        return self.cooldown_of(self.schedule.max_iters)
+
+    def cooldown_of(self, goal: int) -> Path:
+        """The checkpoints of the decay towards a budget."""
+        return self.checkpoints / f"cooldown-{goal:06d}"
 
     def refuse_unreachable(self, goal: int, *, now: bool) -> None:
         """Raise `InputError` when the trunk has no checkpoint that the decay of `goal` begins with, and went past it.
@@ -73,7 +77,8 @@ class RunDirectory:
         """Iterations of the trunk that are never pruned: there a budget that is wanted, or finished, branches off."""
         folders = [re.fullmatch(r"cooldown-(\d+)", path.name) for path in self.checkpoints.glob("cooldown-*")]
         finished = [int(match[1]) for match in folders if match]
-        return branch_points(self.recipe.schedule) | {branch_point(towards(self.schedule, m)) for m in finished}
+        wanted = branch_points(self.recipe.schedule) | {branch_point(self.schedule)}
+        return wanted | {branch_point(towards(self.schedule, m)) for m in finished}
 
     def refuse_another_run(self, found: dict[str, Any], allowed: Collection[str] = ()) -> None:
         """Raise `InputError` with every difference when this directory holds a run of another meaning.
@@ -174,9 +179,20 @@ class RunDirectory:
         """The record that ends budget `goal`, written last; None while its verified model is not there."""
         if not (self.models / folder_name(goal)).is_dir():
             return None
-        ends = [record for record in self.records("event") if record["event"] == "finished"]
-        ends = [record for record in ends if record["iteration"] == goal]
-        return ends[-1] if ends else None
+        return next((record for record in reversed(self.ends()) if record["iteration"] == goal), None)
+
+    def ends(self) -> list[dict[str, Any]]:
+        """The records of the budgets that were finished, in the order in which they were."""
+        return [record for record in self.records("event") if record["event"] == "finished"]
+
+    def flat_end(self) -> int | None:
+        """The budget that the run chose to end with when it was flat; None where `stop` or the goals are others now."""
+        stop, trunk = self.recipe.stop, saved_iterations(self.checkpoints)
+        flat = [record for record in self.records("event") if record["event"] == "flat"]
+        if not stop.when_flat or not flat or flat[-1]["iteration"] not in trunk:
+            return None
+        same = flat[-1]["min_gain_nats"] == stop.min_gain_nats and flat[-1]["longer"] in goals(self.recipe.schedule)
+        return flat[-1]["budget"] if same else None
 
     def forget_after(self, iteration: int) -> None:
         """Drop what was measured after `iteration` on the way to this budget: a resumed run measures it again.
@@ -190,6 +206,18 @@ class RunDirectory:
             return reach is None or record["iteration"] <= reach
 
         self.metrics.keep(wanted)
+
+
+def read_run(run: Path) -> tuple[Recipe, list[Record]]:
+    """A run directory's recipe and its records; `InputError` where it is none, or nothing was validated yet."""
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recipe"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run} is no run directory ({type(error).__name__}); runs/NAME would work") from None
+    records = Metrics(run / "metrics.jsonl").records()
+    if not any(record["kind"] == "val" for record in records):
+        raise InputError(f"{run} has no validation yet; its first comes before the first iteration")
+    return recipe, records
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from overnight import checkpoint, micro_batch, optim
 from overnight.batches import TrainingBatches
 from overnight.console import Console, estimated_end
+from overnight.deadline import Night
 from overnight.device import Device, resolve_precision
 from overnight.files import room_in
 from overnight.manifest import Manifest, is_prepared
@@ -60,6 +61,7 @@ class Run:
     stopping: bool = False  # all processes know of it
     cannot_log: bool = False  # metrics.jsonl refuses records, which the user knows
     overdue: bool = False  # all processes know that `checkpoint.every_minutes` are over
+    night: Night | None = None  # what the run was given to end in
 
     @property
     def schedule(self) -> Schedule:
@@ -181,9 +183,17 @@ def identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
     return {"data fingerprint": shards.manifest.fingerprint, "precision": accelerator.mixed_precision}
 
 
-def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory: RunDirectory, shards: Shards) -> Run:
+def set_up(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    console: Console,
+    directory: RunDirectory,
+    shards: Shards,
+    night: Night | None = None,
+) -> Run:
     """Model, optimizers and data on the device, the facts on the screen, and the run directory ours."""
     run = assemble(recipe, accelerator, console, directory, shards)
+    run.night = night
     console.table(f"{directory.path} on {run.device.name}", derived_rows(recipe, run.derived))
     facts, seconds = device_facts(run)
     end = estimated_end(seconds * run.grad_accum * iterations_in_all(recipe.schedule))
@@ -191,7 +201,9 @@ def set_up(recipe: Recipe, accelerator: Accelerator, console: Console, directory
         "data": f"{shards.folder}, {shards.train.tokens:,} training + {shards.val.tokens:,} validation tokens",
         **text_facts(shards.manifest),
         "free disk": f"{free_gib(Path()):.0f} GiB",
-        "estimated end": f"{end}, from the time of one micro-batch; the lines below measure it",
+        "estimated end": (
+            night.kept.until if night else f"{end}, from the time of one micro-batch; the lines below measure it"
+        ),
     }
     console.table("this machine", list(facts.items()))
     lock(accelerator, directory, create=True)

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from overnight import checkpoint
 from overnight.progress import log_saved
-from overnight.recipe import InputError, branch_points, meaning
+from overnight.recipe import InputError, branch_point, branch_points, meaning
 from overnight.rundir import differences, told
 from overnight.startup import Run, identity
 from overnight.watch import History
@@ -19,7 +19,7 @@ from overnight.watch import History
 
 def save_due(run: Run) -> bool:
     """Whether this iteration is one to save: by its number, by the clock, or as a point that is needed later."""
-    needed = branch_points(run.recipe.schedule) | {run.schedule.max_iters}
+    needed = branch_points(run.recipe.schedule) | {branch_point(run.schedule), run.schedule.max_iters}
     return run.overdue or run.iteration % run.recipe.checkpoint.every == 0 or run.iteration in needed
 
 

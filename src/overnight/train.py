@@ -19,8 +19,10 @@ from torch import nn
 from overnight import micro_batch, optim
 from overnight.baselines import ngram_losses, seen_tokens
 from overnight.batches import validation_batches
+from overnight.deadline import Night, begin, keep_to_time, tonight
 from overnight.ending import SKIPS_BEFORE_GIVING_UP, finish, give_up, interrupted, stop_on_signal
 from overnight.files import room_in
+from overnight.outlook import look_ahead
 from overnight.progress import (
     Pace,
     baseline_line,
@@ -37,12 +39,20 @@ from overnight.startup import Run, identity, launch, lock, open_data, print_plan
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
 
 
-def train(recipe: Recipe, *, dry_run: bool = False, allowed: Collection[str] = (), cooldown: int | None = None) -> int:
+def train(
+    recipe: Recipe,
+    *,
+    dry_run: bool = False,
+    allowed: Collection[str] = (),
+    cooldown: int | None = None,
+    until: str | None = None,
+) -> int:
     """Train what `recipe` says, from where its run directory stands; returns the exit code.
 
     0 done, or done before; 4 diverged; 75 interrupted and resumable. `allowed` are the keys that may mean something
-    else than when the run began; `cooldown` is a budget to finish from the trunk as it is, and nothing else. Raises
-    `InputError` before anything is written when recipe, data and device do not fit.
+    else than when the run began; `cooldown` is a budget to finish from the trunk as it is, and nothing else; `until`
+    is a time of day, HH:MM, in place of `schedule.hours`. Raises `InputError` before anything is written when recipe,
+    data and device do not fit.
     """
     accelerator, console = launch(recipe)
     if dry_run:
@@ -51,7 +61,8 @@ def train(recipe: Recipe, *, dry_run: bool = False, allowed: Collection[str] = (
     shards = open_data(recipe, accelerator, console)
     directory = RunDirectory(recipe)
     directory.refuse_another_run(identity(accelerator, shards), allowed)
-    wanted = goals(recipe.schedule) if cooldown is None else [cooldown]
+    night = None if cooldown else tonight(recipe, directory, until)
+    wanted = budgets(directory, night) if cooldown is None else [cooldown]
     unfinished = [goal for goal in wanted if not directory.finished(goal)]
     for goal in unfinished:
         directory.refuse_unreachable(goal, now=cooldown is not None)
@@ -60,7 +71,7 @@ def train(recipe: Recipe, *, dry_run: bool = False, allowed: Collection[str] = (
         print_finished(directory, console)
         return 0
     lock(accelerator, directory, create=False)
-    run = set_up(recipe, accelerator, console, directory, shards)
+    run = set_up(recipe, accelerator, console, directory, shards, night)
     try:
         with stop_on_signal(run):
             return finish_each(run, unfinished)
@@ -69,14 +80,21 @@ def train(recipe: Recipe, *, dry_run: bool = False, allowed: Collection[str] = (
         accelerator.end_training()
 
 
-def finish_each(run: Run, budgets: list[int]) -> int:
+def budgets(directory: RunDirectory, night: Night | None) -> list[int]:
+    """What the run is to finish, ascending: the goals of its recipe, or what an earlier session chose to end with."""
+    whole = goals(directory.recipe.schedule)
+    last = directory.flat_end() or (night and night.budget) or whole[-1]
+    return [*(goal for goal in whole if goal < last), last]
+
+
+def finish_each(run: Run, unfinished: list[int]) -> int:
     """Train to the end of each budget, ascending; between two, go back to the trunk. Returns the exit code."""
-    for goal in budgets:
+    for goal in unfinished:
         run.directory.aim(goal)
         with room_in(run.directory.path, "name"):
             resume(run)
         code = loop(run)
-        if code:
+        if code or run.schedule.max_iters != goal:  # flat, or out of time: it ended with another budget
             return code
     return 0
 
@@ -160,14 +178,15 @@ def validate(run: Run) -> float | None:
 
 def loop(run: Run) -> int:
     """Train to the end of the budget, or until a signal asks to stop; returns the exit code."""
-    last, pace = run.schedule.max_iters, Pace()
+    pace = Pace()
+    begin(run)
     gc.collect()
     gc.freeze()  # what set-up made stays: collecting it again and again only stalls the device
     if run.iteration == 0:
         first_look(run, pace)
     elif validation_due(run):  # and not done: the session before was asked to stop in the middle of it
         measure(run, pace)
-    while run.iteration < last and not run.stopping:
+    while run.iteration < run.schedule.max_iters and not run.stopping:
         started = time.monotonic()
         loss, grad_norm, finite = train_step(run)
         pace.add(time.monotonic() - started)
@@ -175,10 +194,11 @@ def loop(run: Run) -> int:
         watch(run, loss, grad_norm, finite=finite)
         if run.history.skipped_in_a_row == SKIPS_BEFORE_GIVING_UP:
             return give_up(run)
-        if run.iteration % run.recipe.logging.every == 0 or run.iteration == last:
+        if run.iteration % run.recipe.logging.every == 0 or run.iteration == run.schedule.max_iters:
             log_step(run, loss, grad_norm, pace)
         if validation_due(run):
             measure(run, pace)
+        keep_to_time(run, pace)
         if save_due(run) or run.stopping:
             save(run)
         log_saved(run, run.saver.outcome(wait=False))
@@ -212,11 +232,12 @@ def validation_due(run: Run) -> bool:
 
 
 def measure(run: Run, pace: Pace) -> None:
-    """Validate, remember the loss, and tell it; nothing of these when a signal came first."""
+    """Validate, remember the loss, tell it and what it forecasts; nothing of these when a signal came first."""
     started = time.monotonic()
     loss = validate(run)
     if loss is None:
         return
-    pace.validation_seconds = time.monotonic() - started
     run.history.validations.append((run.iteration, loss))
-    log_validation(run, loss, pace.validation_seconds)
+    log_validation(run, loss, time.monotonic() - started)
+    look_ahead(run, pace)
+    pace.add_validation(time.monotonic() - started)

@@ -1,0 +1,201 @@
+"""What a run will reach, from its own curve: the loss of each budget with its uncertainty, as pure functions.
+
+The curve is taken for
+
+    loss = level + slope * (x^-beta - 1) / -beta + gain * lack + drift + noise
+
+where x are the tokens over those of the last validation, level is what the model would have now if it were annealed,
+slope its fall for each e-fold of tokens, gain what the run's longest decay takes off, and lack the share of it that is
+still to come: 1 on a trunk, 0 at the end. Drift is a Brownian motion in log x and stands for all that no power law is.
+Level, slope and gain have normal priors: from the scaling law where the run is inside of what that was fitted to, wide
+ones elsewhere. So for given beta, drift, noise, and the iterations that a decay needs for its gain, the forecast is a
+Gaussian conditional (Rasmussen & Williams 2006, section 2.7), and over a grid of these it is averaged by their
+evidence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from overnight import law
+from overnight.optim import lr_at
+from overnight.recipe import InputError, Recipe, Schedule, branch_point, decay_iters
+
+FEWEST = 5  # validations from which a curve can be told
+MOST = 48  # validations that are looked at, the newest
+OLDEST = 1 / 8  # of the last validation's iteration: what came before tells little of what comes
+WARM = 2  # warmups before a curve begins
+DRIFTS = (0.003, 0.01, 0.03, 0.1)  # nats an e-fold of tokens
+NOISES = (0.002, 0.005, 0.012, 0.03)  # nats
+LOSS_AT_124M = 3.28  # nats on FineWeb, of the runs whose gain facts/scaling_law.json has
+BEND = 0.3  # of the gain: how far a loss in the middle of a decay may be from its rate's share
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place on a run's curve: after so many iterations of a schedule."""
+
+    iteration: int
+    schedule: Schedule
+
+    @property
+    def to_come(self) -> float:
+        """The share of a long decay's gain that is still to come.
+
+        Under `wsd` the learning rate's share of its peak; of a cosine what facts/scaling_law.json says.
+        """
+        if self.schedule.kind == "cosine":
+            return law.cosine_offset(self.iteration / self.schedule.max_iters) / law.wsd_offset()
+        return 1.0 if self.iteration < self.schedule.warmup_iters else lr_at(self.iteration, self.schedule)
+
+    def lack(self, memory: np.ndarray, longest: int) -> np.ndarray:
+        """The same, of the gain of a decay of `longest` iterations, for each memory, (grid,).
+
+        A decay's gain goes with its area in Tissue et al. 2024 (arXiv 2408.11029), whose momentum forgets in `memory`
+        iterations.
+        """
+        if self.schedule.kind == "cosine" or not self.decayed:
+            return np.full_like(memory, self.to_come)
+        return 1 - (1 - self.to_come) * area(self.decayed / memory) / area(longest / memory)
+
+    @property
+    def decayed(self) -> int:
+        """Iterations of a decay that are over."""
+        return max(0, self.iteration - branch_point(self.schedule))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Losses at several points, jointly normal, nats a token."""
+
+    mean: np.ndarray  # (points,)
+    covariance: np.ndarray  # (points, points)
+
+    def at(self, point: int) -> law.Expected:
+        """One of them."""
+        return self.mix({point: 1.0})
+
+    def gain(self, before: int, after: int) -> law.Expected:
+        """By how much the loss at one point lies below that at another."""
+        return self.mix({before: 1.0, after: -1.0})
+
+    def mix(self, weights: dict[int, float]) -> law.Expected:
+        """A weighted sum of losses."""
+        vector = np.zeros(len(self.mean))
+        vector[list(weights)] = list(weights.values())
+        return law.Expected(float(vector @ self.mean), math.sqrt(max(0.0, vector @ self.covariance @ vector)))
+
+
+def forecast(
+    recipe: Recipe, unique: int | None, seen: Sequence[tuple[Point, float]], wanted: Sequence[Point]
+) -> Forecast:
+    """The validation losses to expect at the points `wanted`; `seen` are those that the run has had, in nats a token.
+
+    `unique` are the training tokens there are. Raises `InputError` when the curve is too short.
+    """
+    used = usable(recipe, seen)
+    if len(used) < FEWEST:
+        every = recipe.validation.every
+        enough = (-(-first_told(recipe) // every) + FEWEST - 1) * every
+        raise InputError(
+            f"{len(used)} validations after iteration {first_told(recipe)} are too few for a forecast: {FEWEST} are"
+            f" needed, which are there at iteration {enough}"
+        )
+    points = [point for point, _ in used] + list(wanted)
+    n, losses = len(used), np.array([loss for _, loss in used])
+    last = max(point.iteration for point, _ in used)
+    now = worth(recipe, Point(last, recipe.schedule), unique)
+    time = np.array([math.log(worth(recipe, point, unique) / now) for point in points])  # e-folds
+    prior = prior_of(recipe, now, losses[-1])
+    beta, drift, noise, memory, log_weight = grid(prior)  # (grid,) each
+
+    fall = np.expm1(-beta[:, None] * time) / beta[:, None]  # (grid, points)
+    longest = max(1, decay_iters(recipe.schedule))
+    lack = np.stack([point.lack(memory, longest) for point in points], axis=1)
+    basis = np.stack([np.ones_like(fall), fall, lack], axis=-1)
+    whole = (basis * prior.sigma**2) @ basis.mT + drift[:, None, None] ** 2 * brownian(time)
+    left = np.array([point.to_come for point in points])
+    whole += np.diag((BEND * prior.mean[2] * 4 * left * (1 - left)) ** 2)
+    factor = np.linalg.cholesky(whole[:, :n, :n] + noise[:, None, None] ** 2 * np.eye(n))
+    surprise = (losses - basis[:, :n] @ prior.mean)[..., None]  # (grid, n, 1)
+    solved = np.linalg.solve(factor, np.concatenate([surprise, whole[:, :n, n:]], axis=-1))
+    surprise, across = solved[..., :1], solved[..., 1:]
+    log_weight = log_weight - (surprise**2).sum((1, 2)) / 2 - np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)
+    share = np.exp(log_weight - log_weight.max())
+    share /= share.sum()
+
+    means = basis[:, n:] @ prior.mean + (across.mT @ surprise)[..., 0]  # (grid, wanted)
+    mean = share @ means
+    covariances = whole[:, n:, n:] - across.mT @ across + (means - mean)[:, :, None] * (means - mean)[:, None, :]
+    return Forecast(mean, np.tensordot(share, covariances, axes=1))
+
+
+def usable(recipe: Recipe, seen: Sequence[tuple[Point, float]]) -> list[tuple[Point, float]]:
+    """The part of a curve that tells what comes, in order."""
+    newest = max((point.iteration for point, _ in seen), default=0)
+    first = max(first_told(recipe), OLDEST * newest)
+    return [(point, loss) for point, loss in seen if point.iteration >= first][-MOST:]
+
+
+def first_told(recipe: Recipe) -> int:
+    """The iteration from which a curve tells anything: the warmup is over for some time."""
+    return max(1, WARM * recipe.schedule.warmup_iters)
+
+
+def worth(recipe: Recipe, point: Point, unique: int | None) -> float:
+    """Tokens up to a point that count: each by the learning rate's share of its peak, and less when repeated.
+
+    A cosine's count in full after its warmup: so do those behind what facts/scaling_law.json says of it.
+    """
+    iteration, warmup = point.iteration, recipe.schedule.warmup_iters
+    lost = warmup / 2 if iteration >= warmup else iteration - iteration**2 / (2 * warmup)
+    if point.decayed:
+        lost += point.decayed**2 / (2 * decay_iters(point.schedule))
+    return law.effective_tokens((iteration - lost) * recipe.batch.tokens_per_iter, unique)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Normal priors of level, slope and gain in nats, a log-normal one of beta, and the memories that are tried."""
+
+    mean: np.ndarray  # (3,)
+    sigma: np.ndarray  # (3,)
+    beta_spread: float  # standard deviation of beta's logarithm
+    memories: tuple[float, ...]  # iterations
+
+
+def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
+    """What is known before the first validation: the law's, or little, where `loss` only sets a scale.
+
+    The gain inside of the law's range is what facts/scaling_law.json says of 124M, as a share of the loss.
+    """
+    if not law.inside(recipe):
+        return Prior(np.array([loss, 0.5, 0.03 * loss]), np.array([2.0, 2.0, 0.03 * loss]), 0.4, (30, 100, 300, 1000))
+    counted = 1 - recipe.schedule.decay_fraction / 2 if recipe.schedule.kind == "wsd" else 1.0
+    level, slope = law.level_and_slope(recipe, tokens / counted)  # the law counts all tokens of an annealed run
+    gain = law.wsd_offset() / LOSS_AT_124M * level
+    sigma = law.constants()["sigma_nats"]["uncalibrated"]
+    return Prior(np.array([level, slope, gain]), np.array([sigma, 0.2 * slope, 0.2 * gain]), 0.1, (1, 1000))
+
+
+def grid(prior: Prior) -> tuple[np.ndarray, ...]:
+    """beta, drift, noise, memory, and the logarithm of their prior weight, each (grid,)."""
+    steps = np.linspace(-2, 2, 9)  # standard deviations
+    z, drift, noise, memory = np.array(list(itertools.product(steps, DRIFTS, NOISES, prior.memories))).T
+    return law.constants()["beta"] * np.exp(prior.beta_spread * z), drift, noise, memory, -(z**2) / 2
+
+
+def area(memories: np.ndarray) -> np.ndarray:
+    """Of a linear decay that is so many memories long, over that of one without end."""
+    return 1 + np.expm1(-memories) / memories
+
+
+def brownian(time: np.ndarray) -> np.ndarray:
+    """The covariance, (points, points), of a Brownian motion that is 0 at time 0, before and after it."""
+    before, after = np.minimum(time, 0), np.maximum(time, 0)
+    return np.minimum.outer(-before, -before) + np.minimum.outer(after, after)

@@ -1,0 +1,150 @@
+"""After each validation of a run: what its budgets will reach, what going on costs, and whether the curve is flat."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+
+from overnight.console import duration
+from overnight.forecast import FEWEST, Forecast, Point, forecast, usable
+from overnight.law import INTERVAL, Expected
+from overnight.metrics import Record
+from overnight.recipe import Recipe, Schedule, branch_point, ending_now, fits, goals, towards
+from overnight.rundir import read_run
+
+if TYPE_CHECKING:
+    from overnight.progress import Pace
+    from overnight.startup import Run
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Budgets that can still be had, ascending; the first begins to decay right now, where that is possible."""
+
+    budgets: list[int]
+    ending_now: bool  # whether the first is the run that is not gone on with
+    forecast: Forecast
+
+    def loss(self, budget: int) -> Expected:
+        """The last validation's loss of a budget."""
+        return self.forecast.at(self.budgets.index(budget))
+
+    def gain(self, shorter: int, longer: int) -> Expected:
+        """Nats by which the longer budget ends below the shorter one."""
+        return self.forecast.gain(self.budgets.index(shorter), self.budgets.index(longer))
+
+    def flat(self, goals: list[int], least: float) -> int | None:
+        """The goal that is not worth going on to: surely, it gains less than `least` nats on ending now."""
+        longer = [goal for goal in goals if goal in self.budgets[1:]]
+        if not self.ending_now or not longer:
+            return None
+        return longer[0] if self.gain(self.budgets[0], longer[0]).chance_below(least) >= INTERVAL else None
+
+
+def look_ahead(run: Run, pace: Pace) -> None:
+    """Tell and record the forecast that the validations so far allow; end the trunk where the recipe wants that."""
+    started = time.monotonic()
+    outlook = outlook_of(run) if run.accelerator.is_main_process else None
+    if outlook is not None:
+        tell(run, outlook, pace, started)
+    if run.recipe.stop.when_flat:
+        wanted, least = goals(run.recipe.schedule), run.recipe.stop.min_gain_nats
+        longer = outlook.flat(wanted, least) if outlook is not None else None
+        ends = [None if outlook is None or longer is None else (outlook.budgets[0], longer)]
+        (end,) = broadcast_object_list(ends)
+        if end is not None:
+            cool_down(run, *end)
+
+
+def outlook_of(run: Run) -> Outlook | None:
+    """The forecast from the run's validations so far; None while they are too few, and when nothing is to come."""
+    schedule, directory = run.recipe.schedule, run.directory
+    finished = {end["iteration"] for end in directory.ends()}
+    seen = validations(schedule, directory.records("val"))
+    now = None if directory.cooling(run.iteration) else ending_now(schedule, run.iteration)
+    if now is not None and branch_point(towards(schedule, now)) < schedule.warmup_iters:
+        now = None
+    budgets = to_come(run.recipe, run.schedule.max_iters, run.iteration) - finished
+    ascending = sorted(budgets | ({now} if now else set()))
+    if not budgets or len(usable(run.recipe, seen)) < FEWEST:
+        return None
+    wanted = [Point(budget, towards(schedule, budget)) for budget in ascending]
+    found = forecast(run.recipe, run.shards.train.tokens, seen, wanted)
+    return Outlook(ascending, now is not None, found)
+
+
+def validations(schedule: Schedule, records: list[Record]) -> list[tuple[Point, float]]:
+    """The curve that a run's records of kind "val" are, of its trunk and of its decays."""
+    return [
+        (Point(r["iteration"], towards(schedule, r["cooldown"]) if "cooldown" in r else schedule), r["loss"])
+        for r in records
+    ]
+
+
+def forecast_of_run(folder: Path, budgets: list[int], unique: int | None) -> Forecast:
+    """What the budgets of a run will end with, in their order; `unique` are its training tokens.
+
+    Raises `InputError` where `folder` is no run, or its curve is too short.
+    """
+    recipe, records = read_run(folder)
+    seen = validations(recipe.schedule, [record for record in records if record["kind"] == "val"])
+    return forecast(recipe, unique, seen, [Point(budget, towards(recipe.schedule, budget)) for budget in budgets])
+
+
+def to_come(recipe: Recipe, aimed_at: int, iteration: int) -> set[int]:
+    """The budgets that a run at `iteration`, on its way to the end of one, can still branch off to."""
+    schedule = recipe.schedule
+    known = {*goals(schedule), *(branch for branch in schedule.branches if fits(schedule, branch))}
+    ahead = {budget for budget in known if branch_point(towards(schedule, budget)) >= iteration} | {aimed_at}
+    return {budget for budget in ahead if budget > iteration}
+
+
+def tell(run: Run, outlook: Outlook, pace: Pace, started: float) -> None:
+    """One line on the screen, one record in metrics.jsonl."""
+    seconds, watts = pace.per_iteration(), run.device.watts()
+    told: list[str] = []
+    record: list[dict[str, Any]] = []
+    for at, budget in enumerate(outlook.budgets):
+        loss = outlook.loss(budget)
+        low, high = loss.interval()
+        row = {"max_iters": budget, "loss": loss.loss, "loss_low": low, "loss_high": high}
+        words = f"{budget:,} {loss.loss:.3f} ± {(high - low) / 2:.3f}"
+        if at:
+            before = outlook.budgets[at - 1]
+            gain = outlook.gain(before, budget)
+            low, high = gain.interval()
+            row |= {"gain": gain.loss, "gain_low": low, "gain_high": high}
+            price = f"-{gain.loss:.3f} ± {(high - low) / 2:.3f}".replace("--", "+")
+            if seconds:
+                row["hours"] = (budget - before) * seconds / 3600
+                price += f", {duration(3600 * row['hours'])}"
+            if seconds and watts:
+                row["kwh"] = row["hours"] * watts / 1000
+                price += f", {row['kwh']:.1f} kWh"
+            words += f" ({price})"
+        elif outlook.ending_now:
+            words = f"ending now {words}"
+        record.append(row)
+        told.append(words)
+    flat = outlook.flat(outlook.budgets[1:], run.recipe.stop.min_gain_nats)
+    run.directory.append(
+        "forecast", run.iteration, budgets=record, flat=flat is not None, seconds=time.monotonic() - started
+    )
+    surely = f"; flat: to go on gains less than {run.recipe.stop.min_gain_nats:g}, {INTERVAL:.0%} sure" if flat else ""
+    run.console.say(f"forecast {' | '.join(told)}{surely}")
+
+
+def cool_down(run: Run, budget: int, longer: int) -> None:
+    """Let the learning rate fall from here on, and end with a finished model."""
+    least = run.recipe.stop.min_gain_nats
+    if run.accelerator.is_main_process:
+        run.directory.append("event", run.iteration, event="flat", budget=budget, longer=longer, min_gain_nats=least)
+        run.console.say(
+            f"flat: going on to {longer:,} iterations would gain less than `stop.min_gain_nats` {least:g},"
+            f" {INTERVAL:.0%} sure; the learning rate falls from here on, to end at {budget:,}"
+        )
+    run.directory.aim(budget)

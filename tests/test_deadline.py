@@ -1,0 +1,147 @@
+"""A run that is given hours: at any pace its model is there in time, and the next night goes on from the trunk."""
+
+import json
+import shutil
+import signal
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from runs import losses_by_decay, records, start, tiny, train
+
+from overnight import deadline
+from overnight import train as train_module
+from overnight.checkpoint import saved_iterations
+from overnight.deadline import Kept, Night, fitting, next_time
+from overnight.optim import lr_at
+from overnight.recipe import InputError, branch_point, towards
+
+LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")
+LONG += ("--logging.every", "5", "--validation.prompts", "[]")
+
+
+def finished(folder: Path, name: str) -> list[int]:
+    return [r["iteration"] for r in records(folder, name, "event") if r["event"] == "finished"]
+
+
+def night_of(seconds: float, recipe, pace, monkeypatch, *, warmup: int = 5) -> tuple[list[int], float]:
+    """Go through a whole night on a clock of our own: the budgets that were chosen, and when the model was there.
+
+    `pace` gives the seconds of an iteration at an iteration.
+    """
+    now = 0.0
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: now)
+    night = Night(Kept("", "", seconds), ends=seconds, validation_seconds=0.0, export_seconds=20.0)
+    run = SimpleNamespace(recipe=recipe, iteration=0)
+    told, spent = SimpleNamespace(all_validations=0.0, validation_seconds=0.0), []
+    while run.iteration < (night.budget or recipe.schedule.max_iters):
+        now += pace(run.iteration)
+        run.iteration += 1
+        if run.iteration % recipe.validation.every == 0 or run.iteration == night.budget:
+            now += 10.0
+            told.all_validations, told.validation_seconds = told.all_validations + 10.0, 10.0
+        point = branch_point(towards(recipe.schedule, night.budget or recipe.schedule.max_iters))
+        if run.iteration % 10 == 0 and run.iteration <= point:
+            budget = fitting(run, night, told)
+            if budget is not None:
+                night.kept = Kept("", "", seconds, budget)
+                spent.append(budget)
+    return spent, now + 20.0
+
+
+@pytest.mark.parametrize(
+    "pace",
+    [
+        lambda i: 4.4,
+        lambda i: 6.0 if i < 200 else 4.4,  # cold at first
+        lambda i: 4.4 if i < 3_000 else 6.6,  # slower in the middle of the night
+        lambda i: 4.4 + 0.5 * (i % 7),
+    ],
+)
+def test_whatever_the_pace_the_model_is_there_in_time_and_the_night_is_used(root, pace, monkeypatch):
+    from overnight.recipe_file import load
+
+    recipe = load(root / "recipes" / "fineweb_edu_40m.yaml")
+    chosen, over = night_of(36_000, recipe, pace, monkeypatch)
+    assert 0.9 * 36_000 < over < 1.05 * 36_000
+    assert chosen and chosen[-1] % 10 == 0 and len(chosen) < 20
+
+
+def test_a_night_too_short_for_anything_ends_with_the_shortest_budget(root, monkeypatch):
+    from overnight.recipe_file import load
+
+    recipe = load(root / "recipes" / "fineweb_edu_40m.yaml", ["--schedule.warmup_iters", "50"])
+    chosen, _ = night_of(60, recipe, lambda i: 4.4, monkeypatch)
+    assert chosen[-1] in (62, 63)  # it begins to decay when the warmup is over
+
+
+def test_the_next_time_that_a_clock_shows():
+    evening = datetime(2026, 11, 25, 22, 30).astimezone()
+    assert next_time("07:30", evening) == evening + timedelta(hours=9)
+    assert next_time("23:00", evening) == evening + timedelta(minutes=30)
+    for wrong in ("7", "24:00", "07:60", "soon"):
+        with pytest.raises(InputError, match=f"`--until {wrong}`: a time of day such as 07:30 would work"):
+            next_time(wrong, evening)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "until", "said"),
+    [
+        (("--schedule.hours", "1", "--schedule.milestones", "[20]"), None, "finds the one budget that fits"),
+        (("--schedule.hours", "0"), None, "greater than 0"),
+        (("--schedule.hours", "1"), "07:30", "are both given"),
+        (("--schedule.milestones", "[20]"), "07:30", "no `schedule.milestones`"),
+        (("--schedule.kind", "cosine"), "07:30", r"`--until` needs `schedule.kind: wsd`"),
+    ],
+)
+def test_nights_that_cannot_be_are_refused(in_process, overrides, until, said):
+    with pytest.raises(InputError, match=said):
+        train_module.train(tiny(in_process, "--name", "refused", *overrides), until=until)
+    assert not Path("runs/refused").exists()
+
+
+def test_two_nights_make_two_models_from_one_trunk(in_process, monkeypatch, capsys):
+    monkeypatch.setattr(deadline, "EXPORT_SECONDS", 1.0)
+    monkeypatch.setattr(deadline.psutil.Process, "create_time", lambda process: time.time())
+
+    def night() -> int:
+        recipe = tiny(in_process, "--name", "nights", *LONG, "--schedule.hours", str(12 / 3600))
+        assert train_module.train(recipe) == 0
+        return finished(in_process, "nights")[-1]
+
+    first = night()
+    said = capsys.readouterr().out
+    schedule = towards(tiny(in_process, *LONG).schedule, first)
+    assert f"goes on from the trunk at iteration {branch_point(schedule):,}" in said
+    assert lr_at(first, schedule) == 0 and (Path("runs/nights/models") / f"iter-{first:06d}").is_dir()
+    assert json.loads(Path("runs/nights/night.json").read_text())["budget"] == first
+    second = night()
+    assert f"goes on at iteration {branch_point(schedule)} from" in capsys.readouterr().out
+    assert second > first
+    trunk = {i: loss for (decay, i), loss in losses_by_decay(in_process, "nights").items() if decay is None}
+    assert max(trunk) >= branch_point(towards(schedule, second)) - 5
+    assert branch_point(schedule) in saved_iterations(Path("runs/nights/checkpoints"))
+
+
+@pytest.mark.slow
+def test_killed_in_between_a_night_still_ends_in_time(workplace):
+    """With the pace of a machine that tests run on: 90 seconds, a tenth more allowed, and a kill after a third."""
+    shutil.rmtree(workplace / "runs" / "night", ignore_errors=True)
+    command = ("tiny.yaml", "--name", "night", *LONG, "--schedule.hours", str(90 / 3600))
+    began = time.monotonic()
+    process = start(workplace, *command)
+    for line in process.stdout:
+        if time.monotonic() - began > 30 and line.startswith("iter"):
+            process.kill()
+            break
+    assert process.wait() == -signal.SIGKILL
+    chosen = json.loads((workplace / "runs" / "night" / "night.json").read_text())
+    assert chosen["budget"]
+    again = train(workplace, *command)
+    assert again.returncode == 0, again.stderr
+    assert time.monotonic() - began < 99
+    assert f"the night ends at {chosen['until']}" in again.stdout
+    (budget,) = finished(workplace, "night")
+    assert records(workplace, "night", "train")[-1]["iteration"] == budget
