@@ -1,8 +1,9 @@
-"""Show a run: python recipes/report.py runs/NAME [runs/OTHER ...] --curve
+"""Show a run: python recipes/report.py runs/NAME [runs/OTHER ...] [--curve]
 
-Draws training and validation loss, the forecasts as they were made, the finished models, and the published loss of
-GPT-2 124M where the data is one that it is known on; several runs over each other. Nothing but files is read, so it can
-be done while the run goes on.
+A folder for each finished model, `report/iter-NNNNNN`, to look at without a network: its card as the Hub would show it,
+its curve, its recipe and what was measured of it. With --curve the figure alone: training and validation loss, the
+forecasts as they were made, the finished models, GPT-2's published loss where the data is one that it is known on;
+several runs over each other. Nothing but files is read, so it can be done while the run goes on.
 """
 
 import argparse
@@ -15,23 +16,34 @@ from overnight.recipe import InputError
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, runs/NAME")
-    parser.add_argument("--curve", action="store_true", required=True, help="draw the curve")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report/curve.png in the first run")
+    parser.add_argument("--curve", action="store_true", help="draw the curve alone, of all runs in one figure")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="of the curve; default: report/curve.png in the first run"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from overnight.curve import draw
+    from overnight.report import report, reported
+
+    if options.curve:
+        file = options.out or options.runs[0] / "report" / "curve.png"
+        draw(options.runs, file)
+        print(f"written: {file}")
+        return 0
+    for folder in options.runs:
+        for budget in reported(folder):
+            print(f"written: {report(folder, budget)}/README.md")
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    options = parser.parse_args()
-    file = options.out or options.runs[0] / "report" / "curve.png"
     try:
-        from overnight.curve import draw
-
-        draw(options.runs, file)
+        return run(parser.parse_args())
     except InputError as error:
         return exit_code(error)
-    print(f"written: {file}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,13 +20,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cooldown", metavar="N", type=int, help=says)
     says = "finish by this time of day, as `--schedule.hours` does in so many hours"
     parser.add_argument("--until", metavar="HH:MM", help=says)
+    says = "hub:OWNER/NAME, where a run with `hub.push_state` pushed its state: go on with it on this machine"
+    parser.add_argument("--resume", metavar="SOURCE", help=says)
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
     from overnight.train import train  # torch and transformers take seconds to import: bad input needs neither
 
-    chosen = {"allowed": options.allow_change, "cooldown": options.cooldown, "until": options.until}
-    return train(recipe, dry_run=options.dry_run, **chosen)
+    return train(
+        recipe,
+        dry_run=options.dry_run,
+        allowed=options.allow_change,
+        cooldown=options.cooldown,
+        until=options.until,
+        resume_from=options.resume,
+    )
 
 
 if __name__ == "__main__":

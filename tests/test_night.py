@@ -75,7 +75,8 @@ def test_one_process_is_started_directly_and_several_through_the_launcher(root: 
 def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     recipe = load(root / "recipes" / "fineweb_edu_40m.yaml")
-    _, prepare, train, compare = night.plan(recipe)
+    _, prepare, train, compare, publish = night.plan(recipe)
+    assert publish == "publish  skipped: no `hub.repo_id`"
     assert "recipes/prepare.py" in prepare
     assert "20,000 iterations" in train
     assert "recipes/eval.py, 9 tasks, against openai-community/gpt2" in compare
@@ -85,7 +86,7 @@ def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: py
     (shards / "manifest.json").write_text("{}")
     run = tmp_path / "runs" / recipe.name
     (run / "checkpoints" / "iter-000500").mkdir(parents=True)
-    _, prepare, train, _ = night.plan(recipe)
+    _, prepare, train, *_ = night.plan(recipe)
     assert prepare.startswith("prepare  skipped")
     assert "goes on at iteration 500 of 20,000" in train
 

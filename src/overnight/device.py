@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,7 @@ class Device:
             self.total_gib = psutil.virtual_memory().total / GIB
             self.peak_flops = None
         self._power_meter = _nvml_handle(device) if self.cuda else None
-        self._joules_before = self._energy_counter()
+        self._joules_before, self._since = self._energy_counter(), time.monotonic()
 
     def used_gib(self) -> float:
         """Memory that this process holds on the device: CUDA's reserved peak, on a CPU the resident set."""
@@ -73,6 +74,11 @@ class Device:
         """Energy of the board since this object was made, from NVML's own counter; None where there is none."""
         now = self._energy_counter()
         return None if now is None or self._joules_before is None else now - self._joules_before
+
+    def mean_watts(self) -> float | None:
+        """Mean board power since this object was made; None where there is no NVML."""
+        joules = self.joules()
+        return None if joules is None else joules / (time.monotonic() - self._since)
 
     def _energy_counter(self) -> float | None:
         if self._power_meter is None:

@@ -112,6 +112,7 @@ def conclude(run: Run, pace: Pace, folder: Path, export_seconds: float) -> None:
         best_val_loss=run.history.best_val,
         tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,
         kwh=None if joules is None else joules / 3.6e6,
+        mean_watts=run.device.mean_watts(),
         export_seconds=export_seconds,
     )
     print_finished(run.directory, run.console)

@@ -110,29 +110,33 @@ def forecast(
     n, losses = len(used), np.array([loss for _, loss in used])
     last = max(point.iteration for point, _ in used)
     now = worth(recipe, Point(last, recipe.schedule), unique)
-    time = np.array([math.log(worth(recipe, point, unique) / now) for point in points])  # e-folds
+    time = np.array([math.log(worth(recipe, point, unique) / now) for point in points])  # e-folds of tokens
     prior = prior_of(recipe, now, losses[-1])
-    beta, drift, noise, memory, log_weight = grid(prior)  # (grid,) each
+    basis, log_prior = curves(prior, points, time, max(1, decay_iters(recipe.schedule)))  # (curves, points, 3)
+    residual, noise = scatter(prior, points, time)  # (scatters, points, points), (scatters,)
 
-    fall = np.expm1(-beta[:, None] * time) / beta[:, None]  # (grid, points)
-    longest = max(1, decay_iters(recipe.schedule))
-    lack = np.stack([point.lack(memory, longest) for point in points], axis=1)
-    basis = np.stack([np.ones_like(fall), fall, lack], axis=-1)
-    whole = (basis * prior.sigma**2) @ basis.mT + drift[:, None, None] ** 2 * brownian(time)
-    left = np.array([point.to_come for point in points])
-    whole += np.diag((BEND * prior.mean[2] * 4 * left * (1 - left)) ** 2)
-    factor = np.linalg.cholesky(whole[:, :n, :n] + noise[:, None, None] ** 2 * np.eye(n))
-    surprise = (losses - basis[:, :n] @ prior.mean)[..., None]  # (grid, n, 1)
-    solved = np.linalg.solve(factor, np.concatenate([surprise, whole[:, :n, n:]], axis=-1))
-    surprise, across = solved[..., :1], solved[..., 1:]
-    log_weight = log_weight - (surprise**2).sum((1, 2)) / 2 - np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)
+    factor = np.linalg.cholesky(residual[:, :n, :n] + noise[:, None, None] ** 2 * np.eye(n))
+    columns = np.column_stack([losses, basis[:, :n].swapaxes(0, 1).reshape(n, -1)])  # one solution serves all curves
+    white = np.linalg.solve(factor, np.broadcast_to(columns, (len(noise), *columns.shape)))
+    white_basis = white[..., 1:].reshape(len(noise), n, -1, 3).swapaxes(1, 2)  # (scatters, curves, n, 3)
+    white_across = np.linalg.solve(factor, residual[:, :n, n:])[:, None]  # (scatters, 1, n, wanted)
+    surprise = white[:, None, :, :1] - (white_basis @ prior.mean)[..., None]  # (scatters, curves, n, 1)
+    precision = white_basis.mT @ white_basis + np.diag(prior.sigma**-2)
+    pull = white_basis.mT @ surprise
+    shift = np.linalg.solve(precision, pull)  # of level, slope and gain from their prior means
+    beyond = basis[:, n:] - white_across.mT @ white_basis  # (scatters, curves, wanted, 3)
+
+    log_weight = log_prior - ((surprise**2).sum((2, 3)) - (pull * shift).sum((2, 3))) / 2
+    log_weight -= np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)[:, None] + np.linalg.slogdet(precision)[1] / 2
     share = np.exp(log_weight - log_weight.max())
     share /= share.sum()
-
-    means = basis[:, n:] @ prior.mean + (across.mT @ surprise)[..., 0]  # (grid, wanted)
-    mean = share @ means
-    covariances = whole[:, n:, n:] - across.mT @ across + (means - mean)[:, :, None] * (means - mean)[:, None, :]
-    return Forecast(mean, np.tensordot(share, covariances, axes=1))
+    means = basis[:, n:] @ prior.mean + (white_across.mT @ surprise + beyond @ shift)[..., 0]
+    mean = np.einsum("sc,scw->w", share, means)
+    covariances = residual[:, None, n:, n:] - white_across.mT @ white_across
+    covariances = covariances + beyond @ np.linalg.solve(precision, beyond.mT)
+    apart = means - mean
+    spread = np.einsum("sc,scv,scw->vw", share, apart, apart)
+    return Forecast(mean, np.einsum("sc,scvw->vw", share, covariances) + spread)
 
 
 def usable(recipe: Recipe, seen: Sequence[tuple[Point, float]]) -> list[tuple[Point, float]]:
@@ -183,11 +187,24 @@ def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
     return Prior(np.array([level, slope, gain]), np.array([sigma, 0.2 * slope, 0.2 * gain]), 0.1, (1, 1000))
 
 
-def grid(prior: Prior) -> tuple[np.ndarray, ...]:
-    """beta, drift, noise, memory, and the logarithm of their prior weight, each (grid,)."""
-    steps = np.linspace(-2, 2, 9)  # standard deviations
-    z, drift, noise, memory = np.array(list(itertools.product(steps, DRIFTS, NOISES, prior.memories))).T
-    return law.constants()["beta"] * np.exp(prior.beta_spread * z), drift, noise, memory, -(z**2) / 2
+def curves(prior: Prior, points: Sequence[Point], time: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """What level, slope and gain are multiplied with, (curves, points, 3), and the log of each curve's prior weight.
+
+    A curve is a beta and a memory.
+    """
+    z, memory = np.array(list(itertools.product(np.linspace(-2, 2, 9), prior.memories))).T  # z: standard deviations
+    beta = law.constants()["beta"] * np.exp(prior.beta_spread * z)
+    fall = np.expm1(-beta[:, None] * time) / beta[:, None]
+    lack = np.stack([point.lack(memory, longest) for point in points], axis=1)
+    return np.stack([np.ones_like(fall), fall, lack], axis=-1), -(z**2) / 2
+
+
+def scatter(prior: Prior, points: Sequence[Point], time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The covariance of what no curve is, (scatters, points, points), and the noise of a validation, (scatters,)."""
+    drift, noise = np.array(list(itertools.product(DRIFTS, NOISES))).T
+    left = np.array([point.to_come for point in points])
+    bend = BEND * prior.mean[2] * 4 * left * (1 - left)
+    return drift[:, None, None] ** 2 * brownian(time) + np.diag(bend**2), noise
 
 
 def area(memories: np.ndarray) -> np.ndarray:

@@ -74,7 +74,8 @@ def night(
                 return EXIT_INTERRUPTED if child.stopped_by else code
         timed = ["--until", until] if until else []
         code = train(recipe, [*arguments, *timed], config_file, child)
-        return code or evaluate(finished_model(recipe, timed=time is not None), config_file, child)
+        code = code or evaluate(finished_model(recipe, timed=time is not None), config_file, child)
+        return code or publish(recipe, child)
 
 
 def plan(recipe: Recipe, time: str | None = None) -> list[str]:
@@ -102,11 +103,13 @@ def plan(recipe: Recipe, time: str | None = None) -> list[str]:
     else:
         against = ", ".join(recipe.evaluation.against) or "nothing"
         compare = f"recipes/eval.py, {len(recipe.evaluation.tasks)} tasks, against {against}"
+    publish = f"what {recipe.hub.repo_id} lacks" if recipe.hub.repo_id else "skipped: no `hub.repo_id`"
     return [
         "doctor   checks this machine",
         f"prepare  {prepare}",
         f"train    {train}",
         f"eval     {compare}",
+        f"publish  {publish}",
     ]
 
 
@@ -193,6 +196,15 @@ def evaluate(model: Path, config_file: Path, child: Child) -> int:
     if code and not child.stopped_by:
         print(f"{model} is finished, its evaluation is not (code {code}): python recipes/eval.py {model}")
     return EXIT_INTERRUPTED if child.stopped_by else code if code >= 0 else 128 - code
+
+
+def publish(recipe: Recipe, child: Child) -> int:
+    """Send what the evaluation added, and what the trainer may have left; returns the exit code."""
+    if not recipe.hub.repo_id:
+        return 0
+    return child.run(
+        [sys.executable, str(ROOT / "recipes" / "publish.py"), str(RunDirectory(recipe).path)], dict(os.environ)
+    )
 
 
 def launched(config_file: Path, script: str, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
 
 class InputError(Exception):
@@ -208,6 +209,36 @@ class Evaluation(Section):
     """Items of each task that the trainer has scored, without opponents, when it has finished a model; 0 for none."""
 
 
+def repository(name: str) -> str:
+    """A name as the Hub takes it, with or without its owner; ValueError for any other."""
+    part = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+    if (
+        not re.fullmatch(rf"({part}/)?{part}", name)
+        or "--" in name
+        or ".." in name
+        or name.endswith((".git", ".", "-"))
+    ):
+        raise ValueError("someone/gpt2-40m would work: letters, digits, `.`, `_`, `-`")
+    return name
+
+
+class Hub(Section):
+    """Finished models on the Hugging Face Hub, pushed while the run goes on."""
+
+    repo_id: Annotated[str, AfterValidator(repository)] | None = None
+    """The model repository, OWNER/NAME; made when it is missing. Empty: nothing is sent."""
+    private: bool = True
+    """Whether a repository that is made can be seen by its owner alone."""
+    licence: str = "apache-2.0"
+    """Of the model, in the Hub's identifiers, for its card."""
+    every_hours: PositiveFloat = 2.0
+    """Hours between two pushes of the newest weights, not annealed, to the branch `checkpoints`."""
+    patience_minutes: PositiveFloat = 5.0
+    """Minutes after the end of a run in which what is still owed is tried again; it can be sent later too."""
+    push_state: bool = False
+    """Push the exact state too, to the branch `state`: `--resume hub:OWNER/NAME` goes on from it anywhere."""
+
+
 class Recipe(Section):
     """Everything that gives a run its meaning."""
 
@@ -231,6 +262,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     evaluation: Evaluation = Evaluation()
+    hub: Hub = Hub()
     _file: Path = PrivateAttr(Path("RECIPE"))
 
     @property

@@ -208,12 +208,17 @@ class RunDirectory:
         self.metrics.keep(wanted)
 
 
-def read_run(run: Path) -> tuple[Recipe, list[Record]]:
-    """A run directory's recipe and its records; `InputError` where it is none, or nothing was validated yet."""
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a run directory; `InputError` where it is none."""
     try:
-        recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recipe"])
+        return Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recipe"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run} is no run directory ({type(error).__name__}); runs/NAME would work") from None
+
+
+def read_run(run: Path) -> tuple[Recipe, list[Record]]:
+    """A run directory's recipe and its records; `InputError` where it is none, or nothing was validated yet."""
+    recipe = recipe_of(run)
     records = Metrics(run / "metrics.jsonl").records()
     if not any(record["kind"] == "val" for record in records):
         raise InputError(f"{run} has no validation yet; its first comes before the first iteration")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -209,7 +209,9 @@ def set_up(
     lock(accelerator, directory, create=True)
     if accelerator.is_main_process:
         with room_in(directory.path, "name"):
-            directory.claim(identity(accelerator, shards), facts)
+            counted = {"unique_tokens": shards.train.tokens, "validation_tokens": shards.val.tokens}
+            counted["parameters"] = run.derived.parameters
+            directory.claim(identity(accelerator, shards), facts | counted)
     accelerator.wait_for_everyone()
     if recipe.logging.trackers:
         accelerator.init_trackers(recipe.name)
@@ -221,7 +223,7 @@ def text_facts(manifest: Manifest) -> dict[str, str]:
     if manifest.split.leakage == "not checked":
         return {"text": f"adopted from {manifest.source.path}; leakage between the sides: not checked"}
     documents = sum(record.documents for record in manifest.inputs)
-    files = manifest.inputs[0].name if len(manifest.inputs) == 1 else f"{len(manifest.inputs)} files"
+    files = Path(manifest.inputs[0].name).name if len(manifest.inputs) == 1 else f"{len(manifest.inputs)} files"
     return {"text": f"{documents:,} documents of {files}", "text SHA-256": manifest.text_sha256}
 
 
@@ -300,11 +302,16 @@ def check_attention(run: Run) -> tuple[str, float]:
 
 
 def lock(accelerator: Accelerator, directory: RunDirectory, *, create: bool) -> None:
-    """Lock the run directory, on the main process; all processes raise its `InputError`."""
+    """Lock the run directory, on the main process."""
+    on_main(accelerator, lambda: directory.lock(create=create))
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], None]) -> None:
+    """Do `act` on the main process; all processes wait for it, and raise its `InputError`."""
     problem: list[InputError | None] = [None]
     if accelerator.is_main_process:
         try:
-            directory.lock(create=create)
+            act()
         except InputError as error:
             problem = [error]
     (refusal,) = broadcast_object_list(problem)

@@ -20,6 +20,7 @@ from overnight import micro_batch, optim
 from overnight.baselines import ngram_losses, seen_tokens
 from overnight.batches import validation_batches
 from overnight.deadline import Night, begin, keep_to_time, tonight
+from overnight.dispatch import fetch_state, sending
 from overnight.ending import SKIPS_BEFORE_GIVING_UP, finish, give_up, interrupted, stop_on_signal
 from overnight.files import room_in
 from overnight.outlook import look_ahead
@@ -35,7 +36,7 @@ from overnight.progress import (
 )
 from overnight.recipe import Recipe, goals
 from overnight.rundir import RunDirectory
-from overnight.startup import Run, identity, launch, lock, open_data, print_plan, set_up
+from overnight.startup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
 
 
@@ -46,13 +47,14 @@ def train(
     allowed: Collection[str] = (),
     cooldown: int | None = None,
     until: str | None = None,
+    resume_from: str | None = None,
 ) -> int:
     """Train what `recipe` says, from where its run directory stands; returns the exit code.
 
     0 done, or done before; 4 diverged; 75 interrupted and resumable. `allowed` are the keys that may mean something
     else than when the run began; `cooldown` is a budget to finish from the trunk as it is, and nothing else; `until`
-    is a time of day, HH:MM, in place of `schedule.hours`. Raises `InputError` before anything is written when recipe,
-    data and device do not fit.
+    is a time of day, HH:MM, in place of `schedule.hours`; `resume_from` is hub:OWNER/NAME, whose state is gone on with.
+    Raises `InputError` before anything is written when recipe, data and device do not fit.
     """
     accelerator, console = launch(recipe)
     if dry_run:
@@ -60,6 +62,8 @@ def train(
         return 0
     shards = open_data(recipe, accelerator, console)
     directory = RunDirectory(recipe)
+    if resume_from:
+        on_main(accelerator, lambda: fetch_state(resume_from, directory))
     directory.refuse_another_run(identity(accelerator, shards), allowed)
     night = None if cooldown else tonight(recipe, directory, until)
     wanted = budgets(directory, night) if cooldown is None else [cooldown]
@@ -69,12 +73,16 @@ def train(
     directory.aim((unfinished or wanted)[-1])
     if not unfinished:
         print_finished(directory, console)
+        with sending(accelerator, directory, console) as sent:
+            sent.over = True
         return 0
     lock(accelerator, directory, create=False)
     run = set_up(recipe, accelerator, console, directory, shards, night)
     try:
-        with stop_on_signal(run):
-            return finish_each(run, unfinished)
+        with sending(accelerator, directory, console) as sent, stop_on_signal(run):
+            code = finish_each(run, unfinished)
+            sent.over = code == 0
+        return code
     finally:
         console.stop()
         accelerator.end_training()

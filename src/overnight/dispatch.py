@@ -1,0 +1,137 @@
+"""The trainer's side of the Hub: a process that sends, started beside the run, and a state to go on from, fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from overnight.checkpoint import damage, folder_name, saved_iterations
+from overnight.console import Console
+from overnight.evaluation.milestone import NOT_INHERITED
+from overnight.metrics import Metrics
+from overnight.parcels import MODEL_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
+from overnight.recipe import DamagedData, InputError, Unreachable, first_line
+from overnight.rundir import RunDirectory
+
+FROM_HUB = "hub:"
+
+
+class Dispatch:
+    """`python -m overnight.hub RUN`, at low priority; its lines go to the console. No failure of it reaches a step."""
+
+    def __init__(self, run: Path, console: Console):
+        environment = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
+        self.over = False  # the run: what is owed is still sent
+        self.process = subprocess.Popen(
+            ["nice", sys.executable, "-m", "overnight.hub", str(run)],
+            env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,  # Ctrl-C is for the trainer
+        )
+        self.console = console
+        self.reader = threading.Thread(target=self._repeat, daemon=True)
+        self.reader.start()
+
+    def _repeat(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.console.say(line.rstrip())
+
+    def close(self) -> None:
+        """Let it send what is owed when the run is over, and end; otherwise end at once."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended, and said why
+            self.process.stdin.write("over\n" if self.over else "\n")
+            self.process.stdin.close()
+        self.process.wait()
+        self.reader.join()
+
+
+class Nothing:
+    """In its place where no repository is named, and beside the main process."""
+
+    over = False
+
+
+@contextlib.contextmanager
+def sending(accelerator: Accelerator, directory: RunDirectory, console: Console) -> Iterator[Dispatch | Nothing]:
+    """Send what the run finishes while the block goes on, and at its end if `over` was set."""
+    if not (directory.recipe.hub.repo_id and accelerator.is_main_process):
+        yield Nothing()
+        return
+    dispatch = Dispatch(directory.path, console)
+    try:
+        yield dispatch
+    finally:
+        dispatch.close()
+
+
+def fetch_state(source: str, directory: RunDirectory) -> None:
+    """Fill an empty run directory with the state and the finished models that a run has pushed.
+
+    `source` is hub:OWNER/NAME. Raises `InputError` when there is no such state, or a run of this name is here already,
+    `DamagedData` when what came is not what was saved, and `Unreachable` when the Hub stays away.
+    """
+    repo_id = source.removeprefix(FROM_HUB)
+    if repo_id == source:
+        raise InputError(f"`--resume {source}`: hub:OWNER/NAME would work")
+    if directory.resumable():
+        raise InputError(
+            f"{directory.path} holds a run already: without `--resume` it goes on; `--name NAME` starts beside it"
+        )
+    staged = fresh(directory.path / STAGED / "fetched")
+    try:
+        patterns = ["checkpoints/*", "recipe.yaml", "metrics.jsonl", "environment.json", "night.json"]
+        snapshot_download(repo_id, revision=STATE, local_dir=staged, allow_patterns=patterns)
+        records = Metrics(staged / "metrics.jsonl").records()
+        for budget in {r["iteration"] for r in records if r.get("event") == "finished"}:
+            fetch_model(repo_id, budget, directory)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InputError(f"`--resume {source}`: no state to be seen there ({first_line(error)})") from None
+    except HfHubHTTPError as error:
+        raise Unreachable(f"`--resume {source}`: {first_line(error)}") from None
+    except ValueError as error:  # a name that the Hub would not take
+        raise InputError(f"`--resume {source}`: {first_line(error)}") from None
+    except Exception as error:  # httpx's transport errors, which huggingface_hub passes on
+        raise Unreachable(f"`--resume {source}`: {type(error).__name__}: {first_line(error)}") from None
+    place(staged, directory)
+
+
+def fetch_model(repo_id: str, budget: int, directory: RunDirectory) -> None:
+    """A finished model from its own branch; one that was never pushed is left out, and is trained again."""
+    folder = directory.models / folder_name(budget)
+    aside = fresh(directory.path / STAGED / folder_name(budget))
+    try:
+        snapshot_download(repo_id, revision=folder_name(budget), local_dir=aside)
+    except RevisionNotFoundError:
+        return
+    fresh(folder)
+    for name, path in allowed_files(aside, MODEL_FILES).items():
+        path.rename(folder / name)
+
+
+def place(staged: Path, directory: RunDirectory) -> None:
+    """Move a fetched state to where a run is gone on from, once every checkpoint in it is found whole."""
+    found = allowed_files(staged, STATE_FILES)
+    checkpoints = [*saved_iterations(staged / "checkpoints").values()]
+    for folder in (staged / "checkpoints").glob("cooldown-*"):
+        checkpoints += saved_iterations(folder).values()
+    for checkpoint in checkpoints:
+        if (problem := damage(checkpoint)) is not None:
+            raise DamagedData(f"{checkpoint.relative_to(staged)} of the Hub: {problem}")
+    for name, path in found.items():
+        there = directory.path / name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(there)

@@ -1,0 +1,126 @@
+"""What of a run belongs on the Hub, and on which branch: files by name, from a list of names that are allowed.
+
+Nothing else is ever sent, whatever lies in the run directory: no keys, no pickles, no links to elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from overnight.checkpoint import folder_name, iteration_of, read_state, saved_iterations
+from overnight.files import write_whole
+from overnight.metrics import Metrics
+from overnight.recipe import Recipe
+from overnight.report import CARD, CURVE, METRICS, RECIPE, finished, report, unfinished_card
+from overnight.unannealed import write_model
+
+MODEL_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|merges\.txt|model\.safetensors"
+)
+REPORT_FILES = re.compile("|".join(map(re.escape, (CARD, RECIPE, METRICS, CURVE))))
+EVALUATION_FILES = re.compile(r"results\.json|comparison\.md|against-[A-Za-z0-9._-]+\.png")
+STATE_FILES = re.compile(
+    r"(recipe\.yaml|environment\.json|metrics\.jsonl|night\.json)"
+    r"|checkpoints/(cooldown-\d+/)?iter-\d+/(model\.safetensors|optimizer\.safetensors|state\.json|SHA256SUMS)"
+)
+CHECKPOINTS, STATE = "checkpoints", "state"  # branches
+STAGED = ".hub"  # in a run directory: links to what is being sent, so that pruning takes nothing away
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """One commit on a branch. Files are given by their path in the repository."""
+
+    revision: str
+    title: str
+    files: dict[str, Path]  # which never change once they are there
+    beside: Callable[[], dict[str, Path]] = dict  # a card and what it shows, made when it is sent
+    tag: str | None = None
+    replaces: re.Pattern[str] | None = None  # files of earlier commits that go, unless they are sent again
+
+
+def allowed_files(folder: Path, names: re.Pattern[str]) -> dict[str, Path]:
+    """The files of a folder whose path in it is allowed; never a link, nor anything behind one."""
+    found = {}
+    for root, folders, files in os.walk(folder):  # which does not follow links
+        folders.sort()
+        for name in sorted(files):
+            path = Path(root) / name
+            relative = path.relative_to(folder).as_posix()
+            if names.fullmatch(relative) and not path.is_symlink():
+                found[relative] = path
+    return found
+
+
+def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Parcel]:
+    """A branch for each finished model, and `main` for the one with the lowest validation loss, which comes last."""
+    ends = {b: end["val_loss"] for b, end in finished(run, Metrics(run / "metrics.jsonl").records()).items()}
+    parcels = {budget: finished_model(run, recipe, repo_id, budget, loss) for budget, loss in ends.items()}
+    if not parcels:
+        return []
+    best = parcels[min(ends, key=lambda budget: (ends[budget], -budget))]
+    return [*parcels.values(), replace(best, revision="main", tag=None)]
+
+
+def finished_model(run: Path, recipe: Recipe, repo_id: str, budget: int, loss: float) -> Parcel:
+    """One finished model, with its evaluation where there is one."""
+    name, last = folder_name(budget), recipe.schedule.max_iters
+    scored = allowed_files(run / "evaluation" / name, EVALUATION_FILES)
+    files = allowed_files(run / "models" / name, MODEL_FILES)
+    files |= {f"evaluation/{path}": file for path, file in scored.items()}
+    return Parcel(
+        revision=name,
+        title=f"{budget:,} iterations, validation loss {loss:.4f}",
+        files=files,
+        beside=lambda: allowed_files(report(run, budget, repo_id), REPORT_FILES),
+        tag=f"final-{last:06d}" if budget == last else None,
+    )
+
+
+def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Parcel | None:
+    """The newest weights of the trunk, before any decay, as a model that loads; None while there are none."""
+    trunk = saved_iterations(run / "checkpoints")
+    if not trunk:
+        return None
+    iteration, checkpoint = max(trunk.items())
+    folder = fresh(run / STAGED / CHECKPOINTS)
+    write_model(checkpoint, recipe, folder)
+    write_whole(folder / CARD, unfinished_card(recipe, iteration, repo_id))
+    files = allowed_files(folder, MODEL_FILES)
+    return Parcel(CHECKPOINTS, f"{iteration:,} iterations, not annealed", files, lambda: {CARD: folder / CARD})
+
+
+def exact_state(run: Path) -> Parcel | None:
+    """The exact state to go on from elsewhere: the newest checkpoint of the trunk, and of a decay that is newer."""
+    trunk = saved_iterations(run / "checkpoints")
+    decays = [saved_iterations(folder) for folder in (run / "checkpoints").glob("cooldown-*")]
+    newest = [max(found.items())[1] for found in (trunk, *decays) if found]
+    if not newest:
+        return None
+    last_trunk = max(trunk, default=-1)
+    chosen = [path for path in newest if path.parent.name == "checkpoints" or iteration_of(path) > last_trunk]
+    staged = fresh(run / STAGED / STATE)
+    for path in chosen:
+        place = staged / path.relative_to(run)
+        place.mkdir(parents=True)
+        for file in path.iterdir():
+            os.link(file, place / file.name)  # a checkpoint's files are never changed, only removed
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "night.json"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, staged / name)
+    files = allowed_files(staged, STATE_FILES)
+    iteration = max(read_state(staged / path.relative_to(run))["iteration"] for path in chosen)
+    return Parcel(STATE, f"the state after {iteration:,} iterations", files, replaces=STATE_FILES)
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,278 @@
+"""Finished models reach the Hub whole, whatever it does meanwhile, and a run goes on from there on another machine."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import OTHER, READ, WRITE, Hub
+from runs import ROOT, final_sums, start, train, train_in_a_fresh_process
+
+from overnight.parcels import MODEL_FILES, allowed_files
+
+PUBLISH = [sys.executable, str(ROOT / "recipes" / "publish.py")]
+LADDER = ("--schedule.milestones", "[20, 30]", "--validation.prompts", "[]")
+MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+REPORT = {"README.md", "curve.png", "metrics.jsonl", "recipe.yaml"}
+# Pushes without the pauses that a real Hub is given.
+IMPATIENT = (
+    "import sys, overnight.hub as hub; from pathlib import Path; hub.FIRST_WAIT, hub.LONGEST_WAIT = 0.05, 0.1;"
+    "sys.exit(hub.publish(Path(sys.argv[1]), sys.argv[2], public=False, dry_run=False))"
+)
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+def pushed(
+    folder: Path, hub: Hub, home: Path, *arguments: str, token: str | None = WRITE
+) -> subprocess.CompletedProcess:
+    """recipes/publish.py, as a user types it."""
+    environment = hub.environment(token=token, home=home)
+    return subprocess.run(
+        [*PUBLISH, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def impatiently(folder: Path, hub: Hub, home: Path, run: str, repo: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", IMPATIENT, run, repo]
+    environment = hub.environment(home=home)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def files_of(hub: Hub, repo: str, revision: str) -> dict[str, bytes]:
+    """What a branch holds."""
+    return {path: file.content for path, file in hub.repos[repo].at(revision).files.items() if path != ".gitattributes"}
+
+
+def holds(hub: Hub, repo: str, revision: str, model: Path) -> bool:
+    """Whether a branch holds a finished model, byte for byte, and its report."""
+    there = files_of(hub, repo, revision)
+    local = {name: path.read_bytes() for name, path in allowed_files(model, MODEL_FILES).items()}
+    return there.keys() >= MODEL | REPORT and all(there[name] == content for name, content in local.items())
+
+
+@pytest.fixture(scope="module")
+def finished(workplace):
+    """A run of two budgets that was never pushed; copied by the tests that push it."""
+    done = train(
+        workplace, "tiny.yaml", "--name", "unpushed", "--schedule.max_iters", "20", "--validation.prompts", "[]"
+    )
+    assert done.returncode == 0, done.stderr
+    return workplace / "runs" / "unpushed"
+
+
+@pytest.fixture
+def copy(finished, workplace):
+    """A copy of that run, with files beside that nobody may get."""
+    folder = workplace / "runs" / "copied"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(finished, folder)
+    for place in (folder, folder / "models" / "iter-000020"):
+        for name in (".env", "notes.pkl", ".hf_token", "model.bin", "id_rsa"):
+            (place / name).write_text("CANARY")
+    (folder / "models" / "iter-000020" / "vocab.json").symlink_to("/etc/hostname")
+    return folder
+
+
+def test_a_run_with_three_budgets_is_on_the_hub_when_it_ends(workplace, hub, tmp_path):
+    run = workplace / "runs" / "pushed"
+    run.mkdir(parents=True)
+    for name in (".env", "secret.pkl", ".hf_token"):
+        (run / name).write_text("CANARY")
+    command = ("tiny.yaml", "--name", "pushed", *LADDER, "--hub.repo_id", "alice/ladder")
+    done = train(workplace, *command, **hub.settings(WRITE, tmp_path))
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["alice/ladder"]
+    assert repo.private and set(repo.branches) == {"main", "iter-000020", "iter-000030", "iter-000040"}
+    assert set(repo.tags) == {"final-000040"}
+    for budget in (20, 30, 40):
+        assert holds(hub, "alice/ladder", f"iter-0000{budget}", run / "models" / f"iter-0000{budget}")
+        assert f"iter-0000{budget}: {budget} iterations, validation loss" in done.stdout
+    assert holds(hub, "alice/ladder", "main", run / "models" / "iter-000040")
+    assert set(files_of(hub, "alice/ladder", "main")) == MODEL | REPORT
+    assert "still owed" not in done.stdout
+
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
+        "from huggingface_hub import snapshot_download; from pathlib import Path\n"
+        "for revision in sys.argv[2:]:\n"
+        "    there = M.from_pretrained('alice/ladder', revision=revision).state_dict()\n"
+        "    here = M.from_pretrained(f'{sys.argv[1]}/models/{revision}').state_dict()\n"
+        "    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in here)\n"
+        "print(*sorted(path.name for path in Path(snapshot_download('alice/ladder')).iterdir()))"
+    )
+    command = [sys.executable, "-c", code, str(run), "iter-000020", "iter-000030", "iter-000040"]
+    loaded = subprocess.run(
+        command, env=hub.environment(home=tmp_path / "b"), capture_output=True, text=True, check=False
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert set(loaded.stdout.split()) == MODEL | REPORT | {".gitattributes"}
+
+    before = len(repo.commits)
+    again = train(
+        workplace,
+        *("tiny.yaml", "--name", "pushed", *LADDER, "--hub.repo_id", "alice/ladder"),
+        **hub.settings(WRITE, tmp_path),
+    )
+    assert again.returncode == 0 and "runs/pushed is finished" in again.stdout
+    assert len(repo.commits) == before  # everything is there: nothing is owed
+
+
+def test_e1_a_hub_that_hangs_stops_no_iteration_and_what_is_owed_is_sent_later(workplace, hub, tmp_path):
+    hub.fault("hang")
+    options = ("--schedule.max_iters", "20", "--hub.repo_id", "alice/later", "--hub.patience_minutes", "0.02")
+    done = train(workplace, "tiny.yaml", "--name", "later", *options, **hub.settings(WRITE, tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert said.index("runs/later is finished") < said.index("still owed")
+    assert "python recipes/publish.py runs/later" in said
+    hub.heal()
+    sent = pushed(workplace, hub, tmp_path, "runs/later")
+    assert sent.returncode == 0, sent.stderr
+    assert holds(hub, "alice/later", "main", workplace / "runs" / "later" / "models" / "iter-000020")
+
+
+def test_e1_whatever_may_pass_is_tried_again(workplace, copy, hub, tmp_path):
+    for code in (409, 412, 429, 500, 503):
+        hub.fault("status", "/commit/", times=1, code=code)
+    hub.fault("status", "whoami", times=1, code=502)
+    hub.fault("drop", "repos/create", times=1)
+    hub.fault("drop", "/commit/", times=2)
+    hub.fault("status", "/tree/", times=2, code=504)
+    hub.fault("lose", "/commit/", times=1)
+    sent = impatiently(workplace, hub, tmp_path, "runs/copied", "alice/copied")
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert "trying again" in sent.stdout
+    assert holds(hub, "alice/copied", "iter-000020", copy / "models" / "iter-000020")
+    assert holds(hub, "alice/copied", "main", copy / "models" / "iter-000020")
+
+
+def test_e2_killed_in_an_upload_nothing_half_is_seen_and_the_next_start_sends_it(workplace, copy, hub, tmp_path):
+    hub.fault("hang", "^PUT ")
+    environment = hub.environment(home=tmp_path)
+    process = subprocess.Popen([*PUBLISH, "runs/copied", "--repo-id", "alice/killed"], cwd=workplace, env=environment)
+    deadline = time.monotonic() + 120
+    while not any(request.startswith("PUT ") for request in hub.requests) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert files_of(hub, "alice/killed", "iter-000020") == files_of(hub, "alice/killed", "main") == {}
+    hub.heal()
+    assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/killed").returncode == 0
+    assert holds(hub, "alice/killed", "main", copy / "models" / "iter-000020")
+
+
+def test_e3_a_wrong_byte_and_a_missing_file_are_noticed_and_sent_again(workplace, copy, hub, tmp_path):
+    hub.fault("bytes", "^PUT ", times=1)
+    hub.fault("forget", "/commit/", times=1, file="config.json")
+    hub.fault("bytes", "/commit/", times=1, file="recipe.yaml")
+    sent = impatiently(workplace, hub, tmp_path, "runs/copied", "alice/wrong")
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert "did not arrive as sent" in sent.stdout
+    for revision in ("iter-000020", "main"):
+        assert holds(hub, "alice/wrong", revision, copy / "models" / "iter-000020")
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "said"),
+    [
+        (None, "alice/x", "no token is set"),
+        ("hf_unknown", "alice/x", "the Hub refuses (401)"),
+        (READ, "alice/x", "the token may only read"),
+        (OTHER, "alice/x", "alice/x belongs to alice, the token to bob: bob/x would work"),
+    ],
+)
+def test_e1_what_the_hub_refuses_is_said_in_one_line(workplace, copy, hub, tmp_path, token, repo, said):
+    refused = pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", repo, token=token)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert said in refused.stderr and "Traceback" not in refused.stderr
+    assert repo not in hub.repos
+
+
+def test_e4_without_a_token_or_offline_a_run_says_so_and_is_trained(workplace, hub, tmp_path):
+    options = ("--schedule.max_iters", "10", "--hub.repo_id", "alice/none")
+    done = train(workplace, "tiny.yaml", "--name", "no-token", *options, **hub.settings(None, tmp_path))
+    assert done.returncode == 0 and done.stdout.count("no token is set, so nothing is sent") == 1 + 1  # and at the end
+    offline = hub.settings(WRITE, tmp_path) | {"HF_HUB_OFFLINE": "1"}
+    done = train(workplace, "tiny.yaml", "--name", "offline", *options, **offline)
+    assert done.returncode == 0 and "HF_HUB_OFFLINE is set, so nothing is sent" in done.stdout
+    assert hub.requests == []
+
+
+def test_e5_e6_only_what_is_allowed_is_sent_and_no_secret_is_anywhere(workplace, copy, hub, tmp_path):
+    command = ("runs/copied", "--repo-id", "alice/clean", "--dry-run")
+    dry = pushed(workplace, hub, tmp_path, *command)
+    assert dry.returncode == 0, dry.stderr
+    assert hub.requests == [] and "alice/clean, main: 20 iterations" in dry.stdout
+    sent = pushed(workplace, hub, tmp_path, *command[:-1])
+    assert sent.returncode == 0, sent.stderr
+    there = files_of(hub, "alice/clean", "main")
+    assert set(there) == MODEL | REPORT
+    assert set(re.findall(r"^  (\S+) ", dry.stdout, re.MULTILINE)) == set(there)
+    hostname = Path("/etc/hostname").read_bytes().strip() or b"nothing"
+    for content in [*there.values(), sent.stdout.encode(), sent.stderr.encode()]:
+        assert b"CANARY" not in content and WRITE.encode() not in content
+    assert not any(hostname in content for name, content in there.items() if name.startswith("vocab"))
+    for path in copy.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            assert WRITE.encode() not in path.read_bytes()
+
+
+def test_an_evaluation_that_came_later_is_added(workplace, copy, hub, tmp_path):
+    assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/scored").returncode == 0
+    scored = copy / "evaluation" / "iter-000020"
+    scored.mkdir(parents=True)
+    (scored / "comparison.md").write_text("# compared\n")
+    (scored / "results.json").write_text('{"settings": {"limit": null}, "models": [{"tasks": {}}], "comparisons": []}')
+    assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/scored").returncode == 0
+    there = files_of(hub, "alice/scored", "main")
+    assert there["evaluation/comparison.md"] == b"# compared\n"
+    assert b"evaluation/comparison.md" in there["README.md"]
+
+
+@pytest.mark.slow
+def test_killed_here_and_resumed_from_the_hub_elsewhere_to_the_same_bits(workplace, undisturbed, hub, tmp_path):
+    """Machine A is killed in the decay; machine B has the data, an empty folder, and the Hub."""
+    options = ("--schedule.max_iters", "200", "--schedule.milestones", "[40]", "--validation.prompts", "[]")
+    options += ("--hub.repo_id", "alice/moved", "--hub.push_state", "true", "--hub.every_hours", "0.0001")
+    whole = train(workplace, "tiny.yaml", "--name", "stays", *options[:6])
+    assert whole.returncode == 0, whole.stderr
+    process = start(workplace, "tiny.yaml", "--name", "moved", *options, **hub.settings(WRITE, tmp_path))
+    for line in process.stdout:
+        if "alice/moved, state:" in line and int(line.split("after ")[1].split()[0].replace(",", "")) > 50:
+            process.kill()
+            break
+    assert process.wait() == -signal.SIGKILL
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(workplace / "tiny.yaml", elsewhere)
+    environment = hub.settings(WRITE, tmp_path / "b")
+    resumed = train_in_a_fresh_process(
+        elsewhere, "tiny.yaml", "--name", "moved", *options[:6], "--resume", "hub:alice/moved", **environment
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "goes on at iteration" in resumed.stdout
+    assert final_sums(elsewhere, "moved", 200) == final_sums(workplace, "stays", 200)
+    same = (workplace / "runs/stays/models/iter-000200/SHA256SUMS").read_text()
+    assert (elsewhere / "runs/moved/models/iter-000200/SHA256SUMS").read_text() == same
+    card = files_of(hub, "alice/moved", "checkpoints")["README.md"].decode()
+    assert "Not annealed, and not a finished model" in card
+    again = train_in_a_fresh_process(
+        elsewhere, "tiny.yaml", "--name", "moved", *options[:6], "--resume", "hub:alice/moved", **environment
+    )
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    gone = train_in_a_fresh_process(
+        elsewhere, "tiny.yaml", "--name", "gone", *options[:6], "--resume", "hub:alice/gone", **environment
+    )
+    assert gone.returncode == 2 and "no state to be seen there" in gone.stderr
+    assert not (elsewhere / "runs" / "gone" / "checkpoints").exists()

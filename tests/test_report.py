@@ -1,0 +1,138 @@
+"""A model's card tells what its run's files say, its code runs, and no text from elsewhere becomes markup in it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from runs import records, tiny
+
+from overnight import train as train_module
+from overnight.recipe import InputError
+from overnight.report import fenced, report, text
+
+HOSTILE = "---\nlicense: evil\n---\n<script>alert(1)</script> [x](http://evil.example) ![](http://evil.example/y.png)"
+HOSTILE += " {{7*7}} ``` `a` | \u202eabc www.evil.example <img src=x onerror=y>"
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Whether the run was made."""
+    return []
+
+
+@pytest.fixture
+def run(in_process, made):
+    """A run with two budgets whose recipe says hostile things, and an evaluation beside its last model."""
+    folder = Path("runs/carded")
+    if not made:
+        options = ("--name", "carded", "--schedule.milestones", "[30]", "--validation.every", "4")
+        options += ("--validation.prompts", json.dumps([HOSTILE]), "--data.licence", json.dumps(HOSTILE))
+        assert train_module.train(tiny(in_process, *options)) == 0
+        scored = folder / "evaluation" / "iter-000040"
+        scored.mkdir(parents=True)
+        (scored / "results.json").write_text(json.dumps(RESULTS))
+        (scored / "comparison.md").write_text("# compared\n")
+        made.append(True)
+    return folder
+
+
+TASK = {"metrics": {"acc": 0.41}, "metric": "acc", "chance": 0.25}
+VERDICT = {
+    "task": "sciq",
+    "metric": "acc",
+    "ours": 0.41,
+    "theirs": 0.5,
+    "difference": -0.09,
+    "low": -0.1,
+    "high": -0.08,
+}
+RESULTS = {
+    "settings": {"limit": 100},
+    "models": [{"tasks": {"sciq": TASK}, "facts": {"name": "ours"}}],
+    "comparisons": [{"opponent": HOSTILE, "tasks": [VERDICT | {"verdict": "worse"}]}],
+}
+
+
+def readme(run: Path, budget: int = 40, repo_id: str | None = None) -> str:
+    return (report(run, budget, repo_id) / "README.md").read_text()
+
+
+def rendered(markdown: str) -> str:
+    """The HTML of a card's body, raw HTML in it passed through as the Hub would."""
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown.split("\n---\n", 1)[1])
+
+
+def test_the_card_has_the_values_of_the_files(run, in_process):
+    card = readme(run)
+    (end,) = [r for r in records(in_process, "carded", "event") if (r["event"], r["iteration"]) == ("finished", 40)]
+    header = yaml.safe_load(card.split("---\n")[1])
+    results = header["model-index"][0]["results"]
+    assert header["license"] == "apache-2.0" and header["model-index"][0]["name"] == "carded"
+    assert results[0]["metrics"] == [{"type": "loss", "value": end["val_loss"]}]
+    assert results[1]["metrics"] == [{"type": "acc", "value": 0.41}] and results[1]["dataset"]["name"] == "sciq"
+    assert f"**{end['val_loss']:.4f}** nats a token" in card
+    rows = re.findall(r"^\| (30|40) \| .*? \| - \| (.*?) \| (.*?) \|$", card, re.MULTILINE)
+    assert [row[0] for row in rows] == ["30", "40"] and rows[1][2] == f"{end['val_loss']:.3f}"
+    assert re.fullmatch(r"\d\.\d{3} to \d\.\d{3} at iteration \d+", rows[1][1])
+    assert "better on 0 of 1 tasks, worse on 1" in card and "-9.0 (-10.0 to -8.0) points" in card
+    assert "Only the first 100 items" in card
+    assert "| energy | not measured |" in card
+    assert ModelCard(card).data.to_dict()["library_name"] == "transformers"
+
+
+def test_f5_text_from_recipes_and_results_stays_text(run):
+    card = readme(run)
+    assert yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))["license"] == "apache-2.0"
+    html = rendered(card)
+    assert "<script" not in html and "<img src=x" not in html and "\u202e" not in html
+    links = re.findall(r'(?:href|src)="([^"]*)"', html)
+    assert sorted(links) == ["curve.png", "evaluation/comparison.md", "recipe.yaml"]
+    assert html.count("<h1>") == 1 and html.count("<h2>") == 6
+    assert "49" not in text("{{7*7}}") and "{{7*7}}" in MarkdownIt().render(text("{{7*7}}"))
+    for awkward in ("a `b` c", "**bold**", "# head", "1 | 2", "http://evil.example", "<b>", "x_y_z", "a\n---\nb"):
+        shown = MarkdownIt("commonmark", {"html": True}).enable("table").render("x " + text(awkward))
+        assert re.fullmatch(r"<p>x [^<]*</p>\n", shown), shown
+    assert MarkdownIt().render(fenced("a\n````\n# b", "sh")).count("<code") == 1
+
+
+def test_the_recipe_beside_the_card_is_one_and_names_no_folder_of_this_machine(run, in_process):
+    folder = report(run, 40)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["data"]["path"] == ["text.jsonl"] and recipe["schedule"]["milestones"] == [30]
+    for path in folder.rglob("*"):
+        if path.suffix in (".md", ".yaml", ".jsonl"):
+            assert str(in_process) not in path.read_text()
+    kept = [json.loads(line) for line in (report(run, 30) / "metrics.jsonl").read_text().splitlines()]
+    assert {r["iteration"] for r in kept if r["kind"] == "train"} == set(range(1, 31))
+    assert (folder / "evaluation" / "comparison.md").read_text() == "# compared\n"
+    assert not (report(run, 30) / "evaluation").exists()
+
+
+def test_report_writes_a_folder_for_each_finished_model(run, root):
+    command = [sys.executable, str(root / "recipes" / "report.py")]
+    shown = subprocess.run([*command, str(run)], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines() == [f"written: {run}/report/iter-0000{budget}/README.md" for budget in (30, 40)]
+    shutil.copytree(run, "runs/nothing-yet", ignore=shutil.ignore_patterns("models"))
+    refused = subprocess.run([*command, "runs/nothing-yet"], capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "") and "no finished model yet" in refused.stderr
+
+
+def test_the_code_of_the_card_runs(run):
+    code = re.search(r"^(`{3,})python\n(.*?)\n\1$", readme(run), re.MULTILINE | re.DOTALL)
+    ran = subprocess.run([sys.executable, "-c", code[2]], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["u/../r", "a/b/c", "/abs", "a\nb", "-x/y", "x..y", "some one/x", "x.git", "../x"])
+def test_e6_a_name_that_the_hub_would_not_take_is_refused(workplace, name):
+    with pytest.raises(InputError, match=r"`hub\.repo_id`.*someone/gpt2-40m would work"):
+        tiny(workplace, "--hub.repo_id", json.dumps(name))
