@@ -36,7 +36,7 @@ LICENSES = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0"
 RESULT = {"task": {"type": str}, "dataset": {"name": str, "type": str}, "metrics": [{"type": str, "value": object}]}
 MODEL_INDEX = [{"name": str, "results": [RESULT]}]
 KINDS = ("status", "drop", "lose", "hang", "bytes", "forget")
-# Where alone these two can do something: so one of `times=1` waits for such a request.
+# These two can do something only here, so one of `times=1` waits for such a request.
 PLACES = {"bytes": "^PUT |^POST .*/commit/|^GET .*/resolve/", "forget": "^POST .*/commit/"}
 
 
@@ -61,12 +61,12 @@ class Refusal(Exception):
 class Fault:
     """What goes wrong in the next `times` requests whose "METHOD path" has a `match` (None: in all until `Hub.heal`).
 
-    "status" answers with `code`, and with `retry_after` seconds as Retry-After; 502, 503 and 504 with a page of HTML, as
-    what stands before the real Hub does. "drop" closes the connection instead of doing anything; "lose" does what was
-    asked and then closes it without an answer. "hang" holds the request for `seconds` or until `Hub.heal`, and then
-    does it, whether or not the client still waits. "bytes" flips a bit: of the LFS object that comes in, of a file of
-    a commit, or of the file that goes out. "forget" reports a commit as made that lacks one of its files. Of a commit,
-    `file` is meant, or else the last file.
+    "status" answers with `code`, and with `retry_after` seconds as Retry-After; 502, 503 and 504 with a page of HTML,
+    as what stands before the real Hub does. "drop" closes the connection instead of doing anything; "lose" does what
+    was asked and then closes it without an answer. "hang" holds the request for `seconds` or until `Hub.heal`, and
+    then does it, whether or not the client still waits. "bytes" flips a bit: of the LFS object that comes in, of a
+    file of a commit, or of the file that goes out. "forget" reports a commit as made that lacks one of its files. Of a
+    commit, `file` is meant, or else the last file.
     """
 
     kind: str

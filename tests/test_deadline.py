@@ -13,8 +13,8 @@ from runs import losses_by_decay, records, start, tiny, train
 
 from overnight import deadline
 from overnight import train as train_module
-from overnight.checkpoint import saved_iterations
 from overnight.deadline import Kept, Night, fitting, next_time
+from overnight.layout import saved_iterations
 from overnight.optim import lr_at
 from overnight.recipe import InputError, branch_point, towards
 

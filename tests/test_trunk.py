@@ -8,8 +8,8 @@ import pytest
 from runs import final_sums, losses_by_decay, records, start, tiny
 
 from overnight import train as train_module
-from overnight.checkpoint import saved_iterations
 from overnight.cli import EXIT_INTERRUPTED
+from overnight.layout import saved_iterations
 from overnight.optim import lr_at
 from overnight.recipe import InputError, Schedule, branch_points, goals, towards
 

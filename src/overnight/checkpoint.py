@@ -8,7 +8,6 @@ order of the data and the dropout of an iteration are functions of (seed, iterat
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -23,27 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from overnight.files import forget_cached, sha256, sync
+from overnight.layout import saved_iterations
 
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
-_NAME = re.compile(r"iter-(\d{6,})")
 
 Tensors = dict[str, dict[str, Tensor]]  # by file, by name in the file
-
-
-def folder_name(iteration: int) -> str:
-    """`iter-004800`"""
-    return f"iter-{iteration:06d}"
-
-
-def iteration_of(path: Path) -> int:
-    """4800 of `.../iter-004800`."""
-    return int(path.name.removeprefix("iter-"))
-
-
-def saved_iterations(folder: Path) -> dict[int, Path]:
-    """The checkpoints (or models) in `folder` by iteration, ascending; other files there are left alone."""
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("iter-*"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_dir()))
 
 
 @dataclass

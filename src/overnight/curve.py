@@ -9,9 +9,9 @@ from typing import Any
 
 from overnight.budget import gpt2_loss
 from overnight.law import DATASETS
+from overnight.layout import read_run
 from overnight.metrics import Record
 from overnight.recipe import InputError
-from overnight.rundir import read_run
 
 HIGHEST = 1.2  # nats above the median validation loss that are shown
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import psutil
 from accelerate.utils import broadcast_object_list
 
-from overnight.checkpoint import saved_iterations
 from overnight.console import duration
 from overnight.files import write_whole
+from overnight.layout import saved_iterations
 from overnight.recipe import InputError, Recipe, branch_point, ending_now, towards
 from overnight.rundir import RunDirectory
 

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from overnight.checkpoint import damage, folder_name, saved_iterations
+from overnight.checkpoint import damage
 from overnight.console import Console
 from overnight.evaluation.milestone import NOT_INHERITED
+from overnight.layout import folder_name, saved_iterations
 from overnight.metrics import Metrics
 from overnight.parcels import MODEL_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
 from overnight.recipe import DamagedData, InputError, Unreachable, first_line

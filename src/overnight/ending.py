@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from overnight.checkpoint import folder_name
 from overnight.cli import EXIT_DIVERGED, EXIT_INTERRUPTED
 from overnight.evaluation.milestone import Look
 from overnight.export import export
 from overnight.files import no_room
+from overnight.layout import folder_name
 from overnight.model import published
 from overnight.progress import Pace, log_look, log_lost, print_finished
 from overnight.recipe import branch_point

@@ -25,17 +25,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import get_session
 from pydantic import ValidationError
 
 from overnight.cli import EXIT_INTERRUPTED
 from overnight.files import sha256
+from overnight.layout import recipe_of
 from overnight.parcels import Parcel, exact_state, finished_models, newest_weights
 from overnight.recipe import Hub, InputError, Recipe, first_line
 from overnight.report import reported
-from overnight.rundir import recipe_of
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries; doubled each time, half of it by chance
 POLL = 5.0  # seconds between two looks at the run directory
+SILENCE = 120.0  # seconds without a byte after which a request has failed; huggingface_hub itself would wait for ever
+GRACE = 5.0  # seconds after the patience at a run's end in which a request may still come back
 REFUSALS = (401, 403)
 NEVER = (400, 422)  # the request itself is wrong; the same again would be too
 
@@ -142,17 +145,18 @@ def refusal(error: Exception) -> str | None:
 
 
 def patiently(act: Callable[[], None], say: Say, wait: Callable[[float], bool]) -> str | None:
-    """Do `act`, again after anything that may pass; returns None, or why it was given up.
+    """Do `act`, again after anything that may pass; returns None, or why there was no time left for it.
 
-    `wait` waits some seconds and says whether there is still time. OSError of a file that was pruned passes too.
+    `wait` waits some seconds and says whether there is still time. Raises `Refused` where another try would not help.
     """
     pause, problem = FIRST_WAIT, ""
     while True:
+        get_session().timeout = SILENCE  # a new one may have been made after an error
         try:
             act()
         except Exception as error:  # httpx's transport errors are of neither huggingface_hub's classes nor OSError
             if (why := refusal(error)) is not None:
-                return why
+                raise Refused(why) from None
             now = f"{type(error).__name__}: {first_line(error)}"
             if now != problem:
                 say(f"hub: {now}; trying again")
@@ -197,9 +201,11 @@ class Courier:
             yield from filter(None, (weights, state))
 
     def deliver(self) -> list[str]:
-        """Send until the run is over and everything is there; returns what is still owed, in words."""
+        """Send until the run is over and everything is there; returns what is still owed, in words.
+
+        Raises `Refused` as soon as the Hub does.
+        """
         if (why := self.open()) is not None:
-            self.say(f"hub: {why}; training goes on")
             return [why]
         self.say(f"hub: finished models go to {self.shelf.repo_id}, {'private' if self.shelf.private else 'public'}")
         started = time.monotonic()
@@ -252,9 +258,12 @@ def publish(run: Path, repo_id: str | None, *, public: bool, dry_run: bool) -> i
         return 0
     courier = Courier(run, recipe, lambda line: print(line, flush=True))
     courier.over.set()
-    if (why := courier.open()) is not None:
-        raise InputError(why)
-    if owed := courier.send(rhythm=False):
+    try:
+        late = courier.open()
+        owed = [late] if late is not None else courier.send(rhythm=False)
+    except Refused as refused:
+        raise InputError(str(refused)) from None
+    if owed:
         print(f"still owed: {'; '.join(owed)}; the same command tries again")
         return EXIT_INTERRUPTED
     print(f"{courier.shelf.repo_id} holds every finished model of {run}")
@@ -262,7 +271,7 @@ def publish(run: Path, repo_id: str | None, *, public: bool, dry_run: bool) -> i
 
 
 def main(run: Path) -> int:
-    """Serve one run until standard input ends; 0 when nothing is owed."""
+    """Serve one run until standard input ends; 0 when all of it is there."""
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -273,11 +282,19 @@ def main(run: Path) -> int:
         if sys.stdin.readline().strip() != "over":  # the trainer was killed: what is owed, the next session sends
             os._exit(0)
         courier.over.set()
+        time.sleep(60 * courier.recipe.hub.patience_minutes + GRACE)
+        say(f"hub: no answer. {later}")
+        os._exit(1)
 
+    later = f"What is still owed, this sends: python recipes/publish.py {run}"
     threading.Thread(target=listen, daemon=True).start()
-    owed = courier.deliver()
+    try:
+        owed = courier.deliver()
+    except Refused as refused:
+        say(f"hub: {refused}; the run goes on. {later}")
+        return 1
     if owed:
-        say(f"hub: still owed: {'; '.join(owed)}. To send it: python recipes/publish.py {run}")
+        say(f"hub: still owed: {'; '.join(owed)}. {later}")
     return bool(owed)
 
 

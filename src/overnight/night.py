@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from overnight import doctor
-from overnight.checkpoint import folder_name, iteration_of
 from overnight.cli import EXIT_INTERRUPTED, default_recipe, recipe_command
+from overnight.layout import folder_name, iteration_of
 from overnight.manifest import MANIFEST, is_prepared
 from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory

@@ -12,9 +12,9 @@ from accelerate.utils import broadcast_object_list
 from overnight.console import duration
 from overnight.forecast import FEWEST, Forecast, Point, forecast, usable
 from overnight.law import INTERVAL, Expected
+from overnight.layout import read_run
 from overnight.metrics import Record
 from overnight.recipe import Recipe, Schedule, branch_point, ending_now, fits, goals, towards
-from overnight.rundir import read_run
 
 if TYPE_CHECKING:
     from overnight.progress import Pace

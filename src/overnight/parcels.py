@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from overnight.checkpoint import folder_name, iteration_of, read_state, saved_iterations
 from overnight.files import write_whole
+from overnight.layout import folder_name, iteration_of, saved_iterations
 from overnight.metrics import Metrics
 from overnight.recipe import Recipe
 from overnight.report import CARD, CURVE, METRICS, RECIPE, finished, report, unfinished_card
-from overnight.unannealed import write_model
 
 MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -88,6 +87,8 @@ def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Parcel | None:
     trunk = saved_iterations(run / "checkpoints")
     if not trunk:
         return None
+    from overnight.unannealed import write_model  # and with it torch, which nothing else here needs
+
     iteration, checkpoint = max(trunk.items())
     folder = fresh(run / STAGED / CHECKPOINTS)
     write_model(checkpoint, recipe, folder)
@@ -115,7 +116,7 @@ def exact_state(run: Path) -> Parcel | None:
         if (run / name).is_file():
             shutil.copyfile(run / name, staged / name)
     files = allowed_files(staged, STATE_FILES)
-    iteration = max(read_state(staged / path.relative_to(run))["iteration"] for path in chosen)
+    iteration = max(map(iteration_of, chosen))
     return Parcel(STATE, f"the state after {iteration:,} iterations", files, replaces=STATE_FILES)
 
 

@@ -17,13 +17,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from overnight import law
 from overnight.budget import gpt2_loss
-from overnight.checkpoint import folder_name
 from overnight.console import count, duration, plain
 from overnight.curve import draw
 from overnight.files import write_whole
+from overnight.layout import folder_name, read_run
 from overnight.metrics import Record
 from overnight.recipe import InputError, Recipe, branch_point, towards
-from overnight.rundir import read_run
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb", "None")  # None: the embedded corpus
@@ -176,7 +175,8 @@ def usage(run: Path, recipe: Recipe, budget: int, repo_id: str | None) -> str:
 model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{revision})
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{revision})
 ids = tokenizer({json.dumps(prompt)}, return_tensors="pt").input_ids
-out = model.generate(ids, max_new_tokens={min(40, context // 2)}, do_sample=True, top_k=50, pad_token_id=tokenizer.eos_token_id)
+sampling = {{"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}}
+out = model.generate(ids, max_new_tokens={min(40, context // 2)}, **sampling)
 print(tokenizer.decode(out[0]))
 """
     return fenced(code, "python") + "\n\nIt continues text; it was not taught to answer or to follow instructions."

@@ -15,10 +15,11 @@ from typing import IO, Any
 import torch
 import yaml
 
-from overnight.checkpoint import clear_leftovers, folder_name, saved_iterations
+from overnight.checkpoint import clear_leftovers
 from overnight.files import write_whole
+from overnight.layout import folder_name, saved_iterations
 from overnight.lock import hold
-from overnight.metrics import Metrics, Record
+from overnight.metrics import Metrics
 from overnight.recipe import InputError, Recipe, branch_point, branch_points, goals, lasting, meaning, towards
 
 RUNS = Path("runs")
@@ -206,23 +207,6 @@ class RunDirectory:
             return reach is None or record["iteration"] <= reach
 
         self.metrics.keep(wanted)
-
-
-def recipe_of(run: Path) -> Recipe:
-    """The recipe of a run directory; `InputError` where it is none."""
-    try:
-        return Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recipe"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{run} is no run directory ({type(error).__name__}); runs/NAME would work") from None
-
-
-def read_run(run: Path) -> tuple[Recipe, list[Record]]:
-    """A run directory's recipe and its records; `InputError` where it is none, or nothing was validated yet."""
-    recipe = recipe_of(run)
-    records = Metrics(run / "metrics.jsonl").records()
-    if not any(record["kind"] == "val" for record in records):
-        raise InputError(f"{run} has no validation yet; its first comes before the first iteration")
-    return recipe, records
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
