@@ -148,7 +148,7 @@ def test_e1_whatever_may_pass_is_tried_again(workplace, copy, hub, tmp_path):
     hub.fault("status", "whoami", times=1, code=502)
     hub.fault("drop", "repos/create", times=1)
     hub.fault("drop", "/commit/", times=2)
-    hub.fault("status", "/tree/", times=2, code=504)
+    hub.fault("status", "^GET .*/revision/", times=2, code=504)
     hub.fault("lose", "/commit/", times=1)
     sent = impatiently(workplace, hub, tmp_path, "runs/copied", "alice/copied")
     assert sent.returncode == 0, sent.stdout + sent.stderr

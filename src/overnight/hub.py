@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -24,7 +25,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_session
 from pydantic import ValidationError
 
@@ -91,11 +91,11 @@ class Shelf:
 
     def listed(self, revision: str) -> dict[str, str]:
         """The digests of a branch's files as the Hub has them: SHA-256 of a large file, git's SHA-1 of a small one."""
-        try:
-            tree = list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision))
+        try:  # list_repo_tree would do, but takes no timeout
+            found = self.api.model_info(self.repo_id, revision=revision, files_metadata=True, timeout=SILENCE)
         except (RevisionNotFoundError, RepositoryNotFoundError):
             return {}
-        return {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in tree if isinstance(e, RepoFile)}
+        return {e.rfilename: e.lfs.sha256 if e.lfs else e.blob_id or "" for e in found.siblings or []}
 
     def digest(self, path: Path, like: str | None) -> str:
         """The digest of a local file in the form that `like` has: SHA-256 for 64 digits, git's otherwise."""
@@ -135,6 +135,8 @@ def refusal(error: Exception) -> str | None:
     """Why another try would not help, in a line; None where it may."""
     if isinstance(error, Refused):
         return str(error)
+    if isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):
+        return f"the Hub does not take it: {first_line(error)}"  # of a card, which huggingface_hub has checked there
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         code = error.response.status_code
         if code in REFUSALS:
