@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight import cli
+from overnight import cli, night
 from overnight.plan import parameter_count
 from overnight.recipe import leaves
 from overnight.recipe_file import load
@@ -82,7 +82,10 @@ def test_make_knows_the_target_and_the_recipe_takes_the_overrides(command):
     variables = dict(word.split("=", 1) for word in command[1:] if "=" in word)
     assert variables.keys() <= {"RECIPE", "ARGS", "TORCH", "PYTHON", "EXTRAS", "CONFIG_FILE"}
     if "RECIPE" in variables:
-        load(ROOT / variables["RECIPE"], shlex.split(variables.get("ARGS", "")))
+        parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+        night.add_options(parser)
+        _, overrides = parser.parse_known_args(shlex.split(variables.get("ARGS", "")))
+        load(ROOT / variables["RECIPE"], overrides)
 
 
 @pytest.mark.parametrize("command", SCRIPTS, ids=" ".join)
