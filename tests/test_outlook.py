@@ -11,8 +11,9 @@ import pytest
 from runs import TINY, records, start, tiny
 
 from overnight import train as train_module
+from overnight.outlook import to_come
 from overnight.prepare import prepare
-from overnight.recipe import InputError
+from overnight.recipe import InputError, towards
 from overnight.recipe_file import load
 
 LADDER = ("--schedule.max_iters", "80", "--schedule.milestones", "[50, 60]", "--validation.every", "5")
@@ -135,3 +136,13 @@ def test_a_corpus_that_is_used_up_is_flat_and_a_larger_one_is_not(in_process):
     assert finished(in_process, "used_up")[-1] == event["budget"] < 400
     assert run(in_process, "not-used-up", *options) == 0
     assert finished(in_process, "not-used-up") == [100, 200, 400]
+
+
+def test_a_decay_takes_no_budget_from_the_trunk_that_it_goes_back_to():
+    recipe = load(Path(__file__).resolve().parents[1] / "recipes" / "fineweb_edu_40m_ladder.yaml")
+    schedule = recipe.schedule
+    assert to_come(recipe, towards(schedule, 6_000), 3_000) == {6_000, 10_000, 15_000, 20_000}
+    assert to_come(recipe, towards(schedule, 10_000), 9_000) == {10_000, 15_000, 20_000}
+    assert to_come(recipe, towards(schedule, 10_000), 10_000) == {15_000, 20_000}
+    single = load(Path(__file__).resolve().parents[1] / "recipes" / "fineweb_edu_40m.yaml")
+    assert to_come(single, single.schedule, 5_000) == {10_000, 15_000, 20_000}  # 6,000 would have left at 4,800

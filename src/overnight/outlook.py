@@ -68,7 +68,7 @@ def outlook_of(run: Run) -> Outlook | None:
     now = None if directory.cooling(run.iteration) else ending_now(schedule, run.iteration)
     if now is not None and branch_point(towards(schedule, now)) < schedule.warmup_iters:
         now = None
-    budgets = to_come(run.recipe, run.schedule.max_iters, run.iteration) - finished
+    budgets = to_come(run.recipe, run.schedule, run.iteration) - finished
     ascending = sorted(budgets | ({now} if now else set()))
     if not budgets or len(usable(run.recipe, seen)) < FEWEST:
         return None
@@ -95,11 +95,11 @@ def forecast_of_run(folder: Path, budgets: list[int], unique: int | None) -> For
     return forecast(recipe, unique, seen, [Point(budget, towards(recipe.schedule, budget)) for budget in budgets])
 
 
-def to_come(recipe: Recipe, aimed_at: int, iteration: int) -> set[int]:
-    """The budgets that a run at `iteration`, on its way to the end of one, can still branch off to."""
-    schedule = recipe.schedule
+def to_come(recipe: Recipe, aimed: Schedule, iteration: int) -> set[int]:
+    """The budgets that a run at `iteration`, on its way to the end of `aimed`, ends with there or branches off to."""
+    schedule, trunk = recipe.schedule, min(iteration, branch_point(aimed))
     known = {*goals(schedule), *(branch for branch in schedule.branches if fits(schedule, branch))}
-    ahead = {budget for budget in known if branch_point(towards(schedule, budget)) >= iteration} | {aimed_at}
+    ahead = {budget for budget in known if branch_point(towards(schedule, budget)) >= trunk} | {aimed.max_iters}
     return {budget for budget in ahead if budget > iteration}
 
 
