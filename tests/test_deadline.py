@@ -102,6 +102,7 @@ def test_nights_that_cannot_be_are_refused(in_process, overrides, until, said):
     assert not Path("runs/refused").exists()
 
 
+@pytest.mark.slow
 def test_two_nights_make_two_models_from_one_trunk(in_process, monkeypatch, capsys):
     monkeypatch.setattr(deadline, "EXPORT_SECONDS", 1.0)
     monkeypatch.setattr(deadline.psutil.Process, "create_time", lambda process: time.time())

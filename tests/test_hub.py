@@ -128,6 +128,7 @@ def test_a_run_with_three_budgets_is_on_the_hub_when_it_ends(workplace, hub, tmp
     assert len(repo.commits) == before  # everything is there: nothing is owed
 
 
+@pytest.mark.slow
 def test_e1_a_hub_that_hangs_stops_no_iteration_and_what_is_owed_is_sent_later(workplace, hub, tmp_path):
     hub.fault("hang")
     options = ("--schedule.max_iters", "20", "--hub.repo_id", "alice/later", "--hub.patience_minutes", "0.02")
@@ -157,6 +158,7 @@ def test_e1_whatever_may_pass_is_tried_again(workplace, copy, hub, tmp_path):
     assert holds(hub, "alice/copied", "main", copy / "models" / "iter-000020")
 
 
+@pytest.mark.slow
 def test_e2_killed_in_an_upload_nothing_half_is_seen_and_the_next_start_sends_it(workplace, copy, hub, tmp_path):
     hub.fault("hang", "^PUT ")
     environment = hub.environment(home=tmp_path)
@@ -199,6 +201,7 @@ def test_e1_what_the_hub_refuses_is_said_in_one_line(workplace, copy, hub, tmp_p
     assert repo not in hub.repos
 
 
+@pytest.mark.slow
 def test_e4_without_a_token_or_offline_a_run_says_so_and_is_trained(workplace, hub, tmp_path):
     options = ("--schedule.max_iters", "10", "--hub.repo_id", "alice/none")
     done = train(workplace, "tiny.yaml", "--name", "no-token", *options, **hub.settings(None, tmp_path))
@@ -228,6 +231,7 @@ def test_e5_e6_only_what_is_allowed_is_sent_and_no_secret_is_anywhere(workplace,
             assert WRITE.encode() not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_came_later_is_added(workplace, copy, hub, tmp_path):
     assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/scored").returncode == 0
     scored = copy / "evaluation" / "iter-000020"

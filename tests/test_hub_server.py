@@ -105,6 +105,7 @@ def test_what_was_pushed_comes_back_bit_for_bit(hub, tmp_path):
         assert {path: (Path(fetched["to"]) / path).read_bytes() for path in FILES} == FILES
 
 
+@pytest.mark.slow
 def test_what_is_there_is_neither_committed_nor_uploaded_again(filled, tmp_path):
     told = client(
         filled,
@@ -119,6 +120,7 @@ def test_what_is_there_is_neither_committed_nor_uploaded_again(filled, tmp_path)
     assert filled.requests.count("POST /api/models/alice/m/commit/main") == 2
 
 
+@pytest.mark.slow
 def test_names_that_are_taken_and_commits_that_do_not_fit_are_refused(filled, tmp_path):
     told = client(
         filled,
@@ -176,6 +178,7 @@ def test_names_that_are_taken_and_commits_that_do_not_fit_are_refused(filled, tm
         (WRITE, None, None, None),
     ],
 )
+@pytest.mark.slow
 def test_only_the_owner_s_tokens_read_and_only_a_write_token_writes(filled, tmp_path, token, read, write, create):
     told = client(
         filled,
@@ -191,6 +194,7 @@ def test_only_the_owner_s_tokens_read_and_only_a_write_token_writes(filled, tmp_
     assert (len(filled.repos["alice/m"].commits) == 2) == (write is None)
 
 
+@pytest.mark.slow
 def test_whoami_tells_the_user_and_what_the_token_may_do(hub, tmp_path):
     steps = 'told |= api.whoami() if raised(api.whoami) is None else {"error": raised(api.whoami)}'
     told = client(hub, tmp_path, steps, READ)
@@ -198,6 +202,7 @@ def test_whoami_tells_the_user_and_what_the_token_may_do(hub, tmp_path):
     assert client(hub, tmp_path, steps, "hf_unknown") == {"error": ["HfHubHTTPError", 401]}
 
 
+@pytest.mark.slow
 def test_a_range_of_a_file_is_that_range(filled, tmp_path):
     told = client(
         filled,
@@ -238,6 +243,7 @@ def test_a_model_card_is_checked_as_the_hub_does(filled, tmp_path):
     assert told == {"good": None, "license": wrong, "yaml": wrong, "index": wrong, "validate": None, "none": None}
 
 
+@pytest.mark.slow
 def test_a_status_is_answered_as_often_as_wanted_and_after_the_wait_that_it_asks_for(filled, tmp_path):
     filled.fault("status", "POST .*/branch/", times=1, code=500)
     filled.fault("status", "POST .*/preupload/", times=1, code=429, retry_after=1)
@@ -259,6 +265,7 @@ def test_a_status_is_answered_as_often_as_wanted_and_after_the_wait_that_it_asks
     assert filled.requests.count("POST /api/models/alice/m/preupload/main") == 2
 
 
+@pytest.mark.slow
 def test_a_dropped_request_has_no_effect_and_a_lost_answer_has_all(filled, tmp_path):
     repo = filled.repos["alice/m"]
     filled.fault("drop", "/commit/main")
@@ -276,6 +283,7 @@ def test_a_dropped_request_has_no_effect_and_a_lost_answer_has_all(filled, tmp_p
     assert list(repo.at("main").files) == [".gitattributes"] and set(FILES) < set(repo.at("b").files)
 
 
+@pytest.mark.slow
 def test_a_held_request_is_answered_when_the_hub_is_healed(filled, tmp_path):
     filled.fault("hang", "whoami")
     filled.fault("hang", "/refs", seconds=0.3)
@@ -301,6 +309,7 @@ def test_a_held_request_is_answered_when_the_hub_is_healed(filled, tmp_path):
     assert 0.3 <= told["refs"] < 3 and 0.3 <= told["whoami"] < 3
 
 
+@pytest.mark.slow
 def test_wrong_bytes_show_in_the_listing_or_in_the_download(filled, tmp_path):
     filled.fault("bytes", "PUT", times=1)
     filled.fault("bytes", "/commit/", times=1, file="config/a.json")
@@ -330,6 +339,7 @@ def test_wrong_bytes_show_in_the_listing_or_in_the_download(filled, tmp_path):
     assert sum((a ^ b).bit_count() for a, b in zip(fetched["README.md"], FILES["README.md"], strict=True)) == 1
 
 
+@pytest.mark.slow
 def test_a_forgotten_file_is_missing_from_a_commit_that_was_reported_as_made(filled, tmp_path):
     filled.fault("forget", times=1, file="model.safetensors")
     told = client(
@@ -360,6 +370,7 @@ def test_a_fault_that_does_not_exist_is_refused_by_name(hub):
         hub.fault("dorp")
 
 
+@pytest.mark.slow
 def test_by_hand_it_says_how_to_reach_it(root, hub, tmp_path):
     command = [sys.executable, str(root / "tests" / "hub_server.py"), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

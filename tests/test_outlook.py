@@ -89,6 +89,7 @@ def test_the_curve_of_several_runs_is_drawn(in_process, flat_run, root):
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and said in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_takes_its_losses_from_a_run(in_process, flat_run, root):
     plan = [sys.executable, str(root / "recipes" / "plan.py"), "tiny.yaml", "--json", "--milestones", "50,80"]
     planned = subprocess.run([*plan, "--calibrate", "runs/flat"], capture_output=True, text=True, check=False)

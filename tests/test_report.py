@@ -125,6 +125,7 @@ def test_report_writes_a_folder_for_each_finished_model(run, root):
     assert (refused.returncode, refused.stdout) == (2, "") and "no finished model yet" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_code_of_the_card_runs(run):
     code = re.search(r"^(`{3,})python\n(.*?)\n\1$", readme(run), re.MULTILINE | re.DOTALL)
     ran = subprocess.run([sys.executable, "-c", code[2]], capture_output=True, text=True, check=False)
