@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from pydantic import ValidationError
 from overnight.cli import EXIT_INTERRUPTED
 from overnight.files import sha256
 from overnight.layout import recipe_of
-from overnight.parcels import Parcel, exact_state, finished_models, newest_weights
+from overnight.parcels import CHECKPOINTS, STATE, Parcel, exact_state, finished_models, newest_weights
 from overnight.recipe import Hub, InputError, Recipe, first_line
 from overnight.report import reported
 
@@ -194,13 +195,18 @@ class Courier:
         """Make the repository ready; why it cannot be, otherwise."""
         return patiently(self.shelf.open, self.say, self.wait)
 
-    def parcels(self, *, rhythm: bool) -> Iterator[Parcel]:
-        """Everything that may be owed; with `rhythm` what is sent every `hub.every_hours` too."""
-        yield from finished_models(self.run, self.recipe, self.shelf.repo_id)
+    def parcels(self, *, rhythm: bool) -> Iterator[tuple[str, Callable[[], Parcel | None]]]:
+        """Everything that may be owed, by its branch; with `rhythm` what is sent every `hub.every_hours` too.
+
+        What is made of checkpoints is made when it is sent, and anew for another try: they may have been pruned.
+        """
+        repo_id = self.shelf.repo_id
+        for parcel in finished_models(self.run, self.recipe, repo_id):
+            yield parcel.revision, lambda parcel=parcel: parcel  # type: ignore[misc]
         if rhythm:
-            weights = newest_weights(self.run, self.recipe, self.shelf.repo_id)
-            state = exact_state(self.run) if self.recipe.hub.push_state else None
-            yield from filter(None, (weights, state))
+            yield CHECKPOINTS, partial(newest_weights, self.run, self.recipe, repo_id)
+        if rhythm and self.recipe.hub.push_state:
+            yield STATE, partial(exact_state, self.run)
 
     def deliver(self) -> list[str]:
         """Send until the run is over and everything is there; returns what is still owed, in words.
@@ -225,16 +231,17 @@ class Courier:
     def send(self, *, rhythm: bool) -> list[str]:
         """Push what is owed now; returns what could not be, in words."""
         owed = []
-        for parcel in self.parcels(rhythm=rhythm):
-
-            def push(parcel: Parcel = parcel) -> None:
-                if self.shelf.owes(parcel):
-                    self.shelf.push(parcel)
-                    self.say(f"hub: {self.shelf.repo_id}, {parcel.revision}: {parcel.title}, verified")
-
-            if (why := patiently(push, self.say, self.wait)) is not None:
-                owed.append(f"{parcel.revision} ({why})")
+        for revision, make in self.parcels(rhythm=rhythm):
+            if (why := patiently(partial(self.push, make), self.say, self.wait)) is not None:
+                owed.append(f"{revision} ({why})")
         return owed
+
+    def push(self, make: Callable[[], Parcel | None]) -> None:
+        """Push a parcel unless all of it is there."""
+        parcel = make()
+        if parcel is not None and self.shelf.owes(parcel):
+            self.shelf.push(parcel)
+            self.say(f"hub: {self.shelf.repo_id}, {parcel.revision}: {parcel.title}, verified")
 
 
 def publish(run: Path, repo_id: str | None, *, public: bool, dry_run: bool) -> int:
