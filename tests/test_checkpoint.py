@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from overnight import checkpoint, optim
+from overnight import checkpoint, layout, optim
 from overnight.model import LanguageModel
 from overnight.recipe import Model, Optim
 
@@ -35,14 +35,14 @@ def bits(model, optimizers) -> dict:
 
 
 def save(folder: Path, iteration: int, model, optimizers, **state) -> Path:
-    final = folder / checkpoint.folder_name(iteration)
+    final = folder / layout.folder_name(iteration)
     tensors = checkpoint.state_tensors(model, optimizers)
     assert checkpoint.write(final, tensors, json.dumps({"iteration": iteration, **state})) is None
     return final
 
 
 def newest_first(folder: Path) -> list[Path]:
-    return list(reversed(checkpoint.saved_iterations(folder).values()))
+    return list(reversed(layout.saved_iterations(folder).values()))
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -108,9 +108,9 @@ def test_what_a_crash_left_half_written_is_no_checkpoint(tmp_path):
 
 def test_pruning_keeps_the_newest_and_the_branch_point(tmp_path):
     for iteration in (5, 10, 15, 20, 25):
-        (tmp_path / checkpoint.folder_name(iteration)).mkdir()
+        (tmp_path / layout.folder_name(iteration)).mkdir()
     checkpoint.prune(tmp_path, 2, {10})
-    assert list(checkpoint.saved_iterations(tmp_path)) == [10, 20, 25]
+    assert list(layout.saved_iterations(tmp_path)) == [10, 20, 25]
 
 
 def test_c8_older_checkpoints_go_only_when_the_new_one_reads_back_as_it_was_written(tmp_path, monkeypatch):

@@ -259,6 +259,7 @@ def test_data_that_do_not_belong_to_the_model_are_refused(
     assert "its vocabulary is not that of" in said and "--shards none" in said
 
 
+@pytest.mark.slow
 def test_tasks_that_are_not_there_or_not_scored_by_log_likelihoods_are_refused(
     script: ModuleType, tmp_path: Path, monkeypatch, capsys
 ):

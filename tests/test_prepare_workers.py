@@ -143,7 +143,8 @@ def test_a_worker_that_is_killed_ends_the_command_with_75_and_a_word(long_data):
     assert script(long_data, "--workers", "2").returncode == 0
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_the_command(long_data, number):
     process = running(long_data)
     wait_for_worker(Path(long_data.dir + ".partial"), process)

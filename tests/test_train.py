@@ -141,7 +141,7 @@ dynamo_config: {dynamo_backend: INDUCTOR}
 """
 
 
-@pytest.mark.parametrize("config", [slow("none"), slow("ours"), "a stranger's"])
+@pytest.mark.parametrize("config", [slow("none"), slow("ours"), slow("a stranger's")])
 def test_every_accelerate_configuration_gives_the_same_run(workplace, undisturbed, tmp_path, config):
     stranger = tmp_path / "stranger.yaml"
     stranger.write_text(STRANGER)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from overnight import checkpoint, ending
+from overnight import checkpoint, ending, layout
 
 TRAIN = Path(__file__).resolve().parents[2] / "recipes" / "train.py"
 
@@ -42,7 +42,7 @@ STAGES = {
 def kill_at(stage: str, iteration: str) -> None:
     """Have this process killed when that stage of a save begins."""
     event, ending = STAGES[stage]
-    saved = checkpoint.folder_name(int(iteration))
+    saved = layout.folder_name(int(iteration))
     ending = ending.format(saved)
 
     def hook(name: str, arguments: tuple) -> None:
@@ -67,7 +67,7 @@ def slow(seconds: str, iteration: str) -> None:
     real = checkpoint.write
 
     def write(final: Path, *rest) -> str | None:
-        if final.name == checkpoint.folder_name(int(iteration)):
+        if final.name == layout.folder_name(int(iteration)):
             time.sleep(float(seconds))
         return real(final, *rest)
 
@@ -94,7 +94,7 @@ def full(size: str, when: str) -> None:
     real = getattr(module, name)
 
     def refused(*arguments):
-        if when == "export" or arguments[0].name == checkpoint.folder_name(int(when)):
+        if when == "export" or arguments[0].name == layout.folder_name(int(when)):
             with limited(int(size)):
                 return real(*arguments)
         return real(*arguments)

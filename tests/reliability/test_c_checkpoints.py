@@ -15,7 +15,7 @@ import torch
 import yaml
 from runs import checkpoint_of, final_sums, losses, records, start, tiny, train, two_processes
 
-from overnight import checkpoint, optim
+from overnight import checkpoint, layout, optim
 from overnight import train as train_module
 from overnight.lock import hold
 from overnight.model import LanguageModel
@@ -136,7 +136,7 @@ def after_session(folder: Path, name: str, last: int) -> None:
     run = folder / "runs" / name
     shutil.rmtree(run / "models" / "iter-000040")
     shutil.rmtree(run / "checkpoints" / "cooldown-000040")
-    for iteration, path in checkpoint.saved_iterations(run / "checkpoints").items():
+    for iteration, path in layout.saved_iterations(run / "checkpoints").items():
         if iteration > last:
             shutil.rmtree(path)
 
