@@ -206,7 +206,7 @@ class Courier:
         if rhythm:
             yield CHECKPOINTS, partial(newest_weights, self.run, self.recipe, repo_id)
         if rhythm and self.recipe.hub.push_state:
-            yield STATE, partial(exact_state, self.run)
+            yield STATE, self.state_with_its_models
 
     def deliver(self) -> list[str]:
         """Send until the run is over and everything is there; returns what is still owed, in words.
@@ -235,6 +235,13 @@ class Courier:
             if (why := patiently(partial(self.push, make), self.say, self.wait)) is not None:
                 owed.append(f"{revision} ({why})")
         return owed
+
+    def state_with_its_models(self) -> Parcel | None:
+        """The exact state, once every model that it tells of is there: without one it could not be gone on with."""
+        state = exact_state(self.run)
+        for parcel in finished_models(self.run, self.recipe, self.shelf.repo_id):
+            self.push(lambda parcel=parcel: parcel)  # type: ignore[misc]
+        return state
 
     def push(self, make: Callable[[], Parcel | None]) -> None:
         """Push a parcel unless all of it is there."""
