@@ -15,7 +15,8 @@ from runs import records, tiny
 
 from overnight import train as train_module
 from overnight.recipe import InputError
-from overnight.report import fenced, report, text
+from overnight.recipe_file import load
+from overnight.report import budgets, claims, fenced, report, text
 
 HOSTILE = "---\nlicense: evil\n---\n<script>alert(1)</script> [x](http://evil.example) ![](http://evil.example/y.png)"
 HOSTILE += " {{7*7}} ``` `a` | \u202eabc www.evil.example <img src=x onerror=y>"
@@ -123,6 +124,15 @@ def test_report_writes_a_folder_for_each_finished_model(run, root):
     shutil.copytree(run, "runs/nothing-yet", ignore=shutil.ignore_patterns("models"))
     refused = subprocess.run([*command, "runs/nothing-yet"], capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stdout) == (2, "") and "no finished model yet" in refused.stderr
+
+
+def test_the_nights_card_has_what_was_claimed_beside_what_was_expected_and_reached(root):
+    recipe = load(root / "recipes" / "fineweb_edu_40m_ladder.yaml")
+    ends = [{"kind": "event", "event": "finished", "iteration": m, "val_loss": 3.3} for m in (6_000, 20_000)]
+    table = budgets(recipe, ends, {"unique_tokens": 3_680_000_000}).splitlines()
+    assert table[2] == "| 6,000 | 3.15B | - | 3.269 to 3.467 | - | 3.300 |"
+    assert table[3] == "| 20,000 | 10.5B | 2.42-2.55 in 15-20 hours | 3.113 to 3.311 | - | 3.300 |"
+    assert not claims(load(root / "recipes" / "quickstart.yaml"))
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from overnight.budget import gpt2_loss
 from overnight.console import count, duration, plain
 from overnight.curve import draw
 from overnight.files import write_whole
+from overnight.gpus import facts as facts_of
 from overnight.layout import folder_name, read_run
 from overnight.metrics import Record
 from overnight.recipe import InputError, Recipe, branch_point, towards
@@ -185,15 +186,18 @@ print(tokenizer.decode(out[0]))
 def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str:
     """Every budget of the run: predicted before it, forecast on the way, reached."""
     ends = {r["iteration"]: r for r in records if r.get("event") == "finished"}
-    head = "| iterations | tokens | predicted before the run, 90 % | forecast in the run, 90 % | reached |"
-    lines = [head, "|---|---|---|---|---|"]
+    claimed = claims(recipe)
+    columns = ["iterations", "tokens", *(["claimed by what circulates"] if claimed else [])]
+    columns += ["predicted before the run, 90 %", "forecast in the run, 90 %", "reached"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for budget in sorted(ends):
         tokens = count(budget * recipe.batch.tokens_per_iter)
         before = (
             interval(*law.expected(recipe, budget, facts["unique_tokens"]).interval()) if law.inside(recipe) else "-"
         )
         on_the_way, reached = forecast(recipe, records, budget), f"{ends[budget]['val_loss']:.3f}"
-        lines.append(f"| {budget:,} | {tokens} | {before} | {on_the_way} | {reached} |")
+        cells = [f"{budget:,}", tokens, *([claimed.get(budget, "-")] if claimed else []), before, on_the_way, reached]
+        lines.append("| " + " | ".join(cells) + " |")
     why = (
         "Predicted by a scaling law of public runs."
         if law.inside(recipe)
@@ -203,6 +207,14 @@ def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str
         f"\n\n{why} Forecasts are from the run's own curve, and were recorded while it ran: for each budget the one"
         " made nearest to half of the iterations before its decay. The figure has the others."
     )
+
+
+def claims(recipe: Recipe) -> dict[int, str]:
+    """What circulates about the budgets of the night's model (facts/claims.csv); nothing of any other."""
+    shape = (recipe.model.n_layer, recipe.model.n_embd, recipe.batch.tokens_per_iter)
+    if shape != (12, 384, 524_288) or str(recipe.data.path) != "HuggingFaceFW/fineweb-edu":
+        return {}
+    return {int(row["max_iters"]): row["claim"] for row in facts_of("claims.csv")}
 
 
 def forecast(recipe: Recipe, records: list[Record], budget: int) -> str:
