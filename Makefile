@@ -63,7 +63,7 @@ bench: $(VENV)/.assets ## speed, memory and learning beside others into docs/ben
 	@{ echo "# Benchmarks"; echo; \
 	echo "What \`make bench\` printed; the scripts are in [benchmarks/](../benchmarks)."; \
 	for words in loss.py "loss.py --rows 4096 --vocabulary 4096 --width 128" memory.py "training_step.py $(ARGS)" \
-	prepare.py evaluation.py checkpoint.py scaling_law.py forecast.py tokens_to_loss.py; do \
+	prepare.py evaluation.py checkpoint.py hub.py scaling_law.py forecast.py tokens_to_loss.py; do \
 	printf '\n```sh\npython benchmarks/%s\n```\n\n```text\n' "$${words% }"; \
 	$(RUN) -W ignore benchmarks/$$words; \
 	echo '```'; done; } > docs/benchmarks.md.partial

@@ -66,20 +66,23 @@ def _draw_run(axes: Any, name: str, records: list[Record], color: str) -> tuple[
         axes.plot(end["tokens"], end["val_loss"], color=color, marker="*", markersize=13, linestyle="")
         where = {"xytext": (-4, -12), "textcoords": "offset points", "ha": "right", "fontsize": 8}
         axes.annotate(f"{end['iteration']:,}: {end['val_loss']:.3f}", (end["tokens"], end["val_loss"]), **where)
-    _draw_forecasts(axes, name, records, color)
+    expected = _draw_forecasts(axes, name, records, color)
     values = sorted(loss for points in (trunk, *by_decay.values()) for _, loss in points)
-    return values[0], values[len(values) // 2] + HIGHEST
+    return min([values[0], *expected]), values[len(values) // 2] + HIGHEST
 
 
-def _draw_forecasts(axes: Any, name: str, records: list[Record], color: str) -> None:
-    """What was said of the longest budget at each validation, with its 90 % interval."""
-    forecasts = [record for record in records if record["kind"] == "forecast" and "cooldown" not in record]
+def _draw_forecasts(axes: Any, name: str, records: list[Record], color: str) -> list[float]:
+    """What was said of the longest budget at each validation, with its 90 % interval; returns the losses expected."""
+    forecasts = [record for record in records if record["kind"] == "forecast"]
     if not forecasts:
-        return
+        return []
     budget = max(row["max_iters"] for record in forecasts for row in record["budgets"])
-    said = [(r["tokens"], row) for r in forecasts for row in r["budgets"] if row["max_iters"] == budget]
+    made = [record for record in forecasts if record.get("cooldown", budget) == budget]
+    said = [(r["tokens"], row) for r in made for row in r["budgets"] if row["max_iters"] == budget]
     tokens = [at for at, _ in said]
     low, high = ([row[key] for _, row in said] for key in ("loss_low", "loss_high"))
     axes.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
     label = f"{name}, forecast of {budget:,}, 90 %"
-    axes.plot(tokens, [row["loss"] for _, row in said], color=color, linestyle="--", linewidth=1, label=label)
+    expected = [row["loss"] for _, row in said]
+    axes.plot(tokens, expected, color=color, linestyle="--", linewidth=1, label=label)
+    return expected

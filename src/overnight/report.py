@@ -205,7 +205,7 @@ def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str
     )
     return "\n".join(lines) + (
         f"\n\n{why} Forecasts are from the run's own curve, and were recorded while it ran: for each budget the one"
-        " made nearest to half of the iterations before its decay. The figure has the others."
+        " made nearest to half of the iterations before its decay."
     )
 
 
@@ -222,7 +222,7 @@ def forecast(recipe: Recipe, records: list[Record], budget: int) -> str:
     said = {
         record["iteration"]: row
         for record in records
-        if record["kind"] == "forecast" and "cooldown" not in record
+        if record["kind"] == "forecast" and record.get("cooldown", budget) == budget
         for row in record["budgets"]
         if row["max_iters"] == budget
     }
