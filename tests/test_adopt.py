@@ -108,6 +108,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path, gpt2_folder)
     assert not list(tmp_path.glob("data*"))
 
 
+@pytest.mark.slow
 def test_the_script_adopts_and_a_later_change_of_the_files_is_noticed(tmp_path, gpt2_folder):
     origin = nanogpt(tmp_path / "bins")
     recipe = tmp_path / "mine.yaml"

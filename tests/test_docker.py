@@ -105,6 +105,7 @@ def test_the_entry_point_starts_as_a_user_without_rights(root: Path, image: Path
     assert "--schedule.max_iters" in child.stdout
 
 
+@pytest.mark.slow
 def test_sigterm_reaches_the_trainer_behind_the_entry_point(root: Path, image: Path):
     make_workplace(image)
     caches = {name: value.replace("/cache", f"{image}/cache") for name, value in environment(root).items()}

@@ -98,6 +98,7 @@ def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: py
     assert "skipped" in night.plan(recipe)[3]
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_bad_input_ends_with_2(root: Path, tmp_path: Path):
     command = [sys.executable, "-m", "overnight.night"]
     recipe = str(root / "recipes" / "quickstart.yaml")

@@ -137,7 +137,7 @@ prepare(Data.model_validate_json(sys.argv[2]), 300)
 """
 
 
-@pytest.mark.parametrize("moment", ["writing", "naming", "named"])
+@pytest.mark.parametrize("moment", ["writing", *(pytest.param(m, marks=pytest.mark.slow) for m in ("naming", "named"))])
 def test_a_killed_preparation_leaves_no_half_folder_and_the_next_one_gives_the_same_bytes(data, tmp_path, moment):
     killed = subprocess.run([sys.executable, "-c", KILLED, moment, data.model_dump_json()], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()

@@ -195,7 +195,9 @@ except InputError as error:
 """
 
 
-@pytest.mark.parametrize("limit", [100_000, 350_000], ids=["staging", "the shards"])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(100_000, marks=pytest.mark.slow), 350_000], ids=["staging", "the shards"]
+)
 def test_a_full_disk_ends_with_one_message_and_no_file_that_is_not_whole(data, limit):
     """The limit of a file's size stands for the disk: writing beyond fails in the same way."""
     data = data.model_copy(update={"tokenizer": "trained"})

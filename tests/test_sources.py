@@ -79,6 +79,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_d12_the_script_ends_with_75_when_the_network_stays_away_and_with_2_when_it_is_refused(server, tmp_path, root):
     script = str(root / "recipes" / "prepare.py")
     for url, code in (("http://127.0.0.1:9/a.parquet", 75), (f"{server.url}/nowhere.parquet", 2)):

@@ -47,7 +47,7 @@ def test_a1_killed_at_random_times_a_run_ends_with_the_same_bits():
     assert "3 kills, seed 1" in done.stdout
 
 
-@pytest.mark.parametrize("stage", [s if s in ("the-name", "state.json") else slow(s) for s in STAGES])
+@pytest.mark.parametrize("stage", [s if s == "the-name" else slow(s) for s in STAGES])
 def test_a2_killed_at_a_stage_of_a_save_a_run_goes_on_from_the_checkpoint_before(
     in_process, undisturbed, capsys, stage
 ):
@@ -84,6 +84,7 @@ def test_a3_a_signal_in_the_middle_of_a_validation_does_not_wait_for_its_end(in_
     assert validations[0] == validations[1]
 
 
+@pytest.mark.slow
 def test_a3_a_terminal_that_is_closed_saves_the_run(in_process, undisturbed):
     terminal, trainers_end = pty.openpty()
     process = subprocess.Popen(
