@@ -16,7 +16,8 @@ from overnight import train as train_module
 from overnight.deadline import Kept, Night, fitting, next_time
 from overnight.layout import saved_iterations
 from overnight.optim import lr_at
-from overnight.recipe import InputError, branch_point, towards
+from overnight.recipe import InputError
+from overnight.schedule import branch_point, towards
 
 LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")
 LONG += ("--logging.every", "5", "--validation.prompts", "[]")

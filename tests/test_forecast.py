@@ -10,8 +10,9 @@ import pytest
 from overnight.forecast import Point, forecast, usable
 from overnight.law import annealed_loss, block_parameters, cosine_offset
 from overnight.outlook import Outlook
-from overnight.recipe import InputError, branch_point, decay_iters, ending_now, towards
+from overnight.recipe import InputError
 from overnight.recipe_file import load
+from overnight.schedule import branch_point, decay_iters, ending_now, towards
 
 UNIQUE = 3_680_000_000
 

@@ -13,8 +13,9 @@ from runs import TINY, records, start, tiny
 from overnight import train as train_module
 from overnight.outlook import to_come
 from overnight.prepare import prepare
-from overnight.recipe import InputError, towards
+from overnight.recipe import InputError
 from overnight.recipe_file import load
+from overnight.schedule import towards
 
 LADDER = ("--schedule.max_iters", "80", "--schedule.milestones", "[50, 60]", "--validation.every", "5")
 STOPS = (*LADDER, "--stop.when_flat", "true", "--stop.min_gain_nats")

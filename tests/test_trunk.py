@@ -11,7 +11,8 @@ from overnight import train as train_module
 from overnight.cli import EXIT_INTERRUPTED
 from overnight.layout import saved_iterations
 from overnight.optim import lr_at
-from overnight.recipe import InputError, Schedule, branch_points, goals, towards
+from overnight.recipe import InputError, Schedule
+from overnight.schedule import branch_points, goals, towards
 
 LADDER = ("--schedule.milestones", "[20, 30]")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from overnight.budget import gpt2_loss
 from overnight.law import DATASETS
-from overnight.layout import read_run
+from overnight.layout import ends_in, read_run
 from overnight.metrics import Record
 from overnight.recipe import InputError
 
@@ -61,8 +61,7 @@ def _draw_run(axes: Any, name: str, records: list[Record], color: str) -> tuple[
     for points in by_decay.values():
         joined = [max((point for point in trunk if point[0] < points[0][0]), default=points[0]), *points]
         axes.plot(*zip(*joined, strict=True), color=color, marker=".", linestyle=":")
-    ends = [record for record in records if record.get("event") == "finished"]
-    for end in ends:
+    for end in ends_in(records).values():
         axes.plot(end["tokens"], end["val_loss"], color=color, marker="*", markersize=13, linestyle="")
         where = {"xytext": (-4, -12), "textcoords": "offset points", "ha": "right", "fontsize": 8}
         axes.annotate(f"{end['iteration']:,}: {end['val_loss']:.3f}", (end["tokens"], end["val_loss"]), **where)

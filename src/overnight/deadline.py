@@ -19,8 +19,9 @@ from accelerate.utils import broadcast_object_list
 from overnight.console import duration
 from overnight.files import write_whole
 from overnight.layout import saved_iterations
-from overnight.recipe import InputError, Recipe, branch_point, ending_now, towards
+from overnight.recipe import InputError, Recipe
 from overnight.rundir import RunDirectory
+from overnight.schedule import branch_point, ending_now, towards
 
 if TYPE_CHECKING:
     from overnight.progress import Pace
@@ -86,7 +87,7 @@ def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> Night
         end = next_time(until, now) if until else began + timedelta(hours=hours or 0)
         kept = Kept(asked, end.isoformat(timespec="seconds"), (end - began).total_seconds())
     left = (datetime.fromisoformat(kept.until) - now).total_seconds()
-    validations, ends = directory.records("val"), directory.ends()
+    validations, ends = directory.records("val"), [*directory.ends().values()]
     return Night(
         kept,
         ends=time.monotonic() + left,
@@ -123,14 +124,14 @@ def next_time(clock: str, now: datetime) -> datetime:
 def begin(run: Run) -> None:
     """Keep the night for the session after an interruption, and say when it ends."""
     if run.night is not None and run.accelerator.is_main_process:
-        keep(run, run.night.kept)
+        keep(run, run.night)
         chosen = f", {run.night.budget:,} iterations" if run.night.budget else "; what fits is chosen by the first ones"
         run.console.say(f"the night ends at {run.night.kept.until}, in {duration(run.night.left())}{chosen}")
 
 
-def keep(run: Run, kept: Kept) -> None:
+def keep(run: Run, night: Night) -> None:
     """Write `night.json`."""
-    write_whole(run.directory.path / FILE, json.dumps(asdict(kept), indent=1))
+    write_whole(run.directory.path / FILE, json.dumps(asdict(night.kept), indent=1))
 
 
 def keep_to_time(run: Run, pace: Pace) -> None:
@@ -144,8 +145,9 @@ def keep_to_time(run: Run, pace: Pace) -> None:
         return
     if run.accelerator.is_main_process:
         tell(run, night, budget)
-        keep(run, replace(night.kept, budget=budget))
     night.kept = replace(night.kept, budget=budget)
+    if run.accelerator.is_main_process:
+        keep(run, night)
     run.directory.aim(budget)
 
 

@@ -17,9 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from overnight.checkpoint import damage
 from overnight.console import Console
 from overnight.evaluation.milestone import NOT_INHERITED
-from overnight.layout import folder_name, saved_iterations
+from overnight.layout import ends_in, folder_name, saved_iterations
 from overnight.metrics import Metrics
-from overnight.parcels import MODEL_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
+from overnight.parcels import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
 from overnight.recipe import DamagedData, InputError, Unreachable, first_line
 from overnight.rundir import RunDirectory
 
@@ -94,10 +94,8 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
         )
     staged = fresh(directory.path / STAGED / "fetched")
     try:
-        patterns = ["checkpoints/*", "recipe.yaml", "metrics.jsonl", "environment.json", "night.json"]
-        snapshot_download(repo_id, revision=STATE, local_dir=staged, allow_patterns=patterns)
-        records = Metrics(staged / "metrics.jsonl").records()
-        for budget in {r["iteration"] for r in records if r.get("event") == "finished"}:
+        snapshot_download(repo_id, revision=STATE, local_dir=staged, allow_patterns=["checkpoints/*", *RUN_FILES])
+        for budget in ends_in(Metrics(staged / "metrics.jsonl").records()):
             fetch_model(repo_id, budget, directory)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputError(f"`--resume {source}`: no state to be seen there ({first_line(error)})") from None

@@ -20,7 +20,7 @@ from overnight.files import no_room
 from overnight.layout import folder_name
 from overnight.model import published
 from overnight.progress import Pace, log_look, log_lost, print_finished
-from overnight.recipe import branch_point
+from overnight.schedule import branch_point
 from overnight.signals import ENDING, ORPHANED, handled
 from overnight.startup import Run
 from overnight.state import energy_used, finish_saving

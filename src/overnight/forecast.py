@@ -24,7 +24,8 @@ import numpy as np
 
 from overnight import law
 from overnight.optim import lr_at
-from overnight.recipe import InputError, Recipe, Schedule, branch_point, decay_iters
+from overnight.recipe import InputError, Recipe, Schedule
+from overnight.schedule import branch_point, decay_iters
 
 FEWEST = 5  # validations from which a curve can be told
 MOST = 48  # validations that are looked at, the newest

@@ -29,6 +29,11 @@ def saved_iterations(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_dir()))
 
 
+def ends_in(records: list[Record]) -> dict[int, Record]:
+    """The last record of each budget that was finished, in the order in which they first were."""
+    return {record["iteration"]: record for record in records if record.get("event") == "finished"}
+
+
 def recipe_of(run: Path) -> Recipe:
     """The recipe of a run directory; `InputError` where it is none."""
     try:

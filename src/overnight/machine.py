@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overnight.plan import parameter_count
-from overnight.recipe import Recipe, branch_points, goals
+from overnight.recipe import Recipe
+from overnight.schedule import branch_points, goals
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"  # beside the source of an editable install
 

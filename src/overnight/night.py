@@ -122,8 +122,7 @@ def finished_model(recipe: Recipe, *, timed: bool = False) -> Path:
     """Where the run's finished model lies once the run is over; of a run in nights, the longest budget's so far."""
     directory = RunDirectory(recipe)
     last = directory.flat_end() or recipe.schedule.max_iters
-    ends = [end["iteration"] for end in directory.ends()] if timed else []
-    return directory.models / folder_name(max(ends, default=last))
+    return directory.models / folder_name(max(directory.ends() if timed else [], default=last))
 
 
 def comparison(model: Path) -> Path:

@@ -8,7 +8,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from overnight.recipe import Optim, Schedule, decay_iters
+from overnight.recipe import Optim, Schedule
+from overnight.schedule import decay_iters
 
 
 def lr_at(iteration: int, schedule: Schedule) -> float:

@@ -14,7 +14,8 @@ from overnight.forecast import FEWEST, Forecast, Point, forecast, usable
 from overnight.law import INTERVAL, Expected
 from overnight.layout import read_run
 from overnight.metrics import Record
-from overnight.recipe import Recipe, Schedule, branch_point, ending_now, fits, goals, towards
+from overnight.recipe import Recipe, Schedule
+from overnight.schedule import branch_point, ending_now, fits, goals, towards
 
 if TYPE_CHECKING:
     from overnight.progress import Pace
@@ -63,7 +64,7 @@ def look_ahead(run: Run, pace: Pace) -> None:
 def outlook_of(run: Run) -> Outlook | None:
     """The forecast from the run's validations so far; None while they are too few, and when nothing is to come."""
     schedule, directory = run.recipe.schedule, run.directory
-    finished = {end["iteration"] for end in directory.ends()}
+    finished = directory.ends().keys()
     seen = validations(schedule, directory.records("val"))
     now = None if directory.cooling(run.iteration) else ending_now(schedule, run.iteration)
     if now is not None and branch_point(towards(schedule, now)) < schedule.warmup_iters:

@@ -24,9 +24,10 @@ MODEL_FILES = re.compile(
 )
 REPORT_FILES = re.compile("|".join(map(re.escape, (CARD, RECIPE, METRICS, CURVE))))
 EVALUATION_FILES = re.compile(r"results\.json|comparison\.md|against-[A-Za-z0-9._-]+\.png")
+RUN_FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "night.json")  # of a state, beside its checkpoints
 STATE_FILES = re.compile(
-    r"(recipe\.yaml|environment\.json|metrics\.jsonl|night\.json)"
-    r"|checkpoints/(cooldown-\d+/)?iter-\d+/(model\.safetensors|optimizer\.safetensors|state\.json|SHA256SUMS)"
+    "|".join(map(re.escape, RUN_FILES))
+    + r"|checkpoints/(cooldown-\d+/)?iter-\d+/(model\.safetensors|optimizer\.safetensors|state\.json|SHA256SUMS)"
 )
 CHECKPOINTS, STATE = "checkpoints", "state"  # branches
 STAGED = ".hub"  # in a run directory: links to what is being sent, so that pruning takes nothing away
@@ -112,7 +113,7 @@ def exact_state(run: Path) -> Parcel | None:
         place.mkdir(parents=True)
         for file in path.iterdir():
             os.link(file, place / file.name)  # a checkpoint's files are never changed, only removed
-    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "night.json"):
+    for name in RUN_FILES:
         if (run / name).is_file():
             shutil.copyfile(run / name, staged / name)
     files = allowed_files(staged, STATE_FILES)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overnight.recipe import InputError, Model, Recipe, Schedule, decay_iters, goals, towards
+from overnight.recipe import InputError, Model, Recipe, Schedule
+from overnight.schedule import decay_iters, goals, towards
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
 LOSS_CHUNK = {"cpu": 384, "cuda": 2048}  # rows of logits that exist at once: a CPU's cache wants fewer than CUDA

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
+from overnight.schedule import decay_iters, fits
+
 
 class InputError(Exception):
     """What a user gave cannot be used; carries every problem found. Scripts print it and end with exit code 2."""
@@ -333,46 +335,6 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
     if (data.source == "embedded") == (data.path is not None):
         needed = "has no use with" if data.path else "is needed with"
         yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
-
-
-def decay_iters(schedule: Schedule) -> int:
-    """Iterations at the end of a WSD run in which the learning rate falls; 0 under cosine."""
-    return round(schedule.max_iters * schedule.decay_fraction) if schedule.kind == "wsd" else 0
-
-
-def branch_point(schedule: Schedule) -> int:
-    """The iteration after which the learning rate falls: where a WSD run leaves the trunk. Under cosine the last."""
-    return schedule.max_iters - decay_iters(schedule)
-
-
-def towards(schedule: Schedule, milestone: int) -> Schedule:
-    """The same schedule of a run that ends at `milestone`: up to its branch point it is the one of any longer run."""
-    return schedule.model_copy(update={"max_iters": milestone})
-
-
-def goals(schedule: Schedule) -> list[int]:
-    """The budgets that a run finishes, ascending; the last is its length."""
-    return sorted({*schedule.milestones, schedule.max_iters})
-
-
-def ending_now(schedule: Schedule, iteration: int) -> int | None:
-    """The shortest budget that begins to decay after `iteration`; None where there is no trunk to end."""
-    if schedule.kind != "wsd" or schedule.decay_fraction == 1:
-        return None
-    first = int(iteration / (1 - schedule.decay_fraction))
-    return next(m for m in range(max(1, first - 1), first + 3) if branch_point(towards(schedule, m)) >= iteration)
-
-
-def branch_points(schedule: Schedule) -> set[int]:
-    """The iterations whose checkpoint on the trunk some budget begins to decay from."""
-    budgets = [*goals(schedule), *(m for m in schedule.branches if fits(schedule, m))]
-    return {branch_point(towards(schedule, m)) for m in budgets}
-
-
-def fits(schedule: Schedule, milestone: int) -> bool:
-    """Whether a budget can branch off: it is shorter than a run with a trunk, and decays after the warmup."""
-    after_warmup = schedule.warmup_iters <= branch_point(towards(schedule, milestone))
-    return schedule.kind == "wsd" and after_warmup and milestone < schedule.max_iters
 
 
 def meaning(recipe: Recipe) -> dict[str, Any]:

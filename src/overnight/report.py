@@ -21,9 +21,10 @@ from overnight.console import count, duration, plain
 from overnight.curve import draw
 from overnight.files import write_whole
 from overnight.gpus import facts as facts_of
-from overnight.layout import folder_name, read_run
+from overnight.layout import ends_in, folder_name, read_run
 from overnight.metrics import Record
-from overnight.recipe import InputError, Recipe, branch_point, towards
+from overnight.recipe import InputError, Recipe
+from overnight.schedule import branch_point, towards
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb", "None")  # None: the embedded corpus
@@ -57,7 +58,7 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
 
 def finished(run: Path, records: list[Record]) -> dict[int, Record]:
     """The last records of the budgets whose models are there, ascending."""
-    ends = {r["iteration"]: r for r in records if r.get("event") == "finished"}
+    ends = ends_in(records)
     return {budget: ends[budget] for budget in sorted(ends) if (run / "models" / folder_name(budget)).is_dir()}
 
 
@@ -185,7 +186,7 @@ print(tokenizer.decode(out[0]))
 
 def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str:
     """Every budget of the run: predicted before it, forecast on the way, reached."""
-    ends = {r["iteration"]: r for r in records if r.get("event") == "finished"}
+    ends = ends_in(records)
     claimed = claims(recipe)
     columns = ["iterations", "tokens", *(["claimed by what circulates"] if claimed else [])]
     columns += ["predicted before the run, 90 %", "forecast in the run, 90 %", "reached"]

@@ -17,10 +17,11 @@ import yaml
 
 from overnight.checkpoint import clear_leftovers
 from overnight.files import write_whole
-from overnight.layout import folder_name, saved_iterations
+from overnight.layout import ends_in, folder_name, saved_iterations
 from overnight.lock import hold
 from overnight.metrics import Metrics
-from overnight.recipe import InputError, Recipe, branch_point, branch_points, goals, lasting, meaning, towards
+from overnight.recipe import InputError, Recipe, lasting, meaning
+from overnight.schedule import branch_point, branch_points, goals, towards
 
 RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "pydantic")
@@ -180,11 +181,11 @@ class RunDirectory:
         """The record that ends budget `goal`, written last; None while its verified model is not there."""
         if not (self.models / folder_name(goal)).is_dir():
             return None
-        return next((record for record in reversed(self.ends()) if record["iteration"] == goal), None)
+        return self.ends().get(goal)
 
-    def ends(self) -> list[dict[str, Any]]:
-        """The records of the budgets that were finished, in the order in which they were."""
-        return [record for record in self.records("event") if record["event"] == "finished"]
+    def ends(self) -> dict[int, dict[str, Any]]:
+        """The records that ended the budgets which were finished, by budget."""
+        return ends_in(self.records("event"))
 
     def flat_end(self) -> int | None:
         """The budget that the run chose to end with when it was flat; None where `stop` or the goals are others now."""

@@ -11,8 +11,9 @@ from accelerate.utils import broadcast_object_list
 
 from overnight import checkpoint
 from overnight.progress import log_saved
-from overnight.recipe import InputError, branch_point, branch_points, meaning
+from overnight.recipe import InputError, meaning
 from overnight.rundir import differences, told
+from overnight.schedule import branch_point, branch_points
 from overnight.startup import Run, identity
 from overnight.watch import History
 

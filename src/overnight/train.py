@@ -34,8 +34,9 @@ from overnight.progress import (
     log_validation,
     print_finished,
 )
-from overnight.recipe import Recipe, goals
+from overnight.recipe import Recipe
 from overnight.rundir import RunDirectory
+from overnight.schedule import goals
 from overnight.startup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
 

@@ -1,0 +1,48 @@
+"""The arithmetic of a schedule with a trunk: where budgets branch off, and which can."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from overnight.recipe import Schedule
+
+
+def decay_iters(schedule: Schedule) -> int:
+    """Iterations at the end of a WSD run in which the learning rate falls; 0 under cosine."""
+    return round(schedule.max_iters * schedule.decay_fraction) if schedule.kind == "wsd" else 0
+
+
+def branch_point(schedule: Schedule) -> int:
+    """The iteration after which the learning rate falls: where a WSD run leaves the trunk. Under cosine the last."""
+    return schedule.max_iters - decay_iters(schedule)
+
+
+def towards(schedule: Schedule, milestone: int) -> Schedule:
+    """The same schedule of a run that ends at `milestone`: up to its branch point it is the one of any longer run."""
+    return schedule.model_copy(update={"max_iters": milestone})
+
+
+def goals(schedule: Schedule) -> list[int]:
+    """The budgets that a run finishes, ascending; the last is its length."""
+    return sorted({*schedule.milestones, schedule.max_iters})
+
+
+def ending_now(schedule: Schedule, iteration: int) -> int | None:
+    """The shortest budget that begins to decay after `iteration`; None where there is no trunk to end."""
+    if schedule.kind != "wsd" or schedule.decay_fraction == 1:
+        return None
+    first = int(iteration / (1 - schedule.decay_fraction))
+    return next(m for m in range(max(1, first - 1), first + 3) if branch_point(towards(schedule, m)) >= iteration)
+
+
+def branch_points(schedule: Schedule) -> set[int]:
+    """The iterations whose checkpoint on the trunk some budget begins to decay from."""
+    budgets = [*goals(schedule), *(m for m in schedule.branches if fits(schedule, m))]
+    return {branch_point(towards(schedule, m)) for m in budgets}
+
+
+def fits(schedule: Schedule, milestone: int) -> bool:
+    """Whether a budget can branch off: it is shorter than a run with a trunk, and decays after the warmup."""
+    after_warmup = schedule.warmup_iters <= branch_point(towards(schedule, milestone))
+    return schedule.kind == "wsd" and after_warmup and milestone < schedule.max_iters
