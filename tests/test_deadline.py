@@ -1,7 +1,6 @@
 """A run that is given hours: at any pace its model is there in time, and the next night goes on from the trunk."""
 
 import json
-import shutil
 import signal
 import time
 from datetime import datetime, timedelta
@@ -130,8 +129,7 @@ def test_two_nights_make_two_models_from_one_trunk(in_process, monkeypatch, caps
 @pytest.mark.slow
 def test_killed_in_between_a_night_still_ends_in_time(workplace):
     """With the pace of a machine that tests run on: 90 seconds, a tenth more allowed, and a kill after a third."""
-    shutil.rmtree(workplace / "runs" / "night", ignore_errors=True)
-    command = ("tiny.yaml", "--name", "night", *LONG, "--schedule.hours", str(90 / 3600))
+    command = ("tiny.yaml", "--name", "killed-night", *LONG, "--schedule.hours", str(90 / 3600))
     began = time.monotonic()
     process = start(workplace, *command)
     for line in process.stdout:
@@ -139,11 +137,11 @@ def test_killed_in_between_a_night_still_ends_in_time(workplace):
             process.kill()
             break
     assert process.wait() == -signal.SIGKILL
-    chosen = json.loads((workplace / "runs" / "night" / "night.json").read_text())
+    chosen = json.loads((workplace / "runs" / "killed-night" / "night.json").read_text())
     assert chosen["budget"]
     again = train(workplace, *command)
     assert again.returncode == 0, again.stderr
     assert time.monotonic() - began < 99
     assert f"the night ends at {chosen['until']}" in again.stdout
-    (budget,) = finished(workplace, "night")
-    assert records(workplace, "night", "train")[-1]["iteration"] == budget
+    (budget,) = finished(workplace, "killed-night")
+    assert records(workplace, "killed-night", "train")[-1]["iteration"] == budget

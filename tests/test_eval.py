@@ -172,13 +172,13 @@ def test_a_night_ends_with_the_comparison_and_does_not_repeat_it(
     workplace: Path, undisturbed: str, tasks, tmp_path: Path
 ):
     overrides = ["--evaluation.against", "[untrained]", "--evaluation.tasks", "[on_pairs]", "--evaluation.texts", "[]"]
-    overrides += ["--evaluation.tasks_dir", str(tasks), "--evaluation.at_milestones", "8", "--name", "night"]
+    overrides += ["--evaluation.tasks_dir", str(tasks), "--evaluation.at_milestones", "8", "--name", "compared"]
     command = [sys.executable, "-m", "overnight.night", "tiny.yaml", *overrides]
     how = {"cwd": workplace, "env": environment(XDG_CACHE_HOME=str(tmp_path / "cache"), PATH=os.environ["PATH"])}
     first = subprocess.run(command, capture_output=True, text=True, timeout=300, **how)
-    page = workplace / "runs" / "night" / "evaluation" / "iter-000040" / "comparison.md"
+    page = workplace / "runs" / "compared" / "evaluation" / "iter-000040" / "comparison.md"
     assert first.returncode == 0 and page.exists(), first.stdout + first.stderr
-    [scores] = [record for record in records(workplace, "night", "event") if record["event"] == "scores"]
+    [scores] = [record for record in records(workplace, "compared", "event") if record["event"] == "scores"]
     assert scores["items"] == 8 and 0 <= scores["on_pairs"] <= 1
     assert "first 8 items: on_pairs" in first.stdout and "against untrained" in first.stdout
 
