@@ -12,7 +12,7 @@ from overnight.law import annealed_loss, block_parameters, cosine_offset
 from overnight.outlook import Outlook
 from overnight.recipe import InputError
 from overnight.recipe_file import load
-from overnight.schedule import branch_point, decay_iters, ending_now, towards
+from overnight.schedule import branch_point, decay_iters, ending_now, goals, towards
 
 UNIQUE = 3_680_000_000
 
@@ -90,10 +90,23 @@ def test_a_curve_is_flat_when_the_next_goal_surely_gains_too_little(night):
     found = forecast(night, UNIQUE, trunk(night, 12_000), ends(night, 15_000, 20_000))
     outlook = Outlook([15_000, 20_000], True, found)
     gain = outlook.gain(15_000, 20_000)
-    assert outlook.flat([20_000], gain.loss + 2 * gain.sigma) == 20_000
-    assert outlook.flat([20_000], gain.loss) is None  # as likely as not is not sure
-    assert Outlook([15_000, 20_000], False, found).flat([20_000], 1.0) is None  # nothing can be ended here
-    assert outlook.flat([15_000], 1.0) is None  # nothing to go on to
+    surely = gain.loss + 2 * gain.sigma
+    assert outlook.flat([15_000, 20_000], surely) == 20_000
+    assert outlook.flat([20_000], surely) is None  # a quarter of the way has to gain a quarter of it
+    assert outlook.flat([20_000], 4 * surely) == 20_000
+    assert outlook.flat([15_000, 20_000], gain.loss) is None  # as likely as not is not sure
+    assert Outlook([15_000, 20_000], False, found).flat([20_000], 10.0) is None  # nothing can be ended here
+    assert outlook.flat([15_000], 10.0) is None  # nothing to go on to
+
+
+def test_a_curve_that_falls_as_the_law_says_is_not_flat_just_before_a_goal(root):
+    ladder = load(root / "recipes" / "fineweb_edu_40m_ladder.yaml")
+    budgets = goals(ladder.schedule)
+    for upto in range(7_500, 16_000, 500):
+        now = ending_now(ladder.schedule, upto)
+        ahead = [now, *(goal for goal in budgets if goal > now)]
+        outlook = Outlook(ahead, True, forecast(ladder, UNIQUE, trunk(ladder, upto), ends(ladder, *ahead)))
+        assert outlook.flat(budgets, ladder.stop.min_gain_nats) is None, upto
 
 
 def test_a_curve_that_is_too_short_says_what_it_needs(night):

@@ -39,24 +39,31 @@ class Outlook:
         return self.forecast.gain(self.budgets.index(shorter), self.budgets.index(longer))
 
     def flat(self, goals: list[int], least: float) -> int | None:
-        """The goal that is not worth going on to: surely, it gains less than `least` nats on ending now."""
-        longer = [goal for goal in goals if goal in self.budgets[1:]]
-        if not self.ending_now or not longer:
+        """The next goal, where going on to it is surely not worth it; None otherwise.
+
+        `least` is what the way from one goal to the next has to gain, in nats, and a part of the way its part: just
+        before a goal little is left to gain, and little to pay.
+        """
+        now, *later = self.budgets
+        longer = next((goal for goal in goals if goal in later), None)
+        if not self.ending_now or longer is None:
             return None
-        return longer[0] if self.gain(self.budgets[0], longer[0]).chance_below(least) >= INTERVAL else None
+        before = max((goal for goal in goals if goal < longer), default=0)
+        part = (longer - now) / (longer - before)
+        return longer if self.gain(now, longer).chance_below(least * part) >= INTERVAL else None
 
 
 def look_ahead(run: Run, pace: Pace) -> None:
     """Tell and record the forecast that the validations so far allow; end the trunk where the recipe wants that."""
     started = time.monotonic()
     outlook = outlook_of(run) if run.accelerator.is_main_process else None
+    end = None
     if outlook is not None:
-        tell(run, outlook, pace, started)
+        longer = outlook.flat(goals(run.recipe.schedule), run.recipe.stop.min_gain_nats)
+        end = None if longer is None else (outlook.budgets[0], longer)
+        tell(run, outlook, pace, longer, started)
     if run.recipe.stop.when_flat:
-        wanted, least = goals(run.recipe.schedule), run.recipe.stop.min_gain_nats
-        longer = outlook.flat(wanted, least) if outlook is not None else None
-        ends = [None if outlook is None or longer is None else (outlook.budgets[0], longer)]
-        (end,) = broadcast_object_list(ends)
+        (end,) = broadcast_object_list([end])
         if end is not None:
             cool_down(run, *end)
 
@@ -104,7 +111,7 @@ def to_come(recipe: Recipe, aimed: Schedule, iteration: int) -> set[int]:
     return {budget for budget in ahead if budget > iteration}
 
 
-def tell(run: Run, outlook: Outlook, pace: Pace, started: float) -> None:
+def tell(run: Run, outlook: Outlook, pace: Pace, flat: int | None, started: float) -> None:
     """One line on the screen, one record in metrics.jsonl."""
     seconds, watts = pace.per_iteration(), run.device.watts()
     told: list[str] = []
@@ -131,11 +138,10 @@ def tell(run: Run, outlook: Outlook, pace: Pace, started: float) -> None:
             words = f"ending now {words}"
         record.append(row)
         told.append(words)
-    flat = outlook.flat(outlook.budgets[1:], run.recipe.stop.min_gain_nats)
     run.directory.append(
         "forecast", run.iteration, budgets=record, flat=flat is not None, seconds=time.monotonic() - started
     )
-    surely = f"; flat: to go on gains less than {run.recipe.stop.min_gain_nats:g}, {INTERVAL:.0%} sure" if flat else ""
+    surely = f"; flat, {INTERVAL:.0%} sure: not worth going on to {flat:,}" if flat else ""
     run.console.say(f"forecast {' | '.join(told)}{surely}")
 
 
@@ -145,7 +151,8 @@ def cool_down(run: Run, budget: int, longer: int) -> None:
     if run.accelerator.is_main_process:
         run.directory.append("event", run.iteration, event="flat", budget=budget, longer=longer, min_gain_nats=least)
         run.console.say(
-            f"flat: going on to {longer:,} iterations would gain less than `stop.min_gain_nats` {least:g},"
-            f" {INTERVAL:.0%} sure; the learning rate falls from here on, to end at {budget:,}"
+            f"flat: what is left of the way to {longer:,} iterations would gain less than its part of"
+            f" `stop.min_gain_nats` {least:g}, {INTERVAL:.0%} sure; the learning rate falls from here on, to end at"
+            f" {budget:,}"
         )
     run.directory.aim(budget)

@@ -151,9 +151,9 @@ class Stop(Section):
     """When a run ends before its length."""
 
     when_flat: bool = False
-    """For `wsd`: cool down and end where the next budget is, 90 % sure, expected to gain less than `min_gain_nats`."""
+    """For `wsd`: cool down and end where going on to the next budget, 90 % sure, gains less than `min_gain_nats`."""
     min_gain_nats: PositiveFloat = 0.01
-    """What going on has to gain, in nats a token; the forecast lines call a run flat below it."""
+    """Nats a token that the way from one budget to the next has to gain, and a part of the way its part."""
 
 
 class Validation(Section):
