@@ -106,6 +106,16 @@ def records(folder: Path, name: str, kind: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def model_sums(name: str, iteration: int) -> str:
+    """The checksums of a finished model's files."""
+    return Path(f"runs/{name}/models/iter-{iteration:06d}/SHA256SUMS").read_text()
+
+
+def finished(folder: Path, name: str) -> list[int]:
+    """The budgets that a run has finished, in their order."""
+    return [record["iteration"] for record in records(folder, name, "event") if record["event"] == "finished"]
+
+
 def losses(folder: Path, name: str) -> dict[int, float]:
     """Training loss by iteration; every iteration must be there once."""
     found = losses_by_decay(folder, name)

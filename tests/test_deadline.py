@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import losses_by_decay, records, start, tiny, train
+from runs import finished, losses_by_decay, records, start, tiny, train
 
 from overnight import deadline
 from overnight import train as train_module
@@ -20,10 +20,6 @@ from overnight.schedule import branch_point, towards
 
 LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")
 LONG += ("--logging.every", "5", "--validation.prompts", "[]")
-
-
-def finished(folder: Path, name: str) -> list[int]:
-    return [r["iteration"] for r in records(folder, name, "event") if r["event"] == "finished"]
 
 
 def night_of(seconds: float, recipe, pace, monkeypatch, *, warmup: int = 5) -> tuple[list[int], float]:

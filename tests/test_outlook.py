@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import TINY, records, start, tiny
+from runs import TINY, finished, model_sums, records, start, tiny
 
 from overnight import train as train_module
 from overnight.outlook import to_come
@@ -23,14 +23,6 @@ STOPS = (*LADDER, "--stop.when_flat", "true", "--stop.min_gain_nats")
 
 def run(folder: Path, name: str, *overrides: str, **how) -> int:
     return train_module.train(tiny(folder, "--name", name, *overrides), **how)
-
-
-def model_sums(name: str, iteration: int) -> str:
-    return Path(f"runs/{name}/models/iter-{iteration:06d}/SHA256SUMS").read_text()
-
-
-def finished(folder: Path, name: str) -> list[int]:
-    return [r["iteration"] for r in records(folder, name, "event") if r["event"] == "finished"]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import final_sums, losses_by_decay, records, start, tiny
+from runs import final_sums, losses_by_decay, model_sums, records, start, tiny
 
 from overnight import train as train_module
 from overnight.cli import EXIT_INTERRUPTED
@@ -19,10 +19,6 @@ LADDER = ("--schedule.milestones", "[20, 30]")
 
 def run(folder: Path, name: str, *overrides: str, **how) -> int:
     return train_module.train(tiny(folder, "--name", name, *overrides), **how)
-
-
-def model_sums(name: str, iteration: int) -> str:
-    return Path(f"runs/{name}/models/iter-{iteration:06d}/SHA256SUMS").read_text()
 
 
 def losses_of(folder: Path, name: str, cooldown: int | None = None, kind: str = "train") -> dict[int, float]:

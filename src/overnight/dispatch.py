@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +12,9 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from overnight.beside import beside
 from overnight.checkpoint import damage
 from overnight.console import Console
-from overnight.evaluation.milestone import NOT_INHERITED
 from overnight.layout import ends_in, folder_name, saved_iterations
 from overnight.metrics import Metrics
 from overnight.parcels import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
@@ -30,15 +28,11 @@ class Dispatch:
     """`python -m overnight.hub RUN`, at low priority; its lines go to the console. No failure of it reaches a step."""
 
     def __init__(self, run: Path, console: Console):
-        environment = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
         self.over = False  # the run: what is owed is still sent
-        self.process = subprocess.Popen(
-            ["nice", sys.executable, "-m", "overnight.hub", str(run)],
-            env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        self.process = beside(
+            *("-m", "overnight.hub", str(run)),
+            environment={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
             process_group=0,  # Ctrl-C is for the trainer
         )
         self.console = console

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from overnight.beside import beside
+
 ROOT = Path(__file__).resolve().parents[3]
-NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Look:
@@ -17,12 +15,9 @@ class Look:
 
     def __init__(self, folder: Path, items: int):
         self.out = folder.parents[1] / "evaluation" / f"{folder.name}-first-{items}"
-        command = [sys.executable, str(ROOT / "recipes" / "eval.py"), str(folder), "--out", str(self.out)]
-        command += ["--against", "none", "--texts", "none", "--shards", "none", "--limit", str(items)]
-        environment = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
-        self.process = subprocess.Popen(
-            ["nice", *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        script = str(ROOT / "recipes" / "eval.py")
+        options = ["--against", "none", "--texts", "none", "--shards", "none", "--limit", str(items)]
+        self.process = beside(script, str(folder), "--out", str(self.out), *options)
 
     def scores(self) -> tuple[dict[str, float], str]:
         """Wait for the end: the deciding metric of each task, and what went wrong, or an empty text."""
