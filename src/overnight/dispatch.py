@@ -22,12 +22,14 @@ from overnight.recipe import DamagedData, InputError, Unreachable, first_line
 from overnight.rundir import RunDirectory
 
 FROM_HUB = "hub:"
+FIRST_WORD = 5.0  # seconds in which, before the first iteration, it can be known whether the Hub lets us
 
 
 class Dispatch:
     """`python -m overnight.hub RUN`, at low priority; its lines go to the console. No failure of it reaches a step."""
 
     def __init__(self, run: Path, console: Console):
+        self.run = run
         self.over = False  # the run: what is owed is still sent
         self.process = beside(
             *("-m", "overnight.hub", str(run)),
@@ -36,22 +38,38 @@ class Dispatch:
             process_group=0,  # Ctrl-C is for the trainer
         )
         self.console = console
+        self.said = ""
+        self.heard = threading.Event()
         self.reader = threading.Thread(target=self._repeat, daemon=True)
         self.reader.start()
 
     def _repeat(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.console.say(line.rstrip())
+            self.said = line.rstrip()
+            self.console.say(self.said)
+            self.heard.set()
+        self.heard.set()
 
     def close(self) -> None:
-        """Let it send what is owed when the run is over, and end; otherwise end at once."""
+        """Let it send what is owed when the run is over, and end; otherwise end at once.
+
+        Where it gave up before, hours ago perhaps, that is said again.
+        """
         assert self.process.stdin is not None
+        gave_up = self.process.poll() is not None
         with contextlib.suppress(OSError):  # it has ended, and said why
             self.process.stdin.write("over\n" if self.over else "\n")
             self.process.stdin.close()
         self.process.wait()
         self.reader.join()
+        if self.process.returncode < 0:
+            later = f"python recipes/publish.py {self.run}"
+            self.console.say(
+                f"hub: sending was ended by signal {-self.process.returncode}; what is owed, this sends: {later}"
+            )
+        elif gave_up:
+            self.console.say(self.said)
 
 
 class Nothing:
@@ -67,6 +85,7 @@ def sending(accelerator: Accelerator, directory: RunDirectory, console: Console)
         yield Nothing()
         return
     dispatch = Dispatch(directory.path, console)
+    dispatch.heard.wait(FIRST_WORD)
     try:
         yield dispatch
     finally:

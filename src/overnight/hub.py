@@ -307,7 +307,7 @@ def main(run: Path) -> int:
     try:
         owed = courier.deliver()
     except Refused as refused:
-        say(f"hub: {refused}; the run goes on. {later}")
+        say(f"hub: {refused}. {later}")
         return 1
     if owed:
         say(f"hub: still owed: {'; '.join(owed)}. {later}")
