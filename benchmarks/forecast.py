@@ -4,10 +4,10 @@ The public curve is nanoGPT's GPT-2 124M on one RTX 4070 (facts/curve_practition
 to an iteration the mean of its last five is forecast; beside it stands the naive way, the law shifted to go through the
 newest point.
 
-The ladders are small models on the embedded corpus with the proportions of recipes/fineweb_edu_40m_ladder.yaml: four
-budgets, 6 : 10 : 15 : 20, from one trunk with a decay of a fifth, on three seeds, through recipes/train.py. What counts
-is the forecast that stands in metrics.jsonl at half of the trunk, when the first budget is finished and three are to
-come. A run that finished before is not trained again; --runs says where they are.
+The ladders are small models on the embedded corpus that finish several budgets from one trunk, on three seeds, through
+recipes/train.py: one with the proportions of recipes/fineweb_edu_40m_ladder.yaml, which sees some forty tokens for each
+parameter, and the quickstart's own, which sees one. What counts is the forecast that stands in metrics.jsonl at half of
+the trunk. A run that finished before is not trained again; --runs says where they are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -34,20 +35,39 @@ ROOT = Path(__file__).resolve().parents[1]
 UNIQUE = 100_000_000_000  # tokens of the set behind the public curve: more than one epoch is never begun
 LAST = range(13_000, 15_001, 500)
 SEEDS = (1, 2, 3)
-BUDGETS, ITERATIONS = (300, 500, 750), 1000
-SHAPE = {  # the quickstart's model made smaller, so that a run sees some forty tokens for each parameter
-    "model.n_layer": 2,
-    "model.n_head": 2,
-    "model.n_embd": 64,
-    "model.n_positions": 128,
-    "model.vocab_size": 1024,
-    "batch.sequence_length": 128,
-    "batch.tokens_per_iter": 8192,
-    "optim.lr": 4e-3,
-    "data.dir": "data/ladder",
-    "data.val_tokens": 32_768,
-}
-HALF = ITERATIONS * 4 // 10  # half of the trunk, which is four fifths of the run
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Budgets that are finished from one trunk, and where their forecasts are taken."""
+
+    name: str
+    budgets: tuple[int, ...]  # the last is the run's length
+    half: int  # of the trunk
+    overrides: dict[str, object]
+
+
+LADDERS = (
+    Ladder(
+        "small",
+        (300, 500, 750, 1000),
+        half=400,
+        overrides={
+            "model.n_layer": 2,
+            "model.n_head": 2,
+            "model.n_embd": 64,
+            "model.n_positions": 128,
+            "model.vocab_size": 1024,
+            "batch.sequence_length": 128,
+            "batch.tokens_per_iter": 8192,
+            "optim.lr": 4e-3,
+            "schedule.decay_fraction": 0.2,
+            "data.dir": "data/ladder",
+            "data.val_tokens": 32_768,
+        },
+    ),
+    Ladder("quickstart", (80, 160, 240, 320), half=90, overrides={}),
+)
 
 
 def public_recipe() -> Recipe:
@@ -93,19 +113,19 @@ def forecast_public_run() -> None:
         )
 
 
-def train(runs: Path, seed: int) -> Path:
+def train(runs: Path, ladder: Ladder, seed: int) -> Path:
     """Train a ladder unless it is there; returns its run directory."""
-    name = f"ladder-seed{seed}"
+    name = f"{ladder.name}-seed{seed}"
     chosen = {
         "name": name,
         "seed": seed,
-        **SHAPE,
-        "schedule.max_iters": ITERATIONS,
-        "schedule.decay_fraction": 0.2,
-        "schedule.milestones": list(BUDGETS),
+        "threads": 1,
+        "schedule.max_iters": ladder.budgets[-1],
+        "schedule.milestones": list(ladder.budgets[:-1]),
         "validation.every": 10,
         "validation.prompts": [],
         "validation.ngram_baselines": False,
+        **ladder.overrides,
     }
     words = [word for key, value in chosen.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
     command = [sys.executable, str(ROOT / "recipes" / "train.py"), str(ROOT / "recipes" / "quickstart.yaml"), *words]
@@ -115,18 +135,19 @@ def train(runs: Path, seed: int) -> Path:
     return runs / "runs" / name
 
 
-def forecast_ladders(runs: Path) -> None:
-    """Print what was forecast at half of each trunk beside what came."""
-    print(f"\nladders of {ITERATIONS} iterations, forecasts made at iteration {HALF}, nats per token")
+def forecast_ladder(runs: Path, ladder: Ladder) -> None:
+    """Print what was forecast at half of the trunk beside what came."""
+    length = ladder.budgets[-1]
+    print(f"\nthe {ladder.name} ladder, {length} iterations, forecasts made at iteration {ladder.half}, nats per token")
     print(f"{'seed':>4}{'budget':>8}{'forecast':>10}{'90 %':>16}{'came':>9}{'error':>9}{'inside':>8}")
     inside, widths, errors = 0, [], []
     for seed in SEEDS:
-        run = train(runs, seed)
+        run = train(runs, ladder, seed)
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        (frozen,) = [r for r in records if (r["kind"], r["iteration"]) == ("forecast", HALF) and "cooldown" not in r]
+        made = [r for r in records if (r["kind"], r["iteration"]) == ("forecast", ladder.half) and "cooldown" not in r]
         came = {r["iteration"]: r["val_loss"] for r in records if r.get("event") == "finished"}
-        for row in frozen["budgets"]:
-            if (budget := row["max_iters"]) not in (*BUDGETS, ITERATIONS):
+        for row in made[0]["budgets"]:
+            if (budget := row["max_iters"]) not in ladder.budgets:
                 continue  # ending at once, which nobody did
             loss, low, high = row["loss"], row["loss_low"], row["loss_high"]
             hit = low <= came[budget] <= high
@@ -140,15 +161,15 @@ def forecast_ladders(runs: Path) -> None:
             )
     rms = math.sqrt(statistics.mean(error**2 for error in errors))
     print(f"inside {inside} of {len(errors)}, median width {statistics.median(widths):.3f}, error {rms:.4f} rms")
-    print(f"a forecast from the whole curve of a ladder, its file read: {cost(run):.0f} ms")
+    print(f"a forecast from the whole curve, its file read: {cost(run, ladder):.0f} ms")
 
 
-def cost(run: Path) -> float:
+def cost(run: Path, ladder: Ladder) -> float:
     """Milliseconds of a forecast of a run, the median of several."""
     taken = []
     for _ in range(20):
         started = time.perf_counter()
-        forecast_of_run(run, [*BUDGETS, ITERATIONS], None)
+        forecast_of_run(run, [*ladder.budgets], None)
         taken.append(1000 * (time.perf_counter() - started))
     return statistics.median(taken)
 
@@ -158,7 +179,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "forecast", help="where the ladders are trained")
     runs = parser.parse_args().runs.resolve()
     forecast_public_run()
-    forecast_ladders(runs)
+    for ladder in LADDERS:
+        forecast_ladder(runs, ladder)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overnight.forecast import Point, forecast, usable
-from overnight.law import annealed_loss, block_parameters, cosine_offset
+from overnight.forecast import Point, brownian, forecast, twice_brownian, usable
+from overnight.gpus import facts
+from overnight.law import DATASETS, annealed_loss, block_parameters, constants, cosine_offset
 from overnight.outlook import Outlook
 from overnight.recipe import InputError
 from overnight.recipe_file import load
@@ -77,6 +78,38 @@ def test_a_finished_budget_teaches_what_a_decay_takes_off(night):
     after = forecast(night, UNIQUE, [*seen, (Point(6_000, schedule), by_the_law(night, 6_000))], ends(night, 20_000))
     true = by_the_law(night, 20_000)
     assert after.at(0).sigma < before.sigma and abs(after.at(0).loss - true) < abs(before.loss - true)
+
+
+# The quickstart with `--schedule.milestones "[80, 160, 240]" --validation.every 10`, from iteration 40 on.
+TRUNK = [5.549, 5.352, 5.236, 5.119, 5.037, 4.969, 4.920, 4.848, 4.789, 4.744, 4.702, 4.638, 4.604, 4.565, 4.514, 4.460]
+DECAYS = {80: [5.352, 5.222, 5.103, 5.049], 160: [4.919, 4.836, 4.758, 4.686, 4.633, 4.579, 4.553]}
+
+
+@pytest.mark.parametrize(("upto", "decays"), [(90, [80]), (140, [80, 160]), (190, [80, 160])])
+def test_a_curve_that_becomes_steeper_before_it_is_a_power_law_ends_inside_the_interval(root, upto, decays):
+    recipe = load(root / "recipes" / "quickstart.yaml")
+    seen = [(Point(10 * i, recipe.schedule), loss) for i, loss in enumerate(TRUNK, 4) if 10 * i <= upto]
+    for budget in decays:
+        losses = DECAYS[budget]
+        first = budget - 10 * (len(losses) - 1)
+        seen += [(Point(first + 10 * i, towards(recipe.schedule, budget)), loss) for i, loss in enumerate(losses)]
+    low, high = forecast(recipe, 2_922_822, seen, ends(recipe, 320)).at(0).interval()
+    assert low < 3.992 < high < low + 0.7
+
+
+def test_a_slope_that_wanders_is_a_brownian_motion_integrated():
+    fine = np.linspace(-1, 1, 401)
+    step = fine[1] - fine[0]
+    sums = np.array([step * np.where((fine > 0) & (fine <= x), 1.0, 0.0) for x in fine])
+    sums -= np.array([step * np.where((fine < 0) & (fine >= x), 1.0, 0.0) for x in fine])
+    assert twice_brownian(fine) == pytest.approx(sums @ brownian(fine) @ sums.T, abs=0.01)
+
+
+def test_a_curve_is_no_power_law_before_the_fewest_tokens_that_a_model_behind_the_law_had():
+    rows = [row for row in facts("kempner_sweep.csv") if row["dataset"] in DATASETS.values()]
+    used = [(float(row["tokens"]), float(row["params"])) for row in rows]
+    ratios = [tokens / parameters for tokens, parameters in used if parameters < 3e8 and tokens > 4.5e8]
+    assert constants()["valid_range"]["D/N"] == pytest.approx([min(ratios), max(ratios)], rel=0.02)
 
 
 def test_what_going_on_gains_is_surer_than_either_end(night):

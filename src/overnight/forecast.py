@@ -8,9 +8,10 @@ where x are the tokens over those of the last validation, level is what the mode
 slope its fall for each e-fold of tokens, gain what the run's longest decay takes off, and lack the share of it that is
 still to come: 1 on a trunk, 0 at the end. Drift is a Brownian motion in log x and stands for all that no power law is.
 Level, slope and gain have normal priors: from the scaling law where the run is inside of what that was fitted to, wide
-ones elsewhere. So for given beta, drift, noise, and the iterations that a decay needs for its gain, the forecast is a
-Gaussian conditional (Rasmussen & Williams 2006, section 2.7), and over a grid of these it is averaged by their
-evidence.
+ones elsewhere. With fewer tokens for each parameter than any model behind the law had, a curve may still become
+steeper, and does: there it is taken for straight in log x, with a slope that is a Brownian motion itself. So for given
+beta, drift, noise, and the iterations that a decay needs for its gain, the forecast is a Gaussian conditional
+(Rasmussen & Williams 2006, section 2.7), and over a grid of these it is averaged by their evidence.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ OLDEST = 1 / 8  # of the last validation's iteration: what came before tells lit
 WARM = 2  # warmups before a curve begins
 DRIFTS = (0.003, 0.01, 0.03, 0.1)  # nats an e-fold of tokens
 NOISES = (0.002, 0.005, 0.012, 0.03)  # nats
+WANDER = 0.2  # nats an e-fold, over one e-fold of tokens: how far the slope of a curve wanders before it is a power law
+STRAIGHT = 1e-6  # a beta that bends nothing
 LOSS_AT_124M = 3.28  # nats on FineWeb, of the runs whose gain facts/scaling_law.json has
 BEND = 0.3  # of the gain: how far a loss in the middle of a decay may be from its rate's share
 
@@ -170,7 +173,9 @@ class Prior:
 
     mean: np.ndarray  # (3,)
     sigma: np.ndarray  # (3,)
-    beta_spread: float  # standard deviation of beta's logarithm
+    beta: float
+    beta_spread: float  # standard deviation of its logarithm
+    wander: float  # of the slope, nats an e-fold, over one e-fold of tokens
     memories: tuple[float, ...]  # iterations
 
 
@@ -179,13 +184,17 @@ def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
 
     The gain inside of the law's range is what facts/scaling_law.json says of 124M, as a share of the loss.
     """
-    if not law.inside(recipe):
-        return Prior(np.array([loss, 0.5, 0.03 * loss]), np.array([2.0, 2.0, 0.03 * loss]), 0.4, (30, 100, 300, 1000))
+    beta = law.constants()["beta"]
+    early = tokens / law.block_parameters(recipe.model) < law.constants()["valid_range"]["D/N"][0]
+    if early or not law.inside(recipe):
+        mean, sigma = np.array([loss, 0.5, 0.03 * loss]), np.array([2.0, 2.0, 0.03 * loss])
+        beta, spread, wander = (STRAIGHT, 0.0, WANDER) if early else (beta, 0.4, 0.0)
+        return Prior(mean, sigma, beta, spread, wander, memories=(30, 100, 300, 1000))
     counted = 1 - recipe.schedule.decay_fraction / 2 if recipe.schedule.kind == "wsd" else 1.0
     level, slope = law.level_and_slope(recipe, tokens / counted)  # the law counts all tokens of an annealed run
     gain = law.wsd_offset() / LOSS_AT_124M * level
-    sigma = law.constants()["sigma_nats"]["uncalibrated"]
-    return Prior(np.array([level, slope, gain]), np.array([sigma, 0.2 * slope, 0.2 * gain]), 0.1, (1, 1000))
+    mean, sigma = np.array([level, slope, gain]), law.constants()["sigma_nats"]["uncalibrated"]
+    return Prior(mean, np.array([sigma, 0.2 * slope, 0.2 * gain]), beta, 0.1, 0.0, memories=(1, 1000))
 
 
 def curves(prior: Prior, points: Sequence[Point], time: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,8 +202,9 @@ def curves(prior: Prior, points: Sequence[Point], time: np.ndarray, longest: int
 
     A curve is a beta and a memory.
     """
-    z, memory = np.array(list(itertools.product(np.linspace(-2, 2, 9), prior.memories))).T  # z: standard deviations
-    beta = law.constants()["beta"] * np.exp(prior.beta_spread * z)
+    z = np.linspace(-2, 2, 9) if prior.beta_spread else np.zeros(1)  # standard deviations
+    z, memory = np.array(list(itertools.product(z, prior.memories))).T
+    beta = prior.beta * np.exp(prior.beta_spread * z)
     fall = np.expm1(-beta[:, None] * time) / beta[:, None]
     lack = np.stack([point.lack(memory, longest) for point in points], axis=1)
     return np.stack([np.ones_like(fall), fall, lack], axis=-1), -(z**2) / 2
@@ -205,7 +215,8 @@ def scatter(prior: Prior, points: Sequence[Point], time: np.ndarray) -> tuple[np
     drift, noise = np.array(list(itertools.product(DRIFTS, NOISES))).T
     left = np.array([point.to_come for point in points])
     bend = BEND * prior.mean[2] * 4 * left * (1 - left)
-    return drift[:, None, None] ** 2 * brownian(time) + np.diag(bend**2), noise
+    wandering = prior.wander**2 * twice_brownian(time)
+    return drift[:, None, None] ** 2 * brownian(time) + wandering + np.diag(bend**2), noise
 
 
 def area(memories: np.ndarray) -> np.ndarray:
@@ -217,3 +228,13 @@ def brownian(time: np.ndarray) -> np.ndarray:
     """The covariance, (points, points), of a Brownian motion that is 0 at time 0, before and after it."""
     before, after = np.minimum(time, 0), np.maximum(time, 0)
     return np.minimum.outer(-before, -before) + np.minimum.outer(after, after)
+
+
+def twice_brownian(time: np.ndarray) -> np.ndarray:
+    """The same of the integral of one."""
+
+    def one_side(time: np.ndarray) -> np.ndarray:
+        shorter, longer = np.minimum.outer(time, time), np.maximum.outer(time, time)
+        return shorter**2 * (3 * longer - shorter) / 6
+
+    return one_side(np.maximum(-time, 0)) + one_side(np.maximum(time, 0))
