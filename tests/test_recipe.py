@@ -56,7 +56,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
         ("--output_dir=x", "name"),
         ("--per_device_train_batch_size=8", "batch.micro_batch"),
         ("--resume_from_checkpoint=x", "the same command again resumes"),
-        ("--push_to_hub", "hf upload"),
+        ("--push_to_hub", "hub.repo_id"),
         ("--optim.learning_rate=1", "optim.lr"),
         ("--schedule.max_itres=40", "schedule.max_iters"),
     ],

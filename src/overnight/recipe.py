@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
-
-from overnight.schedule import decay_iters, fits
 
 
 class InputError(Exception):
@@ -280,61 +277,6 @@ def leaves(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
             yield from leaves(type(field.default), f"{prefix}{name}.")
         else:
             yield prefix + name, field
-
-
-def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
-    """Settings that do not fit together: the keys involved, and what to write instead."""
-    model, batch, schedule, data = recipe.model, recipe.batch, recipe.schedule, recipe.data
-    if model.n_embd % model.n_head:
-        works = max(h for h in range(1, model.n_head + 1) if model.n_embd % h == 0)
-        yield (
-            {"model.n_embd", "model.n_head"},
-            f"`model.n_embd` {model.n_embd} is no multiple of `model.n_head` {model.n_head}; {works} heads would work",
-        )
-    if batch.sequence_length > model.n_positions:
-        yield (
-            {"batch.sequence_length", "model.n_positions"},
-            f"`batch.sequence_length` {batch.sequence_length} is longer than `model.n_positions` {model.n_positions};"
-            f" {model.n_positions} would work",
-        )
-    if batch.tokens_per_iter % batch.sequence_length:
-        works = max(1, round(batch.tokens_per_iter / batch.sequence_length)) * batch.sequence_length
-        yield (
-            {"batch.tokens_per_iter", "batch.sequence_length"},
-            f"`batch.tokens_per_iter` {batch.tokens_per_iter} does not divide into rows of `batch.sequence_length`"
-            f" {batch.sequence_length}; {works} would work",
-        )
-    elif batch.micro_batch != "auto" and (rows := batch.tokens_per_iter // batch.sequence_length) % batch.micro_batch:
-        works = math.gcd(rows, batch.micro_batch)
-        yield (
-            {"batch.tokens_per_iter", "batch.sequence_length", "batch.micro_batch"},
-            f"`batch.micro_batch` {batch.micro_batch} does not divide an iteration of {rows} rows; {works} would work",
-        )
-    if schedule.warmup_iters + decay_iters(schedule) > schedule.max_iters:
-        works = schedule.max_iters - decay_iters(schedule)
-        yield (
-            {"schedule.warmup_iters", "schedule.max_iters", "schedule.decay_fraction"},
-            f"`schedule.warmup_iters` {schedule.warmup_iters} and the decay of {decay_iters(schedule)} iterations do"
-            f" not fit into `schedule.max_iters` {schedule.max_iters}; at most {works} would work",
-        )
-    chosen = {"schedule.milestones": schedule.milestones, "schedule.hours": schedule.hours}
-    chosen |= {"stop.when_flat": recipe.stop.when_flat}
-    if schedule.kind != "wsd" and (trunk := [key for key, value in chosen.items() if value]):
-        yield {trunk[0], "schedule.kind"}, f"`{trunk[0]}` needs `schedule.kind: wsd`, whose trunk it branches off"
-    elif schedule.milestones and schedule.hours:
-        yield (
-            {"schedule.milestones", "schedule.hours"},
-            f"`schedule.hours` {schedule.hours:g} finds the one budget that fits; `schedule.milestones` [] would work",
-        )
-    elif wrong := [m for m in schedule.milestones if not fits(schedule, m)]:
-        yield (
-            {"schedule.milestones", "schedule.max_iters", "schedule.warmup_iters", "schedule.decay_fraction"},
-            f"`schedule.milestones` holds {wrong[0]}; one below `schedule.max_iters` {schedule.max_iters}, whose decay"
-            " begins after the warmup, would work",
-        )
-    if (data.source == "embedded") == (data.path is not None):
-        needed = "has no use with" if data.path else "is needed with"
-        yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
 
 
 def meaning(recipe: Recipe) -> dict[str, Any]:

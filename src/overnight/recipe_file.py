@@ -7,6 +7,7 @@ work; nothing is written before a recipe is whole.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from overnight.recipe import InputError, Recipe, conflicts, leaves
+from overnight.recipe import InputError, Recipe, leaves
+from overnight.schedule import decay_iters, fits
 
 # What other tools call the same thing. The answer to an unknown key is the key, or the habit, that takes its place.
 DIALECTS = {
@@ -67,8 +69,10 @@ DIALECTS = {
     "resume_from_checkpoint": "nothing: the same command again resumes",
     "init_from": "nothing: the same command again resumes",
     "overwrite_output_dir": "nothing: another --name starts another run",
-    "push_to_hub": "nothing: `hf upload REPO runs/NAME/models/iter-...` sends a finished model",
-    "hub_model_id": "nothing: `hf upload REPO runs/NAME/models/iter-...` sends a finished model",
+    "push_to_hub": "hub.repo_id",
+    "hub_model_id": "hub.repo_id",
+    "hub_private_repo": "hub.private",
+    "hub_strategy": "hub.every_hours, and hub.push_state for the exact state",
 }
 
 
@@ -213,6 +217,61 @@ def _drop(data: dict, keys: list[str]) -> None:
     for key in keys[:-1]:
         data = data[key]
     del data[keys[-1]]
+
+
+def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
+    """Settings that do not fit together: the keys involved, and what to write instead."""
+    model, batch, schedule, data = recipe.model, recipe.batch, recipe.schedule, recipe.data
+    if model.n_embd % model.n_head:
+        works = max(h for h in range(1, model.n_head + 1) if model.n_embd % h == 0)
+        yield (
+            {"model.n_embd", "model.n_head"},
+            f"`model.n_embd` {model.n_embd} is no multiple of `model.n_head` {model.n_head}; {works} heads would work",
+        )
+    if batch.sequence_length > model.n_positions:
+        yield (
+            {"batch.sequence_length", "model.n_positions"},
+            f"`batch.sequence_length` {batch.sequence_length} is longer than `model.n_positions` {model.n_positions};"
+            f" {model.n_positions} would work",
+        )
+    if batch.tokens_per_iter % batch.sequence_length:
+        works = max(1, round(batch.tokens_per_iter / batch.sequence_length)) * batch.sequence_length
+        yield (
+            {"batch.tokens_per_iter", "batch.sequence_length"},
+            f"`batch.tokens_per_iter` {batch.tokens_per_iter} does not divide into rows of `batch.sequence_length`"
+            f" {batch.sequence_length}; {works} would work",
+        )
+    elif batch.micro_batch != "auto" and (rows := batch.tokens_per_iter // batch.sequence_length) % batch.micro_batch:
+        works = math.gcd(rows, batch.micro_batch)
+        yield (
+            {"batch.tokens_per_iter", "batch.sequence_length", "batch.micro_batch"},
+            f"`batch.micro_batch` {batch.micro_batch} does not divide an iteration of {rows} rows; {works} would work",
+        )
+    if schedule.warmup_iters + decay_iters(schedule) > schedule.max_iters:
+        works = schedule.max_iters - decay_iters(schedule)
+        yield (
+            {"schedule.warmup_iters", "schedule.max_iters", "schedule.decay_fraction"},
+            f"`schedule.warmup_iters` {schedule.warmup_iters} and the decay of {decay_iters(schedule)} iterations do"
+            f" not fit into `schedule.max_iters` {schedule.max_iters}; at most {works} would work",
+        )
+    chosen = {"schedule.milestones": schedule.milestones, "schedule.hours": schedule.hours}
+    chosen |= {"stop.when_flat": recipe.stop.when_flat}
+    if schedule.kind != "wsd" and (trunk := [key for key, value in chosen.items() if value]):
+        yield {trunk[0], "schedule.kind"}, f"`{trunk[0]}` needs `schedule.kind: wsd`, whose trunk it branches off"
+    elif schedule.milestones and schedule.hours:
+        yield (
+            {"schedule.milestones", "schedule.hours"},
+            f"`schedule.hours` {schedule.hours:g} finds the one budget that fits; `schedule.milestones` [] would work",
+        )
+    elif wrong := [m for m in schedule.milestones if not fits(schedule, m)]:
+        yield (
+            {"schedule.milestones", "schedule.max_iters", "schedule.warmup_iters", "schedule.decay_fraction"},
+            f"`schedule.milestones` holds {wrong[0]}; one below `schedule.max_iters` {schedule.max_iters}, whose decay"
+            " begins after the warmup, would work",
+        )
+    if (data.source == "embedded") == (data.path is not None):
+        needed = "has no use with" if data.path else "is needed with"
+        yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
 
 
 def _problem(key: str, reasons: list[str], value: Any) -> str:
