@@ -57,6 +57,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
         ("--per_device_train_batch_size=8", "batch.micro_batch"),
         ("--resume_from_checkpoint=x", "the same command again resumes"),
         ("--push_to_hub", "hub.repo_id"),
+        ("--hub.token", "hf auth login"),
         ("--optim.learning_rate=1", "optim.lr"),
         ("--schedule.max_itres=40", "schedule.max_iters"),
     ],

@@ -72,6 +72,8 @@ DIALECTS = {
     "push_to_hub": "hub.repo_id",
     "hub_model_id": "hub.repo_id",
     "hub_private_repo": "hub.private",
+    "hub_token": "nothing: `hf auth login`, or HF_TOKEN in the environment",
+    "token": "nothing: `hf auth login`, or HF_TOKEN in the environment",
     "hub_strategy": "hub.every_hours, and hub.push_state for the exact state",
 }
 
