@@ -144,9 +144,11 @@ def forecast_ladder(runs: Path, ladder: Ladder) -> None:
     for seed in SEEDS:
         run = train(runs, ladder, seed)
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        made = [r for r in records if (r["kind"], r["iteration"]) == ("forecast", ladder.half) and "cooldown" not in r]
+        (made,) = [
+            r for r in records if (r["kind"], r["iteration"]) == ("forecast", ladder.half) and "cooldown" not in r
+        ]
         came = {r["iteration"]: r["val_loss"] for r in records if r.get("event") == "finished"}
-        for row in made[0]["budgets"]:
+        for row in made["budgets"]:
             if (budget := row["max_iters"]) not in ladder.budgets:
                 continue  # ending at once, which nobody did
             loss, low, high = row["loss"], row["loss_low"], row["loss_high"]

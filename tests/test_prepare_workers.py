@@ -163,7 +163,7 @@ def test_no_worker_outlives_the_command(long_data, number):
 
 @pytest.mark.slow
 def test_d11_a_preparation_that_is_killed_again_and_again_gives_the_same_bytes():
-    done = subprocess.run([sys.executable, KILL_LOOP, "--kills", "2"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, KILL_LOOP, "--kills", "4"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "byte-identical" in done.stdout
 

@@ -51,6 +51,10 @@ class Dispatch:
             self.heard.set()
         self.heard.set()
 
+    def first_word(self) -> None:
+        """Wait for it, a little: what keeps everything from being sent is then said before the first iteration."""
+        self.heard.wait(FIRST_WORD)
+
     def close(self) -> None:
         """Let it send what is owed when the run is over, and end; otherwise end at once.
 
@@ -77,6 +81,9 @@ class Nothing:
 
     over = False
 
+    def first_word(self) -> None:
+        """There is none."""
+
 
 @contextlib.contextmanager
 def sending(accelerator: Accelerator, directory: RunDirectory, console: Console) -> Iterator[Dispatch | Nothing]:
@@ -85,7 +92,6 @@ def sending(accelerator: Accelerator, directory: RunDirectory, console: Console)
         yield Nothing()
         return
     dispatch = Dispatch(directory.path, console)
-    dispatch.heard.wait(FIRST_WORD)
     try:
         yield dispatch
     finally:

@@ -81,6 +81,7 @@ def train(
     run = set_up(recipe, accelerator, console, directory, shards, night)
     try:
         with sending(accelerator, directory, console) as sent, stop_on_signal(run):
+            sent.first_word()
             code = finish_each(run, unfinished)
             sent.over = code == 0
         return code
