@@ -222,6 +222,8 @@ def main() -> None:
     whole = fit(data)
     print(f"{len(data)} models, exponents: alpha {whole.alpha:.4f}, beta {whole.beta:.4f}", end="")
     print(f" (facts/scaling_law.json: {law['alpha']:.4f}, {law['beta']:.4f})")
+    ratios, known = [point.tokens / point.block_parameters for point in data], law["valid_range"]["D/N"]
+    print(f"{min(ratios):.2f} to {max(ratios):.0f} tokens for each block parameter (facts/scaling_law.json: {known})")
     print(f"residuals of the fit: {rms([whole.predict(point) - point.loss for point in data]):.4f} nats rms")
     left_out: dict[int, list[float]] = defaultdict(list)
     for width in sorted({point.width for point in data}):

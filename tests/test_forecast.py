@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from overnight.forecast import Point, brownian, forecast, twice_brownian, usable
-from overnight.gpus import facts
-from overnight.law import DATASETS, annealed_loss, block_parameters, constants, cosine_offset
+from overnight.law import annealed_loss, block_parameters, constants, cosine_offset
 from overnight.outlook import Outlook
 from overnight.recipe import InputError
 from overnight.recipe_file import load
@@ -105,10 +104,11 @@ def test_a_slope_that_wanders_is_a_brownian_motion_integrated():
     assert twice_brownian(fine) == pytest.approx(sums @ brownian(fine) @ sums.T, abs=0.01)
 
 
-def test_a_curve_is_no_power_law_before_the_fewest_tokens_that_a_model_behind_the_law_had():
-    rows = [row for row in facts("kempner_sweep.csv") if row["dataset"] in DATASETS.values()]
-    used = [(float(row["tokens"]), float(row["params"])) for row in rows]
-    ratios = [tokens / parameters for tokens, parameters in used if parameters < 3e8 and tokens > 4.5e8]
+def test_a_curve_is_no_power_law_before_the_fewest_tokens_that_a_model_behind_the_law_had(root, monkeypatch):
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    from scaling_law import points
+
+    ratios = [point.tokens / point.block_parameters for point in points()]
     assert constants()["valid_range"]["D/N"] == pytest.approx([min(ratios), max(ratios)], rel=0.02)
 
 
