@@ -1,10 +1,10 @@
 # Every command of the project, for a fresh machine: each target makes the virtual environment .venv when it is missing.
-# Variables: PYTHON=python3.12  TORCH=cpu  RECIPE=recipes/x.yaml  ARGS="--optim.lr 2e-3"  CONFIG_FILE=x.yaml  EXTRAS=wandb
+# Variables: PYTHON=python3.12  TORCH=cpu|cuda  RECIPE=recipes/x.yaml  ARGS="--optim.lr 2e-3"  CONFIG_FILE=x.yaml  EXTRAS=wandb
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart overnight test test-all bench verify-evaluation gpu-check lint
+.PHONY: help setup doctor quickstart overnight test test-all ghost test-ghost bench verify-evaluation gpu-check lint
 
 PYTHON ?= python3
 TORCH ?=
@@ -14,6 +14,7 @@ CONFIG_FILE ?=
 EXTRAS ?=
 
 VENV := .venv
+GHOST := .venv-ghost
 RUN := $(VENV)/bin/python
 BASE := $(VENV)/.installed-base
 BASE_EXTRAS := prepare,eval
@@ -29,7 +30,8 @@ HOW_TO_ACTIVATE = @echo; echo "The environment stands in $(VENV); to type comman
 help: ## this list
 	@echo "Overnight: pretrain a small GPT-2 on one GPU in one night. Targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "PYTHON=python3.12 picks the interpreter; TORCH=cpu takes PyTorch's CPU build (a machine without an NVIDIA GPU)."
+	@echo "PYTHON=python3.12 picks the interpreter; TORCH=cpu takes PyTorch's CPU build (a machine without an NVIDIA GPU),"
+	@echo "TORCH=cuda its CUDA build even where a local wheel would do."
 
 setup: $(BASE) ## the environment alone; EXTRAS=tensorboard,trackio,wandb adds trackers
 ifneq ($(EXTRAS),)
@@ -57,6 +59,18 @@ test: $(VENV)/.installed-test ## one test of each promise
 test-all: $(VENV)/.installed-test ## every test
 	@$(RUN) -m pytest -q $(ARGS)
 	$(HOW_TO_ACTIVATE)
+
+# A stand-in for an NVIDIA card under PyTorch's CUDA build, in an environment of its own; docs/gpu.md says what it shows.
+ghost: build/ghost/libghost.so ## a card that is not there (1 minute, 6.5 GB, gcc): every CUDA path runs on this machine
+
+test-ghost: build/ghost/libghost.so ## the tests of the CUDA paths on the card that is not there
+	@$(GHOST)/bin/python -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests/ghost_card) $(ARGS)
+
+build/ghost/libghost.so: $(wildcard tests/ghost_card/*.c tests/ghost_card/*.h) tests/ghost_card/build.py pyproject.toml constraints.txt
+	@! command -v nvidia-smi > /dev/null || { echo "This machine has an NVIDIA driver: its own card runs the CUDA paths (make gpu-check). The ghost card is for machines without one." >&2; exit 1; }
+	@$(MAKE) --no-print-directory VENV=$(GHOST) TORCH=cuda $(GHOST)/.installed-test
+	@$(GHOST)/bin/python -m pip install -q --disable-pip-version-check --no-deps --constraint constraints.txt nvidia-cuda-crt
+	@$(GHOST)/bin/python tests/ghost_card/build.py $(@D)
 
 # Written beside the page first, so that a benchmark that fails leaves the page as it was.
 bench: $(VENV)/.assets ## speed, memory and learning beside others into docs/benchmarks.md, hours; ARGS="--nanogpt DIR"
@@ -93,6 +107,9 @@ $(BASE): pyproject.toml constraints.txt | $(RUN)
 ifeq ($(TORCH),cpu)
 	@echo "Installing PyTorch's CPU build"
 	@$(call install,--no-deps --index-url $(CPU_WHEELS) torch)
+else ifeq ($(TORCH),cuda)
+	@echo "Installing PyTorch's CUDA build, the one that the package index has"
+	@$(call install,"torch===$(shell sed -n 's/^torch==//p' constraints.txt)")
 else
 	@$(RUN) -c 'import torch' 2> /dev/null || command -v nvidia-smi > /dev/null || echo "No NVIDIA driver is to be seen here: 'make TORCH=cpu ...' would install PyTorch's much smaller CPU build."
 endif

@@ -1,0 +1,113 @@
+"""The night's recipe on every card, from the trial of micro-batches to the exported model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import triton
+import yaml
+from ghost import CARDS, ROOT, train_on
+from runs import records, slow
+
+from overnight.prepare import prepare
+from overnight.recipe_file import load
+
+SHORT = {"max_iters": 2, "warmup_iters": 1, "branches": []}
+FLASH, CUDNN = "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"
+ATTENTION = {"h100-sxm": CUDNN, "b200": CUDNN, "t4": "_scaled_dot_product_efficient_attention"}
+QUICK = ("rtx-4070", "rtx-4070-laptop", "h100-sxm", "t4")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory, gpt2_folder: Path) -> Path:
+    """A folder with the night's recipe over other text and two short iterations, and its prepared shards."""
+    folder = tmp_path_factory.mktemp("night")
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in topics.values())
+    recipe = yaml.safe_load((ROOT / "recipes" / "fineweb_edu_40m.yaml").read_text(encoding="utf-8"))
+    recipe["data"] = {
+        "source": "files",
+        "path": str(folder / "text.jsonl"),
+        "tokenizer": str(gpt2_folder),
+        "dir": str(folder / "data"),
+        "val_tokens": 2500,
+        "reserved_fraction": 0.05,
+    }
+    recipe["batch"]["tokens_per_iter"] = 131_072
+    recipe["schedule"] |= SHORT
+    recipe["validation"] |= {"every": 2, "sample_tokens": 2}
+    recipe["logging"] = {"every": 1}
+    (folder / "night.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    loaded = load(folder / "night.yaml", ())
+    prepare(loaded.data, loaded.model.vocab_size, report=lambda line: None)
+    return folder
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run on a card showed."""
+
+    said: str
+    facts: dict
+    tried: list[int]  # rows
+    fits: int  # the largest
+    gib: float  # its peak by the allocator
+    breaks: int
+    recompiles: int
+    spilling: list[str]  # kernels
+
+
+def run_on_card(night: Path, card: str) -> Seen:
+    """Train, export, and read what came of it."""
+    cache = night / f"cache-{card}"
+    logs = {
+        "TORCH_LOGS": "graph_breaks,recompiles",
+        "TRITON_CACHE_DIR": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+    }
+    done = train_on(night, "night.yaml", "--name", card, card=CARDS[card], computes="small", fresh=True, **logs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((night / "runs" / card / "environment.json").read_text())
+    tried = re.findall(r"(\d+) rows (?:do not fit|\S+ tok/s ([\d.]+) GiB)", done.stdout)
+    fits, gib = next((int(rows), float(gib)) for rows, gib in tried if gib)
+    return Seen(
+        said=done.stdout,
+        facts=facts,
+        tried=sorted({int(rows) for rows, _ in tried}),
+        fits=fits,
+        gib=gib,
+        breaks=done.stderr.count("Graph break"),
+        recompiles=done.stderr.count("Recompiling function"),
+        spilling=spilling(cache),
+    )
+
+
+def spilling(cache: Path) -> list[str]:
+    """The kernels among the cubins below `cache` that keep something on the stack."""
+    found = []
+    for cubin in cache.rglob("*.cubin"):
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        found += [cubin.stem for stack in re.findall(r"STACK:(\d+)", usage) if int(stack)]
+    return found
+
+
+@pytest.mark.parametrize("card", [card if card in QUICK else slow(card) for card in CARDS])
+def test_the_night_runs_from_start_to_export(night: Path, card: str):
+    seen = run_on_card(night, card)
+    assert CARDS[card].name in seen.facts["device"]
+    assert seen.facts["attention"].startswith(ATTENTION.get(card, FLASH)), seen.facts["attention"]
+    assert (seen.breaks, seen.spilling) == (0, [])
+    assert [r["event"] for r in records(night, card, "event")][-1] == "finished"
+    print(
+        json.dumps(
+            {"card": card, "rows": seen.fits, "gib": seen.gib, "recompiles": seen.recompiles, "tried": seen.tried}
+        )
+    )
+    assert seen.recompiles == len(seen.tried) - 1
