@@ -26,7 +26,7 @@ WORKDIR /overnight
 # The dependencies come before the source, so that an edit does not download them again.
 COPY pyproject.toml constraints.txt LICENSE ./
 COPY src/overnight/__init__.py src/overnight/
-RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[prepare,eval]"
+RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[gpu,prepare,eval]"
 COPY accelerate_config.yaml ./
 COPY src src
 COPY recipes recipes

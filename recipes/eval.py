@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from overnight.cli import EXIT_INTERRUPTED, exit_code
+from overnight.extras import require
 from overnight.recipe import QUICK, Evaluation, InputError
 
 
@@ -45,6 +46,7 @@ def wishes_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
 
 
 def run(options: argparse.Namespace) -> int:
+    require("eval", "an evaluation")
     from overnight.evaluation.models import origin_of
     from overnight.evaluation.outcome import safe
 

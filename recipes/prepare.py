@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from overnight.cli import EXIT_INTERRUPTED, recipe_command
+from overnight.extras import require
 from overnight.recipe import InputError
 from overnight.signals import handled
 
@@ -24,7 +25,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe, options) -> int:
-    from overnight.prepare import Workers, prepare
     from overnight.prepare_cost import expected_cost
 
     given = yaml.safe_load(options.executor_options)
@@ -39,6 +39,9 @@ def run(recipe, options) -> int:
         return 0
     print(f"{recipe.data.dir}: {expected_cost(recipe.data)}", flush=True)
     if not options.dry_run:
+        require("prepare", "preparing data")
+        from overnight.prepare import Workers, prepare
+
         prepare(recipe.data, recipe.model.vocab_size, workers=Workers(options.executor, options.workers, given))
     return 0
 

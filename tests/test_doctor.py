@@ -50,6 +50,13 @@ def test_an_older_driver_of_the_same_cuda_generation_is_enough():
     assert findings(torch_cuda="13.2") == {}
 
 
+def test_a_missing_package_fails_and_a_missing_power_meter_warns():
+    missing = findings(installed={"torch": None, "nvidia-ml-py": None})["packages"]
+    assert missing.status == "fail" and "torch, nvidia-ml-py" in missing.text
+    unseen = findings(installed={"torch": "2.13.0", "nvidia-ml-py": None})["packages"]
+    assert unseen.status == "warn" and "no GPU is seen" in unseen.text
+
+
 def test_no_cuda_device_is_a_warning_and_the_compiler_is_not_needed():
     found = findings(driver=None, torch="2.13.0+cpu", torch_cuda=None, gcc=None, python_header=False)
     assert {name: check.status for name, check in found.items()} == {"torch": "warn"}

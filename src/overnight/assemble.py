@@ -11,6 +11,8 @@ import numpy as np
 from overnight.allot import Allotment, allot
 from overnight.corpus import NOT_TEXT, TOO_LONG
 from overnight.manifest import (
+    SOURCE_KEYS,
+    SPLIT_KEYS,
     Counts,
     Manifest,
     SourceRecord,
@@ -18,14 +20,11 @@ from overnight.manifest import (
     TokenizerRecord,
     little_endian,
     name_prepared,
+    ordered_path,
 )
 from overnight.recipe import Data, InputError
 from overnight.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.staging import DUPLICATE, EMPTY, Job, Stage, read_stage
-
-SOURCE_KEYS = {"source", "path", "files", "revision", "text_column"}
-SPLIT_KEYS = {"reserved_fraction", "val_tokens", "train_tokens"}
-"""With the tokenizer and the vocabulary, what a prepared folder must agree in to serve a recipe."""
 
 
 def finish(job: Job, folder: Path, commit: str | None) -> Manifest:
@@ -147,8 +146,3 @@ def _manifest(
             after_budget=chosen.training - sum(record.documents for record in train.records),
         ),
     )
-
-
-def ordered_path(data: Data) -> str | list[str] | None:
-    """`data.path`, a list in the order in which its files are read."""
-    return sorted(data.path) if isinstance(data.path, list) else data.path

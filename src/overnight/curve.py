@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.budget import gpt2_loss
+from overnight.extras import require
 from overnight.law import DATASETS
 from overnight.layout import ends_in, read_run
 from overnight.metrics import Record
@@ -21,6 +22,7 @@ def draw(runs: Sequence[Path], file: Path) -> None:
 
     Raises `InputError` for a folder that is no run, and a file that cannot be written.
     """
+    require("figures", "a curve")
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
     read = {run.name: read_run(run) for run in runs}

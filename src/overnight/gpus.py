@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from overnight.nvml import nvml
 from overnight.recipe import InputError
 
 
@@ -74,10 +75,10 @@ def match_gpu(cuda_name: str, total_gib: float) -> Gpu | None:
 
 def present() -> tuple[str, Gpu | None] | None:
     """The CUDA name of the first card here, from NVML, and the known card that it is; None without one."""
-    import pynvml
-
+    pynvml = nvml()
+    if pynvml is None:
+        return None
     try:
-        pynvml.nvmlInit()
         card = pynvml.nvmlDeviceGetHandleByIndex(0)
         name, total = pynvml.nvmlDeviceGetName(card), pynvml.nvmlDeviceGetMemoryInfo(card).total
     except pynvml.NVMLError:

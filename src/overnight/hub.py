@@ -30,6 +30,7 @@ from huggingface_hub.utils import get_session
 from pydantic import ValidationError
 
 from overnight.cli import EXIT_INTERRUPTED
+from overnight.extras import require
 from overnight.files import sha256
 from overnight.layout import recipe_of
 from overnight.parcels import CHECKPOINTS, STATE, Parcel, exact_state, finished_models, newest_weights
@@ -266,6 +267,7 @@ def publish(run: Path, repo_id: str | None, *, public: bool, dry_run: bool) -> i
     if recipe.hub.repo_id is None:
         raise InputError("no repository: neither `--repo-id OWNER/NAME` nor the recipe's `hub.repo_id` names one")
     reported(run)  # or raise
+    require("figures", "the curve on a card")
     if dry_run:
         for parcel in finished_models(run, recipe, recipe.hub.repo_id):
             print(f"{recipe.hub.repo_id}, {parcel.revision}: {parcel.title}")

@@ -12,6 +12,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from overnight.nvml import nvml
 from overnight.plan import parameter_count
 from overnight.recipe import Recipe
 from overnight.schedule import branch_points, goals
@@ -76,7 +77,7 @@ def survey(recipe: Recipe | None = None) -> Machine:
     torch, torch_cuda, archs = _torch_build()
     return Machine(
         python=sys.version_info[:2],
-        installed=_installed(),
+        installed=_installed(recipe),
         pinned=pins(CONSTRAINTS.read_text(encoding="utf-8")) if CONSTRAINTS.exists() else {},
         torch=torch,
         torch_cuda=torch_cuda,
@@ -96,7 +97,7 @@ def survey(recipe: Recipe | None = None) -> Machine:
 def pins(constraints: str) -> dict[str, str]:
     """`name==version` lines as a dictionary with normalised names."""
     found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", constraints, re.MULTILINE)
-    return {_normalised(name): version for name, version in found}
+    return {normalised(name): version for name, version in found}
 
 
 def filesystem_of(path: Path, mounts: str) -> str:
@@ -121,27 +122,38 @@ def run_bytes(recipe: Recipe) -> int:
 
 def data_bytes(recipe: Recipe) -> int:
     """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
-    from overnight.manifest import dtype_for, is_prepared, little_endian  # with tokenizers, which may be missing
+    from overnight.manifest import dtype_for, little_endian  # with numpy, which may be missing
 
-    if is_prepared(Path(recipe.data.dir)):
+    if _is_prepared(recipe):
         return 0
     tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
     token_bytes = little_endian(dtype_for(recipe.model.vocab_size)).itemsize
     return 2 * tokens * token_bytes + int((recipe.data.download_gb or 0) * 1e9)
 
 
-def _normalised(name: str) -> str:
+def _is_prepared(recipe: Recipe) -> bool:
+    from overnight.manifest import is_prepared  # with numpy, which may be missing
+
+    return is_prepared(Path(recipe.data.dir))
+
+
+def normalised(name: str) -> str:
+    """A distribution's name as the package index compares it: `PyYAML` and `pyyaml` are one."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _installed() -> dict[str, str | None]:
-    """The version of every direct dependency; None where it is missing."""
+def _installed(recipe: Recipe | None) -> dict[str, str | None]:
+    """The version of every direct dependency, None where it is missing; of what prepares data where that is to come."""
+    extras = ["gpu", *(["prepare"] if recipe and not _is_prepared(recipe) else [])]
     try:
         required = importlib.metadata.requires("overnight") or []
     except importlib.metadata.PackageNotFoundError:
         return {"overnight": None}
-    names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in required if "extra ==" not in line]
-    return {_normalised(name): _version(name) for name in names}
+    asked = [
+        line for line in required if "extra ==" not in line or re.search(rf"extra == .({'|'.join(extras)})\b", line)
+    ]
+    names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in asked]
+    return {normalised(name): _version(name) for name in names}
 
 
 def _version(name: str) -> str | None:
@@ -160,11 +172,8 @@ def _torch_build() -> tuple[str | None, str | None, tuple[str, ...]]:
 
 
 def _driver() -> Driver | None:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver, or a container without one
+    pynvml = nvml()
+    if pynvml is None:
         return None
     cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]

@@ -11,10 +11,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from overnight.files import sync
-from overnight.recipe import DamagedData, InputError
+from overnight.recipe import DamagedData, Data, InputError
 
 MANIFEST = "manifest.json"
 DType = Literal["uint16", "uint32"]
+SOURCE_KEYS = {"source", "path", "files", "revision", "text_column"}
+SPLIT_KEYS = {"reserved_fraction", "val_tokens", "train_tokens"}
+"""With the tokenizer and the vocabulary, what a prepared folder must agree in to serve a recipe."""
 
 
 class Record(BaseModel):
@@ -145,6 +148,31 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"`data.dir` is {folder}: no {MANIFEST} there; prepare.py makes it") from None
     except ValidationError as error:
         raise DamagedData(f"{path} is not a manifest of format 1: {error}") from error
+
+
+def ordered_path(data: Data) -> str | list[str] | None:
+    """`data.path`, a list in the order in which its files are read."""
+    return sorted(data.path) if isinstance(data.path, list) else data.path
+
+
+def require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
+    """Raise InputError with every key in which a prepared folder is not what is asked for; an adopted one is."""
+    manifest = read_manifest(folder)
+    if manifest.split.rule == "adopted":
+        return  # what the recipe says of text and split has no bearing on it
+    held = manifest.source.model_dump(include=SOURCE_KEYS) | manifest.split.model_dump(include=SPLIT_KEYS)
+    held = {f"data.{key}": value for key, value in held.items()}
+    held |= {"data.tokenizer": manifest.tokenizer.name, "model.vocab_size": manifest.vocab_size}
+    asked = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": ordered_path(data)}
+    asked = {f"data.{key}": value for key, value in asked.items()}
+    asked |= {"data.tokenizer": data.tokenizer, "model.vocab_size": vocab_size}
+    problems = [
+        f"`{key}` is {asked[key]}, but {folder} was prepared with {held[key]}"
+        for key in asked
+        if asked[key] != held[key]
+    ]
+    if problems:
+        raise InputError([*problems, f"`data.dir` is {folder}: name a new folder, or go back to those values"])
 
 
 def name_prepared(whole: Path, manifest: Manifest, folder: Path) -> None:

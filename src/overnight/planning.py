@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from overnight.budget import Budget, Losses, Prices, budget, by_law, default_milestones, gpt2_loss, lines
+from overnight.extras import require
 from overnight.gpus import Gpu, Speed, gpu_named, known_gpus, present, speed_of
 from overnight.law import inside, offset_of
 from overnight.manifest import is_prepared, read_manifest
@@ -127,6 +128,7 @@ def _print(recipe: Recipe, budgets: list[Budget], unique: int | None, prices: Pr
 
 def draw(budgets: list[Budget], file: Path) -> None:
     """Loss against hours, or against iterations where no speed is known, with the intervals and GPT-2's line."""
+    require("figures", "`--plot`")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -25,10 +25,10 @@ from datatrove.pipeline.base import PipelineStep
 from transformers import PreTrainedTokenizerFast
 
 from overnight import executors, sources
-from overnight.assemble import SOURCE_KEYS, SPLIT_KEYS, finish, ordered_path
+from overnight.assemble import finish
 from overnight.corpus import is_reserved, rows, text_hash
 from overnight.files import room_in
-from overnight.manifest import MANIFEST, Manifest, dtype_for, is_prepared, read_manifest
+from overnight.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
 from overnight.prepare_cost import require_room
 from overnight.prepare_progress import watched
 from overnight.recipe import Data, InputError
@@ -61,7 +61,7 @@ def prepare(
     """
     folder = Path(data.dir)
     if is_prepared(folder):
-        _require_same_request(folder, data, vocab_size)
+        require_same_request(folder, data, vocab_size)
         report(f"{folder}: already prepared; verifying it")
         if _partial(folder).exists():  # killed after the folder had its name
             with _claimed(folder) as partial:
@@ -201,22 +201,3 @@ def _submit(job: Job, folder: Path, commit: str | None, workers: Workers) -> str
     options = {"venv_path": f"{sys.prefix}/bin/activate", "workers": workers.count} | (workers.options or {})
     finishing: list[PipelineStep] = [Finish(job, folder.absolute(), commit)]
     return executors.submit_slurm(pipeline(job), len(job.files), finishing, job.folder / "logs", options)
-
-
-def _require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
-    manifest = read_manifest(folder)
-    if manifest.split.rule == "adopted":
-        return  # what the recipe says of text and split has no bearing on it
-    held = manifest.source.model_dump(include=SOURCE_KEYS) | manifest.split.model_dump(include=SPLIT_KEYS)
-    held = {f"data.{key}": value for key, value in held.items()}
-    held |= {"data.tokenizer": manifest.tokenizer.name, "model.vocab_size": manifest.vocab_size}
-    asked = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": ordered_path(data)}
-    asked = {f"data.{key}": value for key, value in asked.items()}
-    asked |= {"data.tokenizer": data.tokenizer, "model.vocab_size": vocab_size}
-    problems = [
-        f"`{key}` is {asked[key]}, but {folder} was prepared with {held[key]}"
-        for key in asked
-        if asked[key] != held[key]
-    ]
-    if problems:
-        raise InputError([*problems, f"`data.dir` is {folder}: name a new folder, or go back to those values"])

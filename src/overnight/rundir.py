@@ -24,7 +24,7 @@ from overnight.recipe import InputError, Recipe, lasting, meaning
 from overnight.schedule import branch_point, branch_points, goals, towards
 
 RUNS = Path("runs")
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "pydantic")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pydantic")
 
 
 class RunDirectory:

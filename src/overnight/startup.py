@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable, MutableMapping
@@ -24,10 +23,12 @@ from overnight.batches import TrainingBatches
 from overnight.console import Console, estimated_end
 from overnight.deadline import Night
 from overnight.device import Device, resolve_precision
+from overnight.extras import require
 from overnight.files import room_in
-from overnight.manifest import Manifest, is_prepared
+from overnight.manifest import Manifest, is_prepared, require_same_request
 from overnight.model import LanguageModel, attention_report, require_flash
 from overnight.plan import LOSS_CHUNK, Derived, derive, derived_rows, iterations_in_all, padded_vocabulary
+from overnight.prepare_cost import expected_cost
 from overnight.recipe import InputError, Recipe, Schedule
 from overnight.rundir import RunDirectory
 from overnight.shards import Shards, open_shards
@@ -86,7 +87,7 @@ def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
     """
     disable_progress_bar()  # transformers' own, which break the lines of a log
     overruled = take_over_environment(os.environ)
-    require_trackers(recipe)
+    require_what_is_asked_for(recipe)
     cuda = cuda_wanted()
     precision = resolve_precision(
         recipe, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -131,13 +132,14 @@ def take_over_environment(environ: MutableMapping[str, str]) -> list[str]:
     return [f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins"] if said else []
 
 
-def require_trackers(recipe: Recipe) -> None:
-    """Raise `InputError` for a tracker that is not installed: accelerate would only warn, and log nothing."""
-    missing = [name for name in recipe.logging.trackers if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"`logging.trackers`: {', '.join(missing)} not installed; `make setup EXTRAS={missing[0]}` would work"
-        )
+def require_what_is_asked_for(recipe: Recipe) -> None:
+    """Raise `InputError` for what the recipe asks for and is not installed, before a night is spent towards it."""
+    for tracker in recipe.logging.trackers:
+        require(tracker, "`logging.trackers`")  # accelerate would only warn, and log nothing
+    if recipe.hub.repo_id:
+        require("figures", "`hub.repo_id`, for the curve on its card,")
+    if recipe.evaluation.at_milestones:
+        require("eval", "`evaluation.at_milestones`")
 
 
 def set_threads(threads: int | Literal["auto"]) -> None:
@@ -156,14 +158,9 @@ def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> No
 
 def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Shards:
     """The verified shards of the recipe; the embedded corpus is prepared on the way, any other must be there."""
-    from overnight.prepare import prepare  # and with it datatrove, which training has no use for
-    from overnight.prepare_cost import expected_cost
-
     folder = Path(recipe.data.dir)
     if recipe.data.source == "embedded":
-        if accelerator.is_main_process:
-            prepare(recipe.data, recipe.model.vocab_size, report=console.say)
-        accelerator.wait_for_everyone()
+        on_main(accelerator, lambda: prepare_embedded(recipe, console))
     elif not is_prepared(folder):
         raise InputError(
             f"`data.dir`: {folder} holds no prepared data. `python recipes/prepare.py {recipe.file}` makes it:"
@@ -176,6 +173,17 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
             f" of {shards.manifest.vocab_size}; {shards.manifest.vocab_size} would work"
         )
     return shards
+
+
+def prepare_embedded(recipe: Recipe, console: Console) -> None:
+    """Make the embedded corpus's shards where they are not made yet; only then are the packages needed that do it."""
+    if is_prepared(Path(recipe.data.dir)):
+        require_same_request(Path(recipe.data.dir), recipe.data, recipe.model.vocab_size)
+        return
+    require("prepare", f"`data.dir`: {recipe.data.dir} holds no prepared data; preparing it")
+    from overnight.prepare import prepare
+
+    prepare(recipe.data, recipe.model.vocab_size, report=console.say)
 
 
 def identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
