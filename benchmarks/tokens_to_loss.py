@@ -30,7 +30,6 @@ BUDGETS = (0.375, 0.5, 0.75, 1.0)  # of those iterations, for ours
 
 PRACTITIONER = {  # recipes/practitioner_40m.yaml, on the quickstart's shape; its warmup is a tenth of the run there too
     "model.dropout": 0.1,
-    "model.attention": "sdpa",
     "optim.name": "adamw",
     "optim.betas": [0.9, 0.99],
     "schedule.kind": "cosine",

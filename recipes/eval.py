@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from overnight.cli import EXIT_INTERRUPTED, exit_code
+from overnight.cli import EXIT_INTERRUPTED, exit_code, without_device
 from overnight.extras import require
 from overnight.recipe import QUICK, Evaluation, InputError
 
@@ -84,6 +84,8 @@ def main() -> int:
         return run(options)
     except InputError as error:
         return exit_code(error)
+    except RuntimeError as error:
+        return without_device(error)
     except KeyboardInterrupt:
         print("interrupted; what was answered is kept, and the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import losses, records, set_up, tiny, train, two_processes
 
-from overnight import batches, micro_batch, startup
+from overnight import batches, micro_batch, warm_up
 from overnight import train as train_module
 from overnight.cli import EXIT_INPUT, recipe_command
 from overnight.device import Device
@@ -32,7 +32,7 @@ def full_memory(monkeypatch):
                 raise torch.cuda.OutOfMemoryError("boom")
         return real(self, ids, targets)
 
-    monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
+    monkeypatch.setattr(warm_up, "check_attention", lambda *given: ("not looked at", 0.0))
     monkeypatch.setattr(LanguageModel, "forward", forward)
     return fails, rows
 
@@ -71,11 +71,11 @@ def test_a9_out_of_memory_with_a_single_row_ends_with_code_2_and_advice(in_proce
 
 ONE_OF_TWO = """\
 import os, sys, torch
-from overnight import startup, train
+from overnight import train, warm_up
 from overnight.cli import recipe_command
 from overnight.model import LanguageModel
 
-startup.check_attention = lambda run: ("not looked at", 0.0)
+warm_up.check_attention = lambda *given: ("not looked at", 0.0)
 real, calls = LanguageModel.forward, []
 
 

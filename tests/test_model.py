@@ -1,4 +1,4 @@
-"""What is published of the training model is the stock GPT-2, and its attention is flash or refused.
+"""What is published of the training model is the stock GPT-2.
 
 That both compute the same, in value and gradient, stands in invariants/test_one_function.py.
 """
@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from overnight.model import LanguageModel, attention_report, published, require_flash
-from overnight.recipe import InputError, Model
+from overnight.model import LanguageModel, published
+from overnight.recipe import Model
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)
 
@@ -46,40 +46,3 @@ def test_the_published_model_has_the_exact_vocabulary_and_the_same_loss(language
     assert stock.config._attn_implementation == "sdpa"
     with torch.no_grad():
         torch.testing.assert_close(language_model(ids, targets), stock_loss(language_model, ids, targets))
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_sdpa_runs_flash_without_a_mask(compiled, tokens):
-    report = attention_report(LanguageModel(SHAPE, 0, compile=compiled), tokens[:, :-1])
-    assert report.kernels == ("_scaled_dot_product_flash_attention_for_cpu",)
-    assert (report.calls, report.masks) == (SHAPE.n_layer, 0)
-    require_flash(report)
-
-
-def test_flash_that_the_device_does_not_give_is_refused(tokens):
-    report = attention_report(
-        LanguageModel(SHAPE.model_copy(update={"dropout": 0.1}), 0, compile=False), tokens[:, :-1]
-    )
-    assert report.kernels == ("_scaled_dot_product_attention_math",)
-    with pytest.raises(InputError, match="'sdpa' would work"):
-        require_flash(report)
-
-
-def test_a_mask_would_be_seen(tokens):
-    language_model = LanguageModel(SHAPE, 0, compile=False)
-    language_model.gpt2.set_attn_implementation("sdpa")
-    language_model.body = lambda ids: (
-        language_model.gpt2.transformer(
-            ids, use_cache=False, attention_mask=torch.tril(torch.ones(3, 1, 32, 32, dtype=torch.bool))
-        ).last_hidden_state
-    )
-    language_model.training_body = language_model.body
-    report = attention_report(language_model, tokens[:, :-1])
-    assert report.masks == SHAPE.n_layer
-    with pytest.raises(InputError):
-        require_flash(report)
-
-
-def test_training_attention_with_a_cache_raises_instead_of_being_wrong(language_model):
-    with pytest.raises(ValueError, match="no key-value cache"):
-        language_model.gpt2.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, use_cache=True, pad_token_id=0)

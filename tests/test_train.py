@@ -119,7 +119,7 @@ def test_a1_killed_between_the_export_and_its_record_the_run_is_finished_again(i
 
 @pytest.mark.slow
 def test_a1_dropout_too_resumes_to_the_same_bits(in_process):
-    dropout = ("--model.dropout", "0.1", "--model.attention", "sdpa", "--schedule.max_iters", "20")
+    dropout = ("--model.dropout", "0.1", "--schedule.max_iters", "20")
     assert train_module.train(tiny(in_process, "--name", "dropout", *dropout)) == 0
     again = Path("runs/dropout-again")
     shutil.copytree("runs/dropout", again)
@@ -172,7 +172,7 @@ def test_a_configuration_for_the_cpu_keeps_the_run_there_also_where_there_is_a_g
         (["--model.vocab_size", "600"], "`model.vocab_size` is 600"),
         (["--data.dir", "nowhere"], "tiny.yaml` makes it"),
         (["--logging.trackers", "[wandb]"], "make setup EXTRAS=wandb"),
-        (["--model.dropout", "0.1"], "'sdpa' would work"),
+        (["--model.dropout", "0.1", "--model.attention", "flash"], "'auto' would work"),
     ],
 )
 def test_b8_what_cannot_work_is_refused_before_anything_is_written(in_process, arguments, said):

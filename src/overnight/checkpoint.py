@@ -228,7 +228,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
         name, _, entry = key.partition("|")
         parameter = parameters[name]
         if id(parameter) in mine:
-            optimizer.state[parameter][entry] = tensor.to(parameter.device)
+            optimizer.state[parameter][entry].copy_(tensor)
 
 
 def prune(folder: Path, keep: int, kept_for_ever: set[int]) -> None:

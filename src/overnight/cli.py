@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from overnight.recipe import DamagedData, InputError, Recipe, Unreachable, leaves
+from overnight.recipe import DamagedData, InputError, Recipe, Unreachable, first_line, leaves
 from overnight.recipe_file import load
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the source of an editable install
@@ -54,6 +54,15 @@ def recipe_command(
         return run(load(path, overrides), chosen)
     except InputError as error:
         return exit_code(error)
+    except RuntimeError as error:
+        return without_device(error)
+
+
+def without_device(error: RuntimeError) -> int:
+    """75 after one line, where a device was lost or its memory ran out; any other error is raised again."""
+    from overnight import faults  # with torch, which whatever meets such an error has imported
+
+    return faults.end(error)
 
 
 def exit_code(error: InputError) -> int:
@@ -70,7 +79,10 @@ def default_recipe() -> Path:
 
     cuda = torch.cuda.is_available()
     path = RECIPES / ("fineweb_edu_40m.yaml" if cuda else "quickstart.yaml")
-    found = f"a CUDA device, {torch.cuda.get_device_name()}" if cuda else "no CUDA device"
+    try:
+        found = f"a CUDA device, {torch.cuda.get_device_name()}" if cuda else "no CUDA device"
+    except RuntimeError as error:
+        found = f"a CUDA device that does not answer ({first_line(error)})"
     print(f"no recipe was named and there is {found}: recipes/{path.name} runs", flush=True)
     return path
 

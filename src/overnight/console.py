@@ -5,8 +5,10 @@ On a terminal a progress bar lives under the lines; in a log file there are only
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import sys
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
@@ -55,13 +57,14 @@ def step_line(record: dict, max_iters: int) -> str:
     val = f"{record['val'][1]:.4f}@{record['val'][0]}" if record.get("val") else "-"
     mfu = f"{record['mfu']:.0%}" if record.get("mfu") else "-"
     watts = f"{record['watts']:.0f} W" if record.get("watts") else "- W"
+    gib = f"{record['gib']:.1f}" if record.get("gib") is not None else "-"
     rate = count(record["tokens_per_second"]) if record.get("tokens_per_second") else "-"
     eta = duration(record["eta_seconds"]) if record.get("eta_seconds") is not None else "-"
     return (
         f"iter {record['iteration']:>{len(str(max_iters))}}/{max_iters} {record['iteration'] / max_iters:6.1%}"
         f" | loss {record['loss']:.4f} | val {val:>11} | lr {record['lr']:.2e} | gnorm {record['grad_norm']:.2f}"
         f" | {rate:>5} tok/s | mfu {mfu:>3}"
-        f" | {record['gib']:.1f}/{record['gib_total']:.1f} GiB | {watts} | eta {eta}"
+        f" | {gib}/{record['gib_total']:.1f} GiB | {watts} | eta {eta}"
     )
 
 
@@ -69,6 +72,8 @@ class Console:
     """Prints for one process; the other processes of a run get one that is `quiet`."""
 
     def __init__(self, *, quiet: bool = False):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # of a sample, what a terminal's encoding has no character for
         self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
 

@@ -20,36 +20,36 @@ class Device:
     """The torch device of this process, with its memory, power and peak speed."""
 
     def __init__(self, device: torch.device):
-        self.torch = device
         self.cuda = device.type == "cuda"
+        # accelerate leaves the number out where there is one process, and some functions of torch ask for it
+        self.torch = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         if self.cuda:
-            self.name = torch.cuda.get_device_name(device)
-            self.total_gib = torch.cuda.get_device_properties(device).total_memory / GIB
+            self.name = torch.cuda.get_device_name(self.torch)
+            self.total_gib = torch.cuda.get_device_properties(self.torch).total_memory / GIB
             known = match_gpu(self.name, self.total_gib)
             self.peak_flops = known.tflops * 1e12 if known else None
         else:
             self.name = f"CPU, {processor_name()}"
             self.total_gib = psutil.virtual_memory().total / GIB
             self.peak_flops = None
-        self._power_meter = _nvml_handle(device) if self.cuda else None
-        self._joules_before, self._since = self._energy_counter(), time.monotonic()
+        self.limit_gib = self.total_gib  # that this process may use
+        self._power_meter = _nvml_handle(self.torch) if self.cuda else None
+        self._joules_before, self._since = self._first_reading(), time.monotonic()
 
     def used_gib(self) -> float:
         """Memory that this process holds on the device: CUDA's reserved peak, on a CPU the resident set."""
         return (torch.cuda.max_memory_reserved(self.torch) if self.cuda else psutil.Process().memory_info().rss) / GIB
 
     def cap_memory(self) -> float:
-        """Keep this process below the card's free memory, and return how many GiB it may use; on a CPU all there are.
+        """Keep this process below the card's free memory, and return how many GiB torch may use, `limit_gib`.
 
-        WSL2 would go on in the host's memory, many times slower, where this cap makes a request fail. Call it before
-        the process has taken memory that it will not give back.
+        WSL2 would go on in the host's memory, many times slower, where this cap makes a request fail.
         """
-        if not self.cuda:
-            return self.total_gib
         free, total = torch.cuda.mem_get_info(self.torch)
         limit = MEMORY_SHARE * free + torch.cuda.memory_reserved(self.torch)
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.torch)
-        return limit / GIB
+        self.limit_gib = limit / GIB
+        return self.limit_gib
 
     def release(self) -> None:
         """Give memory that holds nothing back to the card, and forget the peak."""
@@ -58,7 +58,7 @@ class Device:
             torch.cuda.reset_peak_memory_stats(self.torch)
 
     def watts(self) -> float | None:
-        """Board power now, from NVML; None where there is none."""
+        """Board power now, from NVML; None where there is none. Raises NVML's errors."""
         if self._power_meter is None:
             return None
         import pynvml
@@ -71,33 +71,53 @@ class Device:
             torch.cuda.synchronize(self.torch)
 
     def joules(self) -> float | None:
-        """Energy of the board since this object was made, from NVML's own counter; None where there is none."""
-        now = self._energy_counter()
-        return None if now is None or self._joules_before is None else now - self._joules_before
+        """Energy of the board since this object was made, from NVML's own counter; None where there is none.
+
+        Raises NVML's errors.
+        """
+        return None if self._joules_before is None else _energy_counter(self._power_meter) - self._joules_before
 
     def mean_watts(self) -> float | None:
-        """Mean board power since this object was made; None where there is no NVML."""
+        """Mean board power since this object was made; None where no energy is counted. Raises NVML's errors."""
         joules = self.joules()
         return None if joules is None else joules / (time.monotonic() - self._since)
 
-    def _energy_counter(self) -> float | None:
+    def _first_reading(self) -> float | None:
         if self._power_meter is None:
             return None
         import pynvml
 
         try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._power_meter) / 1000
+            return _energy_counter(self._power_meter)
         except pynvml.NVMLError:  # only since Volta
             return None
 
 
-def _nvml_handle(device: torch.device):
+def allow_tf32() -> None:
+    """Let CUDA's tensor cores multiply what stays in float32.
+
+    torch.set_float32_matmul_precision would change the CPU's products as well.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def _energy_counter(power_meter) -> float:
+    """Joules since the driver was loaded."""
     import pynvml
 
+    return pynvml.nvmlDeviceGetTotalEnergyConsumption(power_meter) / 1000
+
+
+def _nvml_handle(device: torch.device):
+    """NVML's name for a card, by which its power is read; None where there is no NVML, as in some containers."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
     try:
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except pynvml.NVMLError:  # WSL and some containers have no NVML: power is then "not measured"
+    except pynvml.NVMLError:
         return None
 
 

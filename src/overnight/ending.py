@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from overnight.cli import EXIT_DIVERGED, EXIT_INTERRUPTED
-from overnight.evaluation.milestone import Look
 from overnight.export import export
+from overnight.faults import end, told, with_room
 from overnight.files import no_room
+from overnight.inform import tell
 from overnight.layout import folder_name
 from overnight.model import published
-from overnight.progress import Pace, log_look, log_lost, print_finished
+from overnight.progress import Pace, log_look, log_lost, log_results, log_saved, mean_watts
 from overnight.schedule import branch_point
 from overnight.signals import ENDING, ORPHANED, handled
 from overnight.startup import Run
@@ -46,18 +47,51 @@ def stop_on_signal(run: Run) -> contextlib.AbstractContextManager[None]:
     return handled(ask)
 
 
-def give_up(run: Run) -> int:
-    """End a run that does not come back from non-finite updates; the last checkpoint stays."""
+def unfit(run: Run) -> str | None:
+    """Why the model at the end of a budget is not one to finish with; None when it was updated, and validated."""
+    last = run.history.last_val
+    if last is None or last[0] < run.iteration:
+        return "the validation loss at the end is not finite"
+    if run.history.skipped_in_a_row == run.iteration:
+        return f"all {run.iteration} updates were not finite"
+    return None
+
+
+def give_up(run: Run, problem: str) -> int:
+    """End a run that does not come back from what is not finite, without a model; the last checkpoint stays."""
     finish_saving(run)
     saved = run.directory.resumable()
     where = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
     run.console.say(
-        f"{SKIPS_BEFORE_GIVING_UP} updates in a row were not finite: the run has diverged; {where}."
+        f"{problem}: the run has diverged; {where}."
         f" A lower `--optim.lr` (now {run.recipe.optim.lr:g}) under another `--name` is the usual cure"
     )
     if run.accelerator.is_main_process:
-        run.directory.append("event", run.iteration, event="diverged")
+        run.directory.append("event", run.iteration, event="diverged", problem=problem)
     return EXIT_DIVERGED
+
+
+def without_device(run: Run, error: RuntimeError) -> int:
+    """End a run whose device was lost, or has no memory left for what cannot be done in smaller pieces.
+
+    What is on the device is not saved: it may be gone, or half of an update. A save that is underway has its copies in
+    the host's memory, and ends. Raises `error` again where it is of another kind.
+    """
+    problem = told(error)
+    log_saved(run, run.saver.outcome(wait=True))
+    if run.accelerator.is_main_process:
+        run.directory.append("event", run.iteration, event="device failed", problem=problem)
+    run.console.stop()
+    return end(error, f"stopped after iteration {run.iteration} {goes_on(run)}{command(run)}")
+
+
+def close(run: Run) -> None:
+    """Take the bar away, and let the trackers end: the run has ended, and nothing that fails here changes how."""
+    try:
+        run.console.stop()
+        run.accelerator.end_training()
+    except Exception as error:
+        tell(run, "the trackers' end", error)
 
 
 def interrupted(run: Run) -> int:
@@ -65,16 +99,23 @@ def interrupted(run: Run) -> int:
     if run.accelerator.is_main_process:
         run.directory.append("event", run.iteration, event="interrupted")
         log_lost(run)
+    run.console.say(f"interrupted after iteration {run.iteration} {goes_on(run)}{command(run)}")
+    return EXIT_INTERRUPTED
+
+
+def goes_on(run: Run) -> str:
+    """Whether the iteration at hand was saved, and where the same command goes on."""
     saved = run.directory.resumable()
     if saved and saved[0].name == folder_name(run.iteration):
-        where = "and saved; the same command again goes on from there"
-    elif saved:
-        where = f"and not saved; the same command again goes on from {saved[0]}"
-    else:
-        where = "with nothing saved; the same command again begins anew"
-    command = f":\n  {shlex.join(['python', *sys.argv])}" if run.accelerator.num_processes == 1 else ""
-    run.console.say(f"interrupted after iteration {run.iteration} {where}{command}")
-    return EXIT_INTERRUPTED
+        return "and saved; the same command again goes on from there"
+    if saved:
+        return f"and not saved; the same command again goes on from {saved[0]}"
+    return "with nothing saved; the same command again begins anew"
+
+
+def command(run: Run) -> str:
+    """The command of this process under a line, where it is the whole run."""
+    return f":\n  {shlex.join(['python', *sys.argv])}" if run.accelerator.num_processes == 1 else ""
 
 
 def finish(run: Run, pace: Pace) -> int:
@@ -85,7 +126,8 @@ def finish(run: Run, pace: Pace) -> int:
         probe = torch.from_numpy(run.shards.val.read(0, 0, 64).astype(np.int64))[None]
         run.console.say(f"exporting {folder} and loading it in a fresh process")
         try:
-            export(published(run.model, run.recipe.model), run.tokenizer, folder, probe)
+            model = published(run.model, run.recipe.model)
+            with_room(run.device, lambda: export(model, run.tokenizer, folder, probe))
         except Exception as error:  # tokenizers' own for a full disk is a bare Exception
             if not no_room(error):
                 raise
@@ -101,7 +143,7 @@ def conclude(run: Run, pace: Pace, folder: Path, export_seconds: float) -> None:
     """Score the finished model where the recipe asks for it, record the end of the run, and print its results."""
     if run.recipe.evaluation.at_milestones:
         run.device.release()
-        log_look(run, Look(folder, run.recipe.evaluation.at_milestones))
+        log_look(run, folder)
     joules, seconds = energy_used(run), pace.per_iteration()
     run.directory.append(
         "event",
@@ -112,10 +154,10 @@ def conclude(run: Run, pace: Pace, folder: Path, export_seconds: float) -> None:
         best_val_loss=run.history.best_val,
         tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,
         kwh=None if joules is None else joules / 3.6e6,
-        mean_watts=run.device.mean_watts(),
+        mean_watts=mean_watts(run),
         export_seconds=export_seconds,
     )
-    print_finished(run.directory, run.console)
+    log_results(run)
     if run.night and run.iteration < run.recipe.schedule.max_iters:
         point = branch_point(run.schedule)
         run.console.say(f"      the same command, another night: goes on from the trunk at iteration {point:,}")

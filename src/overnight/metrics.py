@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class Metrics:
 
     def append(self, record: Record) -> None:
         """Write one record behind those that wait, all of them or none."""
-        self.waiting.append(json.dumps(record).encode() + b"\n")
+        self.waiting.append(_line(record).encode())
         try:
             with self.path.open("ab", buffering=0) as file:
                 whole = file.tell()
@@ -44,7 +45,20 @@ class Metrics:
 
     def keep(self, wanted: Callable[[Record], bool]) -> None:
         """Drop the records that are not `wanted`, and unfinished lines."""
-        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records() if wanted(record)))
+        write_whole(self.path, "".join(_line(record) for record in self.records() if wanted(record)))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for every number that is not finite, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_all(file: Any, data: bytes) -> None:

@@ -5,19 +5,21 @@ It decides speed and memory, never the result. Only divisors of a process's rows
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 
-from overnight.cli import EXIT_INPUT
+from overnight.cli import EXIT_INTERRUPTED
 from overnight.console import count, duration
 from overnight.device import GIB
-from overnight.plan import next_divisor
+from overnight.faults import until_memory_runs_out
+from overnight.plan import beside_the_tensors, next_divisor, peak_memory
 from overnight.recipe import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 WARM_STEPS, TIMED_STEPS = 2, 5  # the first compiles, the second is the first that has gradients to add to
 TRIALS = 3  # sizes that fit and are compared: compiling one takes longer than timing it
-OPTIMIZER_BYTES = 8  # a parameter, AdamW's two moments; they are allocated after the trials
+FORMULA_ERROR = 0.15  # by which the formula may say more than a size really takes
+AS_MUCH_MEMORY = 0.05  # by which the memory may differ from an earlier session's, whose size is then taken
 
 
 class Trial(NamedTuple):
@@ -71,20 +74,79 @@ def measure(run: Run) -> str:
     """
     if not run.device.cuda:
         return f"{run.micro_batch} rows"
-    limit = run.device.cap_memory() - OPTIMIZER_BYTES * sum(p.numel() for p in run.model.parameters()) / GIB
+    limit = run.device.cap_memory()
+    remembered = smallest_of_all(run, earlier(run, limit))
+    if remembered:
+        run.micro_batch = remembered
+        return f"{remembered} rows, as an earlier session measured on the same device with as much memory"
     run.console.say(f"measuring which micro-batch is the fastest in {limit:.1f} GiB; each size is compiled once")
     trials = search(
-        run.derived.first_micro_batch,
+        largest_to_try(run, limit),
         run.derived.rows_per_process,
         limit,
         lambda rows: attempt(run, rows),
         TRIALS if run.derived.measured else 1,
     )
-    chosen = torch.tensor([choose(trials)], device=run.device.torch)
-    run.micro_batch = int(run.accelerator.gather(chosen).min())
+    run.micro_batch = smallest_of_all(run, choose(trials))
     if not run.micro_batch:
         raise too_small(run)
     return f"{run.micro_batch} rows; measured in {limit:.1f} GiB: " + ", ".join(describe(run, t) for t in trials)
+
+
+def smallest_of_all(run: Run, rows: int) -> int:
+    """The smallest `rows` that one of the processes says: all take the same size."""
+    return int(run.accelerator.gather(torch.tensor([rows], device=run.device.torch)).min())
+
+
+def circumstances(run: Run) -> dict[str, Any]:
+    """What decides, beside the memory that is free, which size is the fastest, as environment.json keeps it."""
+    return {
+        "device": run.device.name,
+        "torch": torch.__version__,
+        "compiled": run.compiled,
+        "precision": run.accelerator.mixed_precision,
+        "num_processes": run.accelerator.num_processes,
+        "model": run.recipe.model.model_dump(),
+        "batch": run.recipe.batch.model_dump(),
+    }
+
+
+def measured(run: Run) -> dict[str, Any] | None:
+    """The size of this session for the next one, as environment.json keeps it; None on a CPU."""
+    if not run.device.cuda:
+        return None
+    return {"micro_batch": run.micro_batch, "limit_gib": run.device.limit_gib, "circumstances": circumstances(run)}
+
+
+def earlier(run: Run, limit_gib: float) -> int:
+    """The size of the run's last session, where it was measured under what would be measured now; otherwise 0."""
+    environment = run.directory.path / "environment.json"
+    found = [None]
+    if run.accelerator.is_main_process and environment.exists():
+        found = [json.loads(environment.read_text(encoding="utf-8")).get("measured")]
+    (measured,) = broadcast_object_list(found)
+    if measured is None or measured["circumstances"] != circumstances(run):
+        return 0
+    same = abs(limit_gib - measured["limit_gib"]) <= AS_MUCH_MEMORY * measured["limit_gib"]
+    return measured["micro_batch"] if same else 0
+
+
+def largest_to_try(run: Run, limit_gib: float) -> int:
+    """Where trying begins: at the size that the recipe names, or the largest that the formula lets fit, or nearly.
+
+    0 where by the formula not even a single row does: nothing is compiled then.
+    """
+    size = run.derived.first_micro_batch
+    while run.derived.measured and size and formula_gib(run, size) > (1 + FORMULA_ERROR) * limit_gib:
+        size = next_divisor(run.derived.rows_per_process, size - 1)
+    return size
+
+
+def formula_gib(run: Run, rows: int) -> float:
+    """What plan.py says that a micro-batch of `rows` rows takes of a CUDA device, in GiB."""
+    model, length = run.recipe.model, run.recipe.batch.sequence_length
+    tensors = peak_memory(model, rows, sequence_length=length, optimizer=run.recipe.optim.name)
+    return (tensors + sum(beside_the_tensors(model, rows, tensors, sequence_length=length).values())) / GIB
 
 
 def describe(run: Run, trial: Trial) -> str:
@@ -97,7 +159,7 @@ def attempt(run: Run, rows: int) -> Trial | None:
     """Run micro-batches of `rows` rows as training will, and time them; None when they do not fit."""
     started, trial = time.monotonic(), None
     run.device.release()
-    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+    with until_memory_runs_out():
         trial = Trial(rows, seconds_per_step(run, rows), run.device.used_gib())
     run.model.zero_grad(set_to_none=True)
     run.device.release()
@@ -143,7 +205,7 @@ def tell_the_others(run: Run, *, synchronising: bool) -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_INPUT)
+        os._exit(EXIT_INTERRUPTED)
     ran_out_anywhere(run, True)
 
 
@@ -157,21 +219,22 @@ def next_size(run: Run) -> int:
     return next_divisor(run.derived.rows_per_process, run.micro_batch // 2)
 
 
-def halve(run: Run) -> None:
-    """Drop the gradients of an iteration that ran out of memory, and make the micro-batch smaller for its repetition.
+def halve(run: Run, *, validating: bool = False) -> None:
+    """Make the micro-batch smaller for what ran out of memory, an iteration or a validation, and is done again.
 
-    Raises `InputError` when it is a single row.
+    An iteration's gradients are dropped. Raises `InputError` when the micro-batch is a single row.
     """
     run.model.zero_grad(set_to_none=True)
     run.device.release()
-    iteration, before, after = run.iteration + 1, run.micro_batch, next_size(run)
+    iteration, before, after = run.iteration + (not validating), run.micro_batch, next_size(run)
     if run.accelerator.is_main_process:
         run.directory.append("event", iteration, event="out of memory", micro_batch=before, next_micro_batch=after)
     if not after:
         raise too_small(run)
     run.micro_batch = after
     run.console.say(
-        f"iteration {iteration}: out of memory with {before} rows at once; its tokens again with {after} rows at once"
+        f"{'validation at ' if validating else ''}iteration {iteration}: out of memory with {before} rows at once; its"
+        f" tokens again with {after} rows at once"
     )
 
 

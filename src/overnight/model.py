@@ -1,22 +1,18 @@
 """A GPT-2 whose forward takes (ids, targets) and returns the summed loss, and the plain model that is published of it.
 
-While training the vocabulary is padded to a multiple of 64 rows, attention is SDPA without a mask, and the logits are
-made and used up chunk by chunk. `published` gives the stock GPT2LMHeadModel of the same weights.
+While training the vocabulary is padded to a multiple of 64 rows, attention is attention.py's, and the logits are made
+and used up chunk by chunk. `published` gives the stock GPT2LMHeadModel of the same weights.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from overnight.attention import causal_only
 from overnight.plan import LOSS_CHUNK, padded_vocabulary
-from overnight.recipe import InputError, Model
+from overnight.recipe import Model
 
 
 def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Config:
@@ -35,32 +31,8 @@ def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Confi
         eos_token_id=eos_token_id,
         use_cache=not training,
     )
-    config._attn_implementation = "causal_only" if training else "sdpa"
+    config._attn_implementation = causal_only.__name__ if training else "sdpa"
     return config
-
-
-def causal_only(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Causal attention over whole packed rows; query, key and value are (batch, heads, time, head_dim).
-
-    transformers builds no mask for an attention of this name, neither in eager mode nor under torch.compile, where its
-    `sdpa` would build one and lose the flash kernel. With a key-value cache `is_causal` would be wrong: refused.
-    """
-    if query.shape[2] != key.shape[2]:
-        raise ValueError("causal_only attends over whole rows and takes no key-value cache")
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
-    return out.transpose(1, 2), None  # (batch, time, heads, head_dim)
-
-
-AttentionInterface.register("causal_only", causal_only)
 
 
 class LanguageModel(nn.Module):
@@ -152,44 +124,3 @@ def published(model: LanguageModel, config: Model) -> GPT2LMHeadModel:
     stock.transformer.load_state_dict(state, assign=True)
     stock.tie_weights()
     return stock.eval()
-
-
-@dataclass(frozen=True)
-class AttentionReport:
-    """What SDPA was given and what it ran, seen in one profiled forward and backward."""
-
-    kernels: tuple[str, ...]
-    masks: int
-    calls: int
-
-    def __str__(self) -> str:
-        mask = "no mask" if self.masks == 0 else f"a mask in {self.masks} of {self.calls} calls"
-        return f"{', '.join(self.kernels)} ({self.calls} calls, {mask})"
-
-
-def attention_report(model: nn.Module, ids: Tensor) -> AttentionReport:
-    """Profile one forward and backward of `model` on `ids` (batch, time) int64; gradients are left behind.
-
-    The profiler sees the operators that were really dispatched, in eager and in compiled code alike.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no start and stop lines on stderr
-    model(ids, ids).backward()  # compiles, if there is anything to compile
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        model(ids, ids).backward()
-    calls = [event for event in profile.events() if re.fullmatch(KERNEL_OPERATOR, event.name)]
-    masked = [event for event in calls if any(event.input_shapes[3:])]  # after query, key and value
-    return AttentionReport(
-        tuple(sorted({event.name.removeprefix("aten::") for event in calls})), len(masked), len(calls)
-    )
-
-
-KERNEL_OPERATOR = r"aten::_scaled_dot_product_(?!.*backward).*"
-
-
-def require_flash(report: AttentionReport) -> None:
-    """Raise `InputError` unless every attention call ran a flash kernel without a mask."""
-    if report.masks or not report.kernels or any("flash" not in kernel for kernel in report.kernels):
-        raise InputError(
-            f"`model.attention` is 'flash', but this device ran {report}: flash on CUDA needs bf16 and compute"
-            " capability 8.0 or newer, on a CPU no dropout; 'sdpa' would work"
-        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,9 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.mT
 
 
+Work = tuple[Tensor, Tensor, dict]  # a parameter, its gradient, its group
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz, for hidden matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
 
@@ -53,36 +58,50 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float, momentum: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "blocks": 1})
+        for param in (param for group in self.param_groups for param in group["params"]):
+            self.state[param]["momentum"] = torch.zeros_like(param)
 
-    @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]  # no closure: nothing is ever re-evaluated
         """One update of every parameter that has a gradient."""
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, dict]]] = defaultdict(list)
+        self.prepared()()
+
+    @torch.no_grad()
+    def prepared(self) -> Callable[[], None]:
+        """An update up to where weights and momentum change: a call that changes them, and takes no memory for it."""
+        by_shape: dict[tuple[int, int], list[Work]] = defaultdict(list)
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["momentum"] = torch.zeros_like(param)
-                average = state["momentum"]
-                average.lerp_(param.grad, 1 - group["momentum"])
-                update = param.grad.lerp(average, group["momentum"])  # Nesterov
+                if param.grad is not None:
+                    by_shape[len(param), param.shape[1] // group["blocks"]].append((param, param.grad, group))
+        return partial(self._change, [(work, self._directions(work)) for work in by_shape.values()])
+
+    def _directions(self, work: list[Work]) -> Tensor:
+        """(blocks of all parameters, rows, columns), for parameters whose blocks have one shape."""
+        blocks: list[Tensor] = []
+        for param, grad, group in work:
+            average = self.state[param]["momentum"].lerp(grad, 1 - group["momentum"])
+            update = grad.lerp(average, group["momentum"])  # Nesterov
+            blocks += update.chunk(group["blocks"], dim=1)
+        return newton_schulz(torch.stack(blocks))
+
+    @torch.no_grad()
+    def _change(self, prepared: list[tuple[list[Work], Tensor]]) -> None:
+        for work, directions in prepared:
+            scale = 0.2 * math.sqrt(max(directions.shape[1:]))
+            of_each = directions.split([group["blocks"] for _, _, group in work])
+            for (param, grad, group), mine in zip(work, of_each, strict=True):
+                self.state[param]["momentum"].lerp_(grad, 1 - group["momentum"])
                 param.mul_(1 - group["lr"] * group["weight_decay"])
-                pairs = zip(param.chunk(group["blocks"], dim=1), update.chunk(group["blocks"], dim=1), strict=True)
-                for block, direction in pairs:
-                    by_shape[block.shape].append((block, direction, group))
-        for shape, work in by_shape.items():
-            directions = newton_schulz(torch.stack([direction for _, direction, _ in work]))
-            for (block, _, group), direction in zip(work, directions, strict=True):
-                block.add_(direction.to(block.dtype), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+                for block, direction in zip(param.chunk(group["blocks"], dim=1), mine, strict=True):
+                    block.add_(direction, alpha=-scale * group["lr"])
 
 
 def build(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     """The optimizers of a recipe over the parameters of a GPT-2; each group remembers its `peak_lr`.
 
     Under `muon` the matrices of the blocks go to Muon and everything else to AdamW. Weight decay acts on matrices: on
-    the blocks' own and on the token embedding, which is also the head; not on positions, norms and biases.
+    the blocks' own and on the token embedding, which is also the head; not on positions, norms and biases. The state
+    is made here, not by the first update: an update changes everything or nothing, so it takes no memory halfway.
     """
     named = list(model.named_parameters())
     hidden = {name: p for name, p in named if ".h." in name and p.ndim == 2}
@@ -90,9 +109,11 @@ def build(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     decayed = [p for name, p in others if p.ndim == 2 and ".wpe." not in name]
     plain = [p for name, p in others if p.ndim < 2 or ".wpe." in name]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
-    ]
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
+    for param in (param for group in adamw.param_groups for param in group["params"]):
+        adamw.state[param] = {"step": torch.zeros((), device=param.device)}
+        adamw.state[param] |= {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if optim.name == "muon":
         fused_qkv = [p for name, p in hidden.items() if ".c_attn." in name]
         single = [p for name, p in hidden.items() if ".c_attn." not in name]
@@ -101,6 +122,14 @@ def build(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     for group in all_groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def prepared(optimizers: list[torch.optim.Optimizer]) -> list[Callable[[], None]]:
+    """An update up to where weights and state change: calls that change them, in place and without memory of their own.
+
+    Muon's matrices are made here; the fused AdamW needs none.
+    """
+    return [each.prepared() if isinstance(each, Muon) else each.step for each in optimizers]
 
 
 def all_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict]:

@@ -11,14 +11,15 @@ from accelerate.utils import broadcast_object_list
 
 from overnight.console import duration
 from overnight.forecast import FEWEST, Forecast, Point, forecast, usable
+from overnight.inform import informs
 from overnight.law import INTERVAL, Expected
 from overnight.layout import read_run
 from overnight.metrics import Record
+from overnight.progress import Pace, watts
 from overnight.recipe import Recipe, Schedule
 from overnight.schedule import branch_point, ending_now, fits, goals, towards
 
 if TYPE_CHECKING:
-    from overnight.progress import Pace
     from overnight.startup import Run
 
 
@@ -55,17 +56,23 @@ class Outlook:
 
 def look_ahead(run: Run, pace: Pace) -> None:
     """Tell and record the forecast that the validations so far allow; end the trunk where the recipe wants that."""
-    started = time.monotonic()
-    outlook = outlook_of(run) if run.accelerator.is_main_process else None
-    end = None
-    if outlook is not None:
-        longer = outlook.flat(goals(run.recipe.schedule), run.recipe.stop.min_gain_nats)
-        end = None if longer is None else (outlook.budgets[0], longer)
-        tell(run, outlook, pace, longer, started)
+    end = forecast_ends(run, pace) if run.accelerator.is_main_process else None
     if run.recipe.stop.when_flat:
         (end,) = broadcast_object_list([end])
         if end is not None:
             cool_down(run, *end)
+
+
+@informs("the forecast")
+def forecast_ends(run: Run, pace: Pace) -> tuple[int, int] | None:
+    """Tell and record the forecast; of a flat curve, the budget to end with, and the one not worth going on to."""
+    started = time.monotonic()
+    outlook = outlook_of(run)
+    if outlook is None:
+        return None
+    longer = outlook.flat(goals(run.recipe.schedule), run.recipe.stop.min_gain_nats)
+    tell(run, outlook, pace, longer, started)
+    return None if longer is None else (outlook.budgets[0], longer)
 
 
 def outlook_of(run: Run) -> Outlook | None:
@@ -113,7 +120,7 @@ def to_come(recipe: Recipe, aimed: Schedule, iteration: int) -> set[int]:
 
 def tell(run: Run, outlook: Outlook, pace: Pace, flat: int | None, started: float) -> None:
     """One line on the screen, one record in metrics.jsonl."""
-    seconds, watts = pace.per_iteration(), run.device.watts()
+    seconds, power = pace.per_iteration(), watts(run)
     told: list[str] = []
     record: list[dict[str, Any]] = []
     for at, budget in enumerate(outlook.budgets):
@@ -130,8 +137,8 @@ def tell(run: Run, outlook: Outlook, pace: Pace, flat: int | None, started: floa
             if seconds:
                 row["hours"] = (budget - before) * seconds / 3600
                 price += f", {duration(3600 * row['hours'])}"
-            if seconds and watts:
-                row["kwh"] = row["hours"] * watts / 1000
+            if seconds and power:
+                row["kwh"] = row["hours"] * power / 1000
                 price += f", {row['kwh']:.1f} kWh"
             words += f" ({price})"
         elif outlook.ending_now:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from pathlib import Path
 from typing import Any
 
+from overnight.baselines import ngram_losses, seen_tokens
 from overnight.checkpoint import Saved
 from overnight.console import Console, count, duration, step_line
 from overnight.evaluation.milestone import Look
+from overnight.inform import informs
 from overnight.model import published
 from overnight.optim import lr_at
 from overnight.rundir import RunDirectory
@@ -69,6 +72,25 @@ class Pace:
         return mean
 
 
+@informs("power")
+def watts(run: Run) -> float | None:
+    """Board power now."""
+    return run.device.watts()
+
+
+@informs("power")
+def mean_watts(run: Run) -> float | None:
+    """Mean board power of this session."""
+    return run.device.mean_watts()
+
+
+@informs("memory")
+def used_gib(run: Run) -> float:
+    """Memory that this process holds on the device."""
+    return run.device.used_gib()
+
+
+@informs("the line of an iteration")
 def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
     """One line on the screen, one record in metrics.jsonl, the same numbers to the trackers."""
     if not run.accelerator.is_main_process:
@@ -85,8 +107,8 @@ def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
         lr=run.recipe.optim.lr * lr_at(run.iteration - 1, schedule),
         tokens_per_second=rate,
         mfu=run.derived.mfu(rate, run.device.peak_flops),
-        gib=run.device.used_gib(),
-        watts=run.device.watts(),
+        gib=used_gib(run),
+        watts=watts(run),
     )
     left = seconds and remaining_seconds(run, seconds, pace.validation_seconds)
     shown = record | {"val": run.history.last_val, "gib_total": run.device.total_gib, "eta_seconds": left}
@@ -116,27 +138,52 @@ def remaining_seconds(run: Run, seconds_per_iteration: float, seconds_per_valida
     return (last - run.iteration) * seconds_per_iteration + validations * seconds_per_validation
 
 
+@informs("the line of a validation")
 def log_validation(run: Run, loss: float, seconds: float) -> None:
     """The validation loss, and how the model as it stands continues the recipe's prompts."""
     if not run.accelerator.is_main_process:
         return
-    validation = run.recipe.validation
-    writer = Writer(published(run.model, run.recipe.model), run.tokenizer)
-    how: dict[str, Any] = {"tokens": validation.sample_tokens, "temperature": 0.8, "top_k": 50, "seed": run.recipe.seed}
-    samples = [writer.after(prompt, **how) for prompt in validation.prompts]
-    run.directory.append("val", run.iteration, loss=loss, seconds=seconds, samples=samples)
+    found = samples(run) or []
+    run.directory.append("val", run.iteration, loss=loss, seconds=seconds, samples=found)
     tokens = f"{run.shards.val.tokens:,} tokens in {duration(seconds)}"
     run.console.say(f"validation loss {loss:.4f} at iteration {run.iteration} ({tokens})")
-    for prompt, text in zip(validation.prompts, samples, strict=True):
+    for prompt, text in zip(run.recipe.validation.prompts, found, strict=False):
         run.console.say(f"  {prompt} >{' '.join([' ', *text.split()])}")
     track(run, {"val/loss": loss})
 
 
+@informs("samples")
+def samples(run: Run) -> list[str]:
+    """What the model as it stands writes after each of the recipe's prompts."""
+    validation = run.recipe.validation
+    writer = Writer(published(run.model, run.recipe.model), run.tokenizer)
+    how: dict[str, Any] = {"tokens": validation.sample_tokens, "temperature": 0.8, "top_k": 50, "seed": run.recipe.seed}
+    return [writer.after(prompt, **how) for prompt in validation.prompts]
+
+
+@informs("the line of a validation")
+def log_not_finite(run: Run, loss: float) -> None:
+    """Say and record that a validation gave no number."""
+    run.console.say(f"validation loss {loss} at iteration {run.iteration}: not finite, and none to finish with")
+    if run.accelerator.is_main_process:
+        run.directory.append("event", run.iteration, event="validation not finite", loss=str(loss))
+
+
+@informs("n-gram baselines")
+def log_baselines(run: Run) -> None:
+    """What unigram and bigram models of the same training tokens reach, to set the scale."""
+    losses = ngram_losses(seen_tokens(run.batches, run.recipe.schedule.max_iters), run.shards.val.read_all())
+    run.directory.append("event", 0, event="ngram baselines", **losses)
+    run.console.say(f"for scale, models of the same training tokens: {baseline_line(losses)} nats per token")
+
+
+@informs("trackers")
 def track(run: Run, values: dict[str, float | None]) -> None:
     """Hand numbers to the trackers that the recipe names."""
     run.accelerator.log({key: value for key, value in values.items() if value is not None}, step=run.iteration)
 
 
+@informs("the line of an update that was left out")
 def log_skip(run: Run, loss: float, grad_norm: float) -> None:
     """Say and record that an update was left out, with the rows of the training set that it would have used."""
     run.console.say(
@@ -148,6 +195,7 @@ def log_skip(run: Run, loss: float, grad_norm: float) -> None:
         run.directory.append("event", run.iteration, event="skipped", **values, rows=places)
 
 
+@informs("the line of a spike")
 def log_spike(run: Run, loss: float, rise: float) -> None:
     """Say and record that the loss rose far above what it was, with the rows that it was measured on."""
     run.console.say(f"iteration {run.iteration}: loss {loss:.4f}, {rise:.2f} above its median: a spike begins")
@@ -185,9 +233,10 @@ def log_lost(run: Run) -> None:
         run.console.say(f"{run.directory.metrics.trouble}: its last {len(waiting)} records are lost")
 
 
-def log_look(run: Run, look: Look) -> None:
-    """What the finished model scores on the first items of each task, once they are scored."""
-    scores, problem = look.scores()
+@informs("benchmarks of a milestone")
+def log_look(run: Run, folder: Path) -> None:
+    """What the finished model in `folder` scores on the first items of each task, once they are scored."""
+    scores, problem = Look(folder, run.recipe.evaluation.at_milestones).scores()
     run.directory.append("event", run.iteration, event="scores", items=run.recipe.evaluation.at_milestones, **scores)
     shown = ", ".join(f"{task} {score:.1%}" for task, score in scores.items())
     run.console.say(f"first {run.recipe.evaluation.at_milestones} items: {shown or f'not scored: {problem}'}")
@@ -197,6 +246,12 @@ def log_look(run: Run, look: Look) -> None:
 def baseline_line(losses: dict[str, float]) -> str:
     """The n-gram models' losses on the validation set, in words."""
     return f"unigram {losses['unigram']:.4f}, smoothed (Witten-Bell) bigram {losses['bigram']:.4f}"
+
+
+@informs("the results")
+def log_results(run: Run) -> None:
+    """The box at the end."""
+    print_finished(run.directory, run.console)
 
 
 def print_finished(directory: RunDirectory, console: Console) -> None:

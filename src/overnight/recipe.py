@@ -91,8 +91,8 @@ class Model(Section):
     """Tokens of the exported model; equal to the tokenizer's. In training it is padded to a multiple of 64."""
     dropout: Below1 = 0.0
     """Probability of all three of GPT-2's dropouts."""
-    attention: Literal["flash", "sdpa"] = "flash"
-    """`flash`: refuse to start unless SDPA dispatches its flash kernel; `sdpa`: take any kernel, and say which."""
+    attention: Literal["auto", "flash"] = "auto"
+    """`auto`: a fused kernel where the device has one for this recipe, otherwise any; `flash`: refuse any other."""
 
 
 class Batch(Section):

@@ -22,17 +22,19 @@ from overnight import checkpoint, micro_batch, optim
 from overnight.batches import TrainingBatches
 from overnight.console import Console, estimated_end
 from overnight.deadline import Night
-from overnight.device import Device, resolve_precision
+from overnight.device import Device, allow_tf32, resolve_precision
 from overnight.extras import require
 from overnight.files import room_in
+from overnight.inform import informs
 from overnight.manifest import Manifest, is_prepared, require_same_request
-from overnight.model import LanguageModel, attention_report, require_flash
-from overnight.plan import LOSS_CHUNK, Derived, derive, derived_rows, iterations_in_all, padded_vocabulary
+from overnight.model import LanguageModel
+from overnight.plan import Derived, derive, derived_rows, iterations_in_all
 from overnight.prepare_cost import expected_cost
 from overnight.recipe import InputError, Recipe, Schedule
 from overnight.rundir import RunDirectory
 from overnight.shards import Shards, open_shards
 from overnight.tokenizer import load_tokenizer
+from overnight.warm_up import device_facts
 from overnight.watch import History
 
 
@@ -63,6 +65,7 @@ class Run:
     cannot_log: bool = False  # metrics.jsonl refuses records, which the user knows
     overdue: bool = False  # all processes know that `checkpoint.every_minutes` are over
     night: Night | None = None  # what the run was given to end in
+    failed: set[str] = field(default_factory=set)  # of what only informs: told, and gone on without
 
     @property
     def schedule(self) -> Schedule:
@@ -219,11 +222,17 @@ def set_up(
         with room_in(directory.path, "name"):
             counted = {"unique_tokens": shards.train.tokens, "validation_tokens": shards.val.tokens}
             counted["parameters"] = run.derived.parameters
-            directory.claim(identity(accelerator, shards), facts | counted)
+            directory.claim(identity(accelerator, shards), facts | counted | {"measured": micro_batch.measured(run)})
     accelerator.wait_for_everyone()
     if recipe.logging.trackers:
-        accelerator.init_trackers(recipe.name)
+        begin_tracking(run)
     return run
+
+
+@informs("trackers")
+def begin_tracking(run: Run) -> None:
+    """Let the trackers that the recipe names begin."""
+    run.accelerator.init_trackers(run.recipe.name)
 
 
 def text_facts(manifest: Manifest) -> dict[str, str]:
@@ -245,7 +254,7 @@ def assemble(
         shards.train, recipe.batch, recipe.seed, rank=accelerator.process_index, num_processes=accelerator.num_processes
     )
     if device.cuda:
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        allow_tf32()
     set_seed(recipe.seed)
     compiled = device.cuda if recipe.compile == "auto" else recipe.compile
     model = LanguageModel(recipe.model, shards.manifest.eos_id, compile=compiled)
@@ -267,46 +276,10 @@ def assemble(
     )
 
 
-def device_facts(run: Run) -> tuple[dict[str, str], float]:
-    """What was found out about the device, for the screen and for environment.json; the seconds of a micro-batch."""
-    chosen = micro_batch.measure(run)
-    kernel, seconds = check_attention(run)
-    precision = "bf16 autocast" if run.accelerator.mixed_precision == "bf16" else "float32"
-    how = "compiled" if run.compiled else "eager"
-    logits = min(LOSS_CHUNK[run.accelerator.device.type], run.micro_batch * run.recipe.batch.sequence_length)
-    logits_mib = logits * padded_vocabulary(run.recipe.model.vocab_size) * 4 / 2**20
-    facts = {
-        "device": run.device.name,
-        "precision": f"{precision}, {how}, {torch.get_num_threads()} threads",
-        "micro-batch": chosen,
-        "attention": kernel,
-        "loss memory": f"{logits_mib:.0f} MiB of float32 logits at once",
-    }
-    return facts, seconds
-
-
 def free_gib(path: Path) -> float:
     """Free space of the file system of `path`, in GiB."""
     stats = os.statvfs(path)
     return stats.f_bavail * stats.f_frsize / 2**30
-
-
-def check_attention(run: Run) -> tuple[str, float]:
-    """Run micro-batches as training will: which SDPA kernel was dispatched, and the seconds of one, once warm.
-
-    Raises `InputError` when the recipe asks for flash and the device did not give it.
-    """
-    ids, targets = next(run.batches.micro_batches(0, run.micro_batch, run.device.torch))
-    run.prepared.train()
-    report = attention_report(run.prepared, ids)
-    if run.recipe.model.attention == "flash":
-        require_flash(report)
-    started = time.monotonic()
-    run.accelerator.backward(run.prepared(ids, targets))
-    run.device.synchronize()
-    seconds = time.monotonic() - started
-    run.model.zero_grad(set_to_none=True)
-    return str(report), seconds
 
 
 def lock(accelerator: Accelerator, directory: RunDirectory, *, create: bool) -> None:

@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from overnight import checkpoint
+from overnight.faults import with_room
+from overnight.inform import informs
 from overnight.progress import log_saved
 from overnight.recipe import InputError, meaning
 from overnight.rundir import differences, told
@@ -37,8 +39,8 @@ def save(run: Run) -> None:
     if run.accelerator.is_main_process:
         log_saved(run, run.saver.outcome(wait=True))
         tensors = checkpoint.state_tensors(run.model, run.optimizers)
-        path = run.directory.checkpoint(run.iteration)
-        run.saver.start(path, tensors, state_of(run), kept_for_ever=run.directory.kept_for_ever())
+        path, state, kept = run.directory.checkpoint(run.iteration), state_of(run), run.directory.kept_for_ever()
+        with_room(run.device, lambda: run.saver.start(path, tensors, state, kept_for_ever=kept))
 
 
 def finish_saving(run: Run) -> None:
@@ -47,6 +49,7 @@ def finish_saving(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
+@informs("energy")
 def energy_used(run: Run) -> float | None:
     """Joules of the device over all sessions of the run, or None where it does not measure them."""
     session = run.device.joules()

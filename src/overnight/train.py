@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
 from torch import nn
 
-from overnight import micro_batch, optim
-from overnight.baselines import ngram_losses, seen_tokens
+from overnight import ending, micro_batch, optim
 from overnight.batches import validation_batches
 from overnight.deadline import Night, begin, keep_to_time, tonight
 from overnight.dispatch import fetch_state, sending
-from overnight.ending import SKIPS_BEFORE_GIVING_UP, finish, give_up, interrupted, stop_on_signal
+from overnight.faults import until_memory_runs_out
 from overnight.files import room_in
 from overnight.outlook import look_ahead
 from overnight.progress import (
     Pace,
-    baseline_line,
+    log_baselines,
+    log_not_finite,
     log_saved,
     log_skip,
     log_spike,
@@ -52,9 +53,10 @@ def train(
 ) -> int:
     """Train what `recipe` says, from where its run directory stands; returns the exit code.
 
-    0 done, or done before; 4 diverged; 75 interrupted and resumable. `allowed` are the keys that may mean something
-    else than when the run began; `cooldown` is a budget to finish from the trunk as it is, and nothing else; `until`
-    is a time of day, HH:MM, in place of `schedule.hours`; `resume_from` is hub:OWNER/NAME, whose state is gone on with.
+    0 done, or done before; 4 diverged; 75 interrupted by a signal or a fault of the device, and resumable. `allowed`
+    are the keys that may mean something else than when the run began; `cooldown` is a budget to finish from the trunk
+    as it is, and nothing else; `until` is a time of day, HH:MM, in place of `schedule.hours`; `resume_from` is
+    hub:OWNER/NAME, whose state is gone on with.
     Raises `InputError` before anything is written when recipe, data and device do not fit.
     """
     accelerator, console = launch(recipe)
@@ -80,14 +82,15 @@ def train(
     lock(accelerator, directory, create=False)
     run = set_up(recipe, accelerator, console, directory, shards, night)
     try:
-        with sending(accelerator, directory, console) as sent, stop_on_signal(run):
+        with sending(accelerator, directory, console) as sent, ending.stop_on_signal(run):
             sent.first_word()
             code = finish_each(run, unfinished)
             sent.over = code == 0
         return code
+    except RuntimeError as error:
+        return ending.without_device(run, error)
     finally:
-        console.stop()
-        accelerator.end_training()
+        ending.close(run)
 
 
 def budgets(directory: RunDirectory, night: Night | None) -> list[int]:
@@ -112,21 +115,38 @@ def finish_each(run: Run, unfinished: list[int]) -> int:
 def train_step(run: Run) -> tuple[float, float, bool]:
     """One update on exactly `tokens_per_iter` tokens: (loss in nats a token, gradient norm, was the weight updated)."""
     optim.set_lr(run.optimizers, optim.lr_at(run.iteration, run.schedule))
-    loss = accumulate(run)
-    while loss is None:  # out of memory: the same tokens again, fewer of them at once
+    while (prepared := prepare_update(run)) is None:  # out of memory: the same tokens again, fewer of them at once
         micro_batch.halve(run)
-        loss = accumulate(run)
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optim.grad_clip)
-    asked = loss.new_tensor([float(run.signalled), float(save_overdue(run))])
-    values = torch.cat([torch.stack([loss, grad_norm]), asked])
-    loss_value, norm_value, signalled, overdue = run.accelerator.reduce(values, "mean").tolist()  # one synchronisation
-    run.stopping, run.overdue = signalled > 0, overdue > 0  # all processes agree, whichever got the signal
-    finite = abs(loss_value) < float("inf") and norm_value < float("inf")  # both false for NaN
+    loss, grad_norm, changes = prepared
+    finite = abs(loss) < float("inf") and grad_norm < float("inf")  # both false for NaN
     if finite:
-        for optimizer in run.optimizers:
-            optimizer.step()
+        for change in changes:
+            change()
     run.model.zero_grad(set_to_none=True)
-    return loss_value, norm_value, finite
+    return loss, grad_norm, finite
+
+
+def prepare_update(run: Run) -> tuple[float, float, list[Callable[[], None]]] | None:
+    """All of an update that takes memory: its loss, gradient norm, and what changes weights and state, which does not.
+
+    None when a process ran out of memory, on all of them: nothing was changed then, and it can be done again.
+    """
+    loss = accumulate(run)
+    if loss is None:
+        return None
+    found, changes = None, []
+    with until_memory_runs_out():
+        grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optim.grad_clip)
+        changes = optim.prepared(run.optimizers)
+        found = torch.stack([loss, grad_norm])
+    if found is None:
+        run.model.zero_grad(set_to_none=True)  # so that there is room to tell the others
+    asked = [float(run.signalled), float(save_overdue(run)), float(found is None)]
+    values = torch.cat([loss.new_zeros(2) if found is None else found, loss.new_tensor(asked)])
+    # The one synchronisation of a step, of its clock too: the host waits for all that the device was given before.
+    loss_value, norm_value, signalled, overdue, ran_out = run.accelerator.reduce(values, "mean").tolist()
+    run.stopping, run.overdue = signalled > 0, overdue > 0  # all processes agree, whichever got the signal
+    return None if ran_out else (loss_value, norm_value, changes)
 
 
 def accumulate(run: Run) -> torch.Tensor | None:
@@ -137,9 +157,10 @@ def accumulate(run: Run) -> torch.Tensor | None:
     """
     share = run.accelerator.num_processes / run.recipe.batch.tokens_per_iter
     torch.manual_seed(dropout_seed(run.recipe.seed, run.iteration, run.accelerator.process_index))
-    loss, last = torch.zeros((), device=run.device.torch), False
-    batches = run.batches.micro_batches(run.iteration, run.micro_batch, run.device.torch)
-    try:
+    last = False
+    with until_memory_runs_out():
+        loss = torch.zeros((), device=run.device.torch)
+        batches = run.batches.micro_batches(run.iteration, run.micro_batch, run.device.torch)
         for number, (ids, targets) in enumerate(batches, start=1):
             last = number == run.grad_accum
             if last and micro_batch.another_ran_out(run):
@@ -148,10 +169,9 @@ def accumulate(run: Run) -> torch.Tensor | None:
                 micro_loss = run.prepared(ids, targets) * share
                 run.accelerator.backward(micro_loss)
             loss += micro_loss.detach()
-    except torch.cuda.OutOfMemoryError:
-        micro_batch.tell_the_others(run, synchronising=last)
-        return None
-    return loss
+        return loss
+    micro_batch.tell_the_others(run, synchronising=last)
+    return None
 
 
 def dropout_seed(seed: int, iteration: int, rank: int) -> int:
@@ -159,31 +179,41 @@ def dropout_seed(seed: int, iteration: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-@torch.no_grad()
 def validate(run: Run) -> float | None:
     """Mean cross-entropy in nats per token over the whole validation set, the same tokens every time.
 
     None when a process was asked to stop in the middle of it.
     """
+    while True:
+        total, tokens, signalled, ran_out = summed_losses(run)
+        run.stopping = signalled > 0
+        if run.stopping or not ran_out:
+            return None if run.stopping else total / tokens
+        micro_batch.halve(run, validating=True)
+
+
+@torch.no_grad()
+def summed_losses(run: Run) -> list[float]:
+    """Over all processes: the validation set's loss in nats, its targets, how many were signalled or out of memory."""
     run.prepared.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64, device=run.device.torch), 0
-    for ids, targets in validation_batches(
-        run.shards.val,
-        run.recipe.batch.sequence_length,
-        run.micro_batch,
-        run.device.torch,
-        rank=run.accelerator.process_index,
-        num_processes=run.accelerator.num_processes,
-    ):
-        if run.signalled:
-            break
-        total += run.prepared(ids, targets)
-        tokens += targets.numel()
+    total, tokens, ran_out = torch.zeros((), dtype=torch.float64, device=run.device.torch), 0, True
+    with until_memory_runs_out():
+        for ids, targets in validation_batches(
+            run.shards.val,
+            run.recipe.batch.sequence_length,
+            run.micro_batch,
+            run.device.torch,
+            rank=run.accelerator.process_index,
+            num_processes=run.accelerator.num_processes,
+        ):
+            if run.signalled:
+                break
+            total += run.prepared(ids, targets)
+            tokens += targets.numel()
+        ran_out = False
     run.prepared.train()
-    counts = torch.stack([total, total.new_tensor(tokens), total.new_tensor(run.signalled)])
-    total_loss, count, signalled = run.accelerator.reduce(counts, "sum").tolist()
-    run.stopping = signalled > 0
-    return None if run.stopping else total_loss / count
+    counts = torch.stack([total, *(total.new_tensor(value) for value in (tokens, run.signalled, ran_out))])
+    return run.accelerator.reduce(counts, "sum").tolist()
 
 
 def loop(run: Run) -> int:
@@ -202,8 +232,8 @@ def loop(run: Run) -> int:
         pace.add(time.monotonic() - started)
         run.iteration += 1
         watch(run, loss, grad_norm, finite=finite)
-        if run.history.skipped_in_a_row == SKIPS_BEFORE_GIVING_UP:
-            return give_up(run)
+        if run.history.skipped_in_a_row == ending.SKIPS_BEFORE_GIVING_UP:
+            return ending.give_up(run, f"{ending.SKIPS_BEFORE_GIVING_UP} updates in a row were not finite")
         if run.iteration % run.recipe.logging.every == 0 or run.iteration == run.schedule.max_iters:
             log_step(run, loss, grad_norm, pace)
         if validation_due(run):
@@ -213,16 +243,17 @@ def loop(run: Run) -> int:
             save(run)
         log_saved(run, run.saver.outcome(wait=False))
     finish_saving(run)
-    return interrupted(run) if run.stopping else finish(run, pace)
+    if run.stopping:
+        return ending.interrupted(run)
+    problem = ending.unfit(run)
+    return ending.finish(run, pace) if problem is None else ending.give_up(run, problem)
 
 
 def first_look(run: Run, pace: Pace) -> None:
     """Validate the untrained model and, where asked for, n-gram models: it proves the path and sets the scale."""
     measure(run, pace)
     if run.recipe.validation.ngram_baselines and run.accelerator.is_main_process:
-        losses = ngram_losses(seen_tokens(run.batches, run.recipe.schedule.max_iters), run.shards.val.read_all())
-        run.directory.append("event", 0, event="ngram baselines", **losses)
-        run.console.say(f"for scale, models of the same training tokens: {baseline_line(losses)} nats per token")
+        log_baselines(run)
 
 
 def watch(run: Run, loss: float, grad_norm: float, *, finite: bool) -> None:
@@ -242,10 +273,16 @@ def validation_due(run: Run) -> bool:
 
 
 def measure(run: Run, pace: Pace) -> None:
-    """Validate, remember the loss, tell it and what it forecasts; nothing of these when a signal came first."""
+    """Validate, remember the loss, tell it and what it forecasts; nothing of these when a signal came first.
+
+    A loss that is not finite is told, and is no validation: a budget does not end with it.
+    """
     started = time.monotonic()
-    loss = validate(run)
+    loss = validate(run)  # read by the host, so that the clock waits for it
     if loss is None:
+        return
+    if not math.isfinite(loss):
+        log_not_finite(run, loss)
         return
     run.history.validations.append((run.iteration, loss))
     log_validation(run, loss, time.monotonic() - started)

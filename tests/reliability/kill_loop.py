@@ -34,7 +34,7 @@ def shape(iterations: int, dropout: float) -> list[str]:
     options += ["--schedule.max_iters", str(iterations), "--schedule.milestones", f"[{iterations // 2}]"]
     options += ["--validation.every", str(iterations // 4)]
     options += ["--validation.ngram_baselines", "false", "--data.val_tokens", "8192", "--data.dir", "data/killed"]
-    return options + (["--model.dropout", str(dropout), "--model.attention", "sdpa"] if dropout else [])
+    return options + (["--model.dropout", str(dropout)] if dropout else [])
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import ROOT, losses, records, tiny
 
-from overnight import startup, state
+from overnight import state, warm_up
 from overnight import train as train_module
 from overnight.cli import EXIT_DIVERGED
 from overnight.device import resolve_precision
@@ -19,7 +19,7 @@ from overnight.watch import FEWEST, WINDOW, History, spike
 @pytest.fixture
 def quick(monkeypatch):
     """Runs in which no forward but those of training is counted."""
-    monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
+    monkeypatch.setattr(warm_up, "check_attention", lambda *given: ("not looked at", 0.0))
     monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
 
 
@@ -120,7 +120,7 @@ def test_b3_a_spike_is_told_and_its_history_survives_a_resume(in_process, quick,
 
     monkeypatch.undo()
     monkeypatch.chdir(in_process)
-    monkeypatch.setattr(startup, "check_attention", lambda run: ("not looked at", 0.0))
+    monkeypatch.setattr(warm_up, "check_attention", lambda *given: ("not looked at", 0.0))
     monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
     monkeypatch.setattr("overnight.export.verify", lambda *arguments: None)
     forward_with(monkeypatch, tripled)
