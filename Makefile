@@ -47,7 +47,7 @@ quickstart: ## the whole pipeline on the embedded corpus, minutes on two CPU cor
 overnight: ## the whole night in one command: RECIPE=recipes/fineweb_edu_40m.yaml ARGS="--schedule.max_iters 10000"
 
 quickstart overnight: $(BASE)
-	@exec $(RUN) -m overnight.night $(if $(CONFIG_FILE),--config_file $(CONFIG_FILE)) $(RECIPE) $(ARGS)
+	@exec $(RUN) -m overnight.night $(RECIPE) $(if $(CONFIG_FILE),--config_file $(CONFIG_FILE)) $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
 test: $(VENV)/.installed-test ## one test of each promise
