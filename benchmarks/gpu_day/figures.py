@@ -1,0 +1,197 @@
+"""What the tasks of the GPU day found, as rows: a figure, what the plan expected of it, what was measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from overnight.budget import FORWARD, fitting
+from overnight.gpus import Gpu, facts, speed_of
+from overnight.plan import beside_the_tensors, flops_per_token, peak_memory
+from overnight.recipe import Recipe
+
+GIB = 2**30
+TWELVE_GB = 12.0  # the memory of the card that step 3 emulates
+COLD = 3  # iterations at the start of a session that are in no rate
+NOTHING = "-"
+
+
+class Row(NamedTuple):
+    """One figure. Where nothing was predicted, `predicted` is a dash."""
+
+    figure: str
+    predicted: str
+    measured: str
+
+
+class Where(NamedTuple):
+    """What the predictions depend on."""
+
+    recipe: Recipe
+    gpu: Gpu | None  # None for a device that facts/gpus.csv does not have
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The plan's."""
+        flops = flops_per_token(self.recipe.model, self.recipe.batch.sequence_length)
+        return speed_of(self.gpu, flops).tokens_per_second if self.gpu else None
+
+    def peak_gib(self, rows: int) -> float:
+        """The plan's formula for so many rows at once, the context included."""
+        model, length = self.recipe.model, self.recipe.batch.sequence_length
+        tensors = peak_memory(model, rows, sequence_length=length, optimizer=self.recipe.optim.name)
+        return (tensors + sum(beside_the_tensors(model, rows, tensors, sequence_length=length).values())) / GIB
+
+
+def number(value: float | None, form: str) -> str:
+    """A formatted value, or a dash."""
+    return NOTHING if value is None else format(value, form)
+
+
+def of_invariants(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    yield Row("invariants on this device", "all passed", task["output"].strip().splitlines()[-1].strip("= "))
+
+
+def of_probe(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    found = task["result"]
+    yield Row("attention", "fused, no mask", found["attention"])
+    yield Row("micro-batch, chosen by itself", NOTHING, f"{found['micro_batch']} rows")
+    expected = number(where.tokens_per_second, ",.0f")
+    yield Row("tokens a second, random tokens", expected, f"{found['tokens_per_second']:,.0f}")
+    yield Row("share of the dense peak", NOTHING, number(found["mfu"], ".1%"))
+    yield Row("watts", number(where.gpu and where.gpu.tdp_watts, ".0f"), number(found["watts"], ".0f"))
+
+
+def of_memory(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    for size in task["result"]:
+        peak = size["peak_gib"] + (size["beside_gib"] or 0.0)
+        expected, beside = where.peak_gib(size["rows"]), number(size["beside_gib"], ".2f")
+        if where.gpu is None:  # the formula is a card's
+            said = f"{peak:.2f}"
+        else:
+            said = f"{peak:.2f}, {peak / expected - 1:+.1%}; {beside} of it not the allocator's"
+        said = said if size["fits"] else "does not fit"
+        yield Row(f"GiB at {size['rows']} rows", f"{expected:.2f}" if where.gpu else NOTHING, said)
+        yield Row(f"tokens a second at {size['rows']} rows", NOTHING, f"{size['tokens_per_second']:,.0f}")
+    first = [f"{size['first_seconds']:.0f}" for size in task["result"]]
+    yield Row("seconds of each size's first iteration", NOTHING, ", ".join(first))
+    compiled = "one a size, 0" if any(size["graphs"] for size in task["result"]) else NOTHING
+    graphs, breaks = (sum(size[key] for size in task["result"]) for key in ("graphs", "graph_breaks"))
+    yield Row("graphs compiled, graph breaks", compiled, f"{graphs} of {len(first)} sizes, {breaks}")
+
+
+def of_parts(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    found = task["result"]["parts"]
+    products = [name for name in found if "," in name and not name.startswith(("attention", "update", "product of"))]
+    limits = {"tflops": where.gpu and where.gpu.tflops, "tb_s": where.gpu and bandwidth(where.gpu)}
+    for name, part in found.items():
+        if name in products:
+            continue
+        rate = next((key for key in limits if key in part), None)
+        ceiling = name.startswith("product of") or name == "copy"
+        expected = number(limits[rate], ".3g") + (" TFLOP/s" if rate == "tflops" else " TB/s") if ceiling else NOTHING
+        yield Row(name, expected if where.gpu else NOTHING, part.get("failed") or shown_part(part))
+    if all("ms" in found[name] for name in products) and products:
+        total = sum(found[name]["ms"] for name in products)
+        yield Row("the matrix products of a block", NOTHING, f"{total:.3f} ms, forward and backward")
+
+
+def shown_part(part: dict[str, float]) -> str:
+    rates = [f"{part[key]:.3g} {unit}" for key, unit in (("tflops", "TFLOP/s"), ("tb_s", "TB/s")) if key in part]
+    return ", ".join([f"{part['ms']:.3f} ms", *rates])
+
+
+def bandwidth(gpu: Gpu) -> float:
+    """TB/s, the vendor's."""
+    [row] = [row for row in facts("gpus.csv") if row["name"] == gpu.name]
+    return float(row["memory_bandwidth_gb_s"]) / 1000
+
+
+def of_run(found: dict[str, Any], where: Where) -> Iterator[Row]:
+    """What a run's records tell: speed, validations, checkpoints, its end."""
+    records, speed = found["records"], where.tokens_per_second
+    rates = [r["tokens_per_second"] for r in records if r["kind"] == "train" and r["tokens_per_second"]]
+    yield Row("tokens a second, median of the run", number(speed, ",.0f"), f"{statistics.median(rates[COLD:]):,.0f}")
+    looks = [r for r in records if r["kind"] == "val"]
+    yield Row("validation losses, nats", NOTHING, ", ".join(f"{r['loss']:.4f}@{r['iteration']}" for r in looks))
+    expected = speed and found["environment"]["validation_tokens"] * FORWARD / speed
+    yield Row(
+        "seconds of a validation, median",
+        number(expected, ".2f"),
+        f"{statistics.median(r['seconds'] for r in looks):.2f}",
+    )
+    saves = [r["held_seconds"] for r in records if r.get("event") == "saved"]
+    later = f"{max(saves[1:]):.3f}" if saves[1:] else NOTHING
+    yield Row(
+        "seconds that a checkpoint held the run", "under 0.1 after the first", f"{saves[0]:.3f}, then at most {later}"
+    )
+    finished = next((r for r in records if r.get("event") == "finished"), None)
+    yield Row("finished and exported", "yes", f"in {finished['export_seconds']:.0f} s" if finished else "no")
+
+
+def of_killed(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    found = task["result"]
+    apart = list(found["differences"].values())
+    said = f"{max(apart):.2g} nats over {len(apart)} iterations" if apart else "not resumed"
+    yield Row("iterations made again after SIGKILL, losses apart", "rounding", said)
+    yield from of_run(found, where)
+
+
+def of_small_card(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    found, small = task["result"], Gpu("12 GB", 0.0, TWELVE_GB, 0.0)
+    rows, peak = fitting(where.recipe, small) if where.gpu else (None, None)
+    yield Row("micro-batch on 12 GB", number(rows, "d") + " rows", found["environment"]["micro-batch"])
+    held = max(r["gib"] for r in found["records"] if r["kind"] == "train")
+    yield Row("GiB of it, the allocator's", number(peak, ".2f") + " with the context", f"{held:.2f}")
+
+
+def of_exhausted(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    records = task["result"]["records"]
+    full = [r for r in records if "memory" in r.get("event", "")]
+    said = [f"{r['event']} at {r['iteration']}: {r['micro_batch']} to {r['next_micro_batch']} rows" for r in full]
+    yield Row("memory that ran out", "in iteration 6 and in the validation of 8", "; ".join(said) or "nowhere")
+    finished = any(r.get("event") == "finished" for r in records)
+    yield Row("the run after that", "finished", "finished" if finished else "ended early")
+
+
+def of_training_step(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    for shape, sides in task["result"]["shapes"].items():
+        rows, length = map(int, shape.split("x"))
+        seconds = {side: statistics.median(each["seconds"] for each in found) for side, found in sides.items()}
+        for side, found in sides.items():
+            peak = statistics.median(each["peak_mib"] for each in found) / 1024
+            rate = rows * length / seconds[side]
+            ratio = f"; ours has {seconds[side] / seconds['ours']:.3f} of it" if side != "ours" else ""
+            yield Row(f"{side}, a step of {shape}", NOTHING, f"{rate:,.0f} tokens a second, {peak:.2f} GiB{ratio}")
+
+
+def of_evaluation(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    [scores] = task["result"]["models"]
+    dtype = task["result"]["settings"]["dtype"]
+    loss = scores["validation"]["nats_per_token"] if scores["validation"] else None
+    said = ", ".join(f"{name} {each['value']:.4f}" for name, each in scores["tasks"].items())
+    yield Row(f"evaluation in {dtype}", NOTHING, f"{number(loss, '.5f')} nats, {said}, {task['seconds']:.0f} s in all")
+
+
+ROWS: dict[str, Callable[[dict[str, Any], Where], Iterator[Row]]] = {
+    "invariants": of_invariants,
+    "probe": of_probe,
+    "memory": of_memory,
+    "parts": of_parts,
+    "killed": of_killed,
+    "small_card": of_small_card,
+    "exhausted": of_exhausted,
+    "training_step": of_training_step,
+    "evaluation_float32": of_evaluation,
+    "evaluation_bfloat16": of_evaluation,
+}
+
+
+def rows_of(name: str, task: dict[str, Any], where: Where) -> list[Row]:
+    """The rows of one task, whatever became of it."""
+    found = list(ROWS[name](task, where)) if name in ROWS and (task.get("result") or not task["exit"]) else []
+    if task["exit"]:
+        last = (task.get("output", "").strip().splitlines() or [""])[-1]
+        found.append(Row(f"{name}: not whole", "exit 0", f"{task['exit']} after {task['seconds']:.0f} s: {last}"))
+    return found
