@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from overnight.device import Device
 from overnight.files import write_whole
@@ -29,7 +30,7 @@ def card() -> dict[str, Any]:
         "total_gib": total / 2**30,
         "free_gib": free / 2**30,
         "cudnn": torch.backends.cudnn.version(),
-        "sdpa_order": [str(each) for each in torch._C._get_sdp_priority_order()],
+        "sdpa_order": [SDPBackend(each).name for each in torch._C._get_sdp_priority_order()],
         "driver": driver(),
     }
 
