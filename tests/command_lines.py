@@ -53,8 +53,8 @@ def of_documents() -> list[list[str]]:
 
 def targets() -> list[str]:
     """The targets of the Makefile."""
-    [listed] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    return listed.split()
+    listed = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    return " ".join(listed).split()
 
 
 def of_make(*words: str) -> list[list[str]]:
