@@ -6,7 +6,7 @@ int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDeviceGet(int *device, int number) { *device = number; return 0; }
 int cuDeviceGetCount(int *count) { *count = setting("GHOST_COUNT", 1); return 0; }
 int cuGetErrorName(int error, const char **name) { *name = error == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR"; return 0; }
-int cuGetErrorString(int error, const char **text) { *text = error == 719 ? "unspecified launch failure" : "an error of the ghost card"; return 0; }
+int cuGetErrorString(int error, const char **text) { *text = error == 719 ? "unspecified launch failure" : "the host computes no such kernel (ghost card)"; return 0; }
 static int context;
 int cuCtxGetCurrent(void **found) { *found = &context; return 0; }
 int cuCtxGetDevice(int *device) { *device = 0; return 0; }

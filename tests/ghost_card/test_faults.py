@@ -18,6 +18,7 @@ WHEN = {
     "the first iteration": "iteration:1",
     "an accumulation": "backward:12",
     "an optimizer's step": "optimizer:4",
+    "the change of the weights": "change:4",
     "a validation": "validation:2",
     "a sample": "samples:2",
     "a checkpoint's copy": "checkpoint:2",
@@ -34,8 +35,9 @@ def undisturbed_on_card(workplace: Path) -> str:
 
 
 def assert_told(done) -> None:
-    """No traceback, and what was said last fits a person: one line on standard error at the most."""
-    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    """The fault came, and no traceback after it."""
+    said = done.stdout + done.stderr
+    assert "ghost card: " in done.stderr and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("phase", WHEN)
@@ -70,6 +72,13 @@ def test_memory_that_another_process_takes_costs_no_more_than_a_restart(workplac
         done = train_on(workplace, *SHORT, "--name", name)
     assert done.returncode == GOES_ON, done.stdout + done.stderr
     assert losses(workplace, name) == pytest.approx(losses(workplace, undisturbed_on_card), rel=1e-3)
+
+
+def test_a_device_that_is_lost_to_a_compiled_kernel_is_one_line(workplace):
+    compiled = ("tiny.yaml", "--threads", "1", "--name", "lost-compiled")
+    done = train_on(workplace, *compiled, computes="small", fault="lost@backward:20")
+    assert_told(done)
+    assert done.returncode == AGAIN, done.stdout + done.stderr
 
 
 def test_a_host_without_page_locked_memory_saves_and_trains_all_the_same(workplace, undisturbed_on_card):
