@@ -31,6 +31,7 @@ from overnight.files import write_whole
 SPEED_SHAPES = ("2x1024", "4x256")  # rows x tokens of one step
 MEMORY_SHAPES = ("2x1024", "4x1024")
 CUDA_SHAPES = ("32x1024",)
+OUT_OF_MEMORY = 12  # the exit code of a side; ENOMEM
 PAIRS, STEPS = {"cpu": 7, "cuda": 3}, {"cpu": 3, "cuda": 60}  # of a step of seconds, and of one of milliseconds
 
 
@@ -81,9 +82,13 @@ def part(args: argparse.Namespace, name: str, shape: str, steps: int | None = No
 
 
 def rounds(args: argparse.Namespace, shape: str) -> dict[str, list[Figures]]:
-    """The figures of every side's rounds; a side that fails, for want of memory say, is left out, and said to be."""
-    sides = [side for side in SIDES if args.nanogpt or side != "nanogpt"]
+    """The figures of every side's rounds, `tokens` of a step among them.
+
+    A side that a card's memory does not hold goes on with half of the rows; one that fails otherwise is left out.
+    """
+    sides, (rows, length) = [side for side in SIDES if args.nanogpt or side != "nanogpt"], shape_of(shape)
     found: dict[str, list[Figures]] = {side: [] for side in sides}
+    sizes = dict.fromkeys(sides, rows)
     with contextlib.ExitStack() as stack:
         waiting: dict[str, subprocess.Popen[str]] = {}
         for pair, side in in_turns(args.pairs, sides):
@@ -92,13 +97,17 @@ def rounds(args: argparse.Namespace, shape: str) -> dict[str, list[Figures]]:
             if side not in waiting:
                 waiting[side] = stack.enter_context(child(args, side, shape))
             figures = answer(waiting[side])
+            while figures is None and waiting[side].wait() == OUT_OF_MEMORY and sizes[side] > 1:
+                sizes[side] //= 2
+                waiting[side] = stack.enter_context(child(args, side, f"{sizes[side]}x{length}"))
+                figures = answer(waiting[side])
             print(f"{shape} pair {pair + 1}: {side} {figures or 'failed'}", file=sys.stderr, flush=True)
             if args.device == "cpu":
                 waiting.pop(side).communicate()  # its memory is the next one's
             if figures is None:
                 del found[side]
             else:
-                found[side].append(figures)
+                found[side].append(figures | {"tokens": sizes[side] * length})
     return found
 
 
@@ -123,17 +132,24 @@ def median_interval(values: list[float]) -> tuple[float, float, float] | None:
 
 def compare(args: argparse.Namespace, shape: str) -> dict[str, list[Figures]]:
     """The pairs at one shape, and what they say."""
-    found, (rows, length) = rounds(args, shape), shape_of(shape)
+    found = rounds(args, shape)
     if "ours" not in found:
         sys.exit(f"our own step failed at {shape}")
     limit = part(args, "gemm", shape) if args.device == "cpu" else None
-    print(f"\n{rows} x {length} tokens a step, {args.pairs} pairs, {args.steps} steps each after a first, not counted")
-    print(f"{'':8} {'CPU-s a step':>12} {'tokens/CPU-s':>13} {'tokens/s':>9} {'of GEMM limit':>14} {'peak MiB':>9}")
+    said = " x ".join(shape.split("x"))
+    print(f"\n{said} tokens a step, {args.pairs} pairs, {args.steps} steps each after a first, not counted")
+    print(
+        f"{'':8} {'tokens a step':>13} {'CPU-s a step':>12} {'tokens/CPU-s':>13} {'tokens/s':>9} {'of GEMM limit':>14}"
+        f" {'peak MiB':>9}"
+    )
     for side, each in found.items():
-        cpu, seconds, peak = (statistics.median(f[key] for f in each) for key in ("cpu_seconds", "seconds", "peak_mib"))
-        tokens = rows * length
+        tokens, cpu, seconds, peak = (
+            statistics.median(figures[key] for figures in each)
+            for key in ("tokens", "cpu_seconds", "seconds", "peak_mib")
+        )
         share = f"{limit['cpu_seconds'] / cpu:.0%}" if limit else "-"
-        print(f"{side:8} {cpu:12.2f} {tokens / cpu:13.1f} {tokens / seconds:9.1f} {share:>14} {peak:9,.0f}")
+        rates = f"{tokens / cpu:13.1f} {tokens / seconds:9.1f}"
+        print(f"{side:8} {tokens:13,.0f} {cpu:12.2f} {rates} {share:>14} {peak:9,.0f}")
     if limit:
         print(
             f"GEMM limit at these shapes: {limit['gflop']:.0f} GFLOP in {limit['cpu_seconds']:.2f} CPU-s,"
@@ -147,7 +163,7 @@ def compare(args: argparse.Namespace, shape: str) -> dict[str, list[Figures]]:
 
 def print_ratio(ours: list[Figures], side: str, theirs: list[Figures], key: str) -> None:
     """How many tokens ours makes in the time of another, and in what memory."""
-    ratios = [b[key] / a[key] for a, b in zip(ours, theirs, strict=True)]
+    ratios = [a["tokens"] / a[key] / (b["tokens"] / b[key]) for a, b in zip(ours, theirs, strict=True)]
     interval, said = median_interval(ratios), "no 95 % interval below 6 pairs"
     if interval:
         low, high, coverage = interval
@@ -227,10 +243,13 @@ def serve(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with contextlib.redirect_stdout(sys.stderr):
-        if args.child in SIDES:
-            SIDES[args.child](args)
-        else:
+        if args.child in PARTS:
             print(json.dumps(PARTS[args.child](args)), file=sys.__stdout__, flush=True)
+            return
+        try:
+            SIDES[args.child](args)
+        except torch.cuda.OutOfMemoryError:
+            sys.exit(OUT_OF_MEMORY)
 
 
 def cpu_name() -> str:

@@ -82,22 +82,28 @@ def of_memory(task: dict[str, Any], where: Where) -> Iterator[Row]:
 
 
 def of_parts(task: dict[str, Any], where: Where) -> Iterator[Row]:
-    found = task["result"]["parts"]
-    products = [name for name in found if "," in name and not name.startswith(("attention", "update", "product of"))]
-    limits = {"tflops": where.gpu and where.gpu.tflops, "tb_s": where.gpu and bandwidth(where.gpu)}
-    for name, part in found.items():
-        if name in products:
-            continue
-        rate = next((key for key in limits if key in part), None)
-        ceiling = name.startswith("product of") or name == "copy"
-        expected = number(limits[rate], ".3g") + (" TFLOP/s" if rate == "tflops" else " TB/s") if ceiling else NOTHING
-        yield Row(name, expected if where.gpu else NOTHING, part.get("failed") or shown_part(part))
-    if all("ms" in found[name] for name in products) and products:
-        total = sum(found[name]["ms"] for name in products)
-        yield Row("the matrix products of a block", NOTHING, f"{total:.3f} ms, forward and backward")
+    groups = dict(task["result"]["groups"])
+    for name, part in groups.pop("ceilings").items():
+        yield Row(name, ceiling(part, where.gpu), shown_part(part))
+    products = groups.pop("matrix products of a block")
+    times = [part["ms"] for part in products.values() if "ms" in part]
+    yield Row(f"{len(times)} matrix products of a block", NOTHING, f"{sum(times):.3f} ms")
+    for group, parts in groups.items():
+        for name, part in parts.items():
+            yield Row(f"{group}: {name}", NOTHING, shown_part(part))
 
 
-def shown_part(part: dict[str, float]) -> str:
+def ceiling(part: dict[str, Any], gpu: Gpu | None) -> str:
+    """What the vendor says of a product or a copy."""
+    if gpu is None or "failed" in part:
+        return NOTHING
+    return f"{gpu.tflops:.3g} TFLOP/s" if "tflops" in part else f"{bandwidth(gpu):.3g} TB/s"
+
+
+def shown_part(part: dict[str, Any]) -> str:
+    """Its time and rate, or why it did not run."""
+    if "failed" in part:
+        return part["failed"]
     rates = [f"{part[key]:.3g} {unit}" for key, unit in (("tflops", "TFLOP/s"), ("tb_s", "TB/s")) if key in part]
     return ", ".join([f"{part['ms']:.3f} ms", *rates])
 
@@ -106,6 +112,11 @@ def bandwidth(gpu: Gpu) -> float:
     """TB/s, the vendor's."""
     [row] = [row for row in facts("gpus.csv") if row["name"] == gpu.name]
     return float(row["memory_bandwidth_gb_s"]) / 1000
+
+
+def of_prepare(task: dict[str, Any], where: Where) -> Iterator[Row]:
+    tokens = sum(record["tokens"] for side in ("train", "val") for record in task["result"][side])
+    yield Row("tokens prepared", NOTHING, f"{tokens:,} in {task['seconds']:.0f} s, Python's start included")
 
 
 def of_run(found: dict[str, Any], where: Where) -> Iterator[Row]:
@@ -157,13 +168,13 @@ def of_exhausted(task: dict[str, Any], where: Where) -> Iterator[Row]:
 
 def of_training_step(task: dict[str, Any], where: Where) -> Iterator[Row]:
     for shape, sides in task["result"]["shapes"].items():
-        rows, length = map(int, shape.split("x"))
-        seconds = {side: statistics.median(each["seconds"] for each in found) for side, found in sides.items()}
+        rates = {side: [each["tokens"] / each["seconds"] for each in found] for side, found in sides.items()}
         for side, found in sides.items():
-            peak = statistics.median(each["peak_mib"] for each in found) / 1024
-            rate = rows * length / seconds[side]
-            ratio = f"; ours has {seconds[side] / seconds['ours']:.3f} of it" if side != "ours" else ""
-            yield Row(f"{side}, a step of {shape}", NOTHING, f"{rate:,.0f} tokens a second, {peak:.2f} GiB{ratio}")
+            said = f"{statistics.median(rates[side]):,.0f} tokens a second, {found[0]['peak_mib'] / 1024:.2f} GiB"
+            if side != "ours":
+                ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates[side], strict=True))
+                said += f" with {found[0]['tokens']:,} tokens a step; ours {ratio:.3f} of it"
+            yield Row(f"{side}, a step of {shape}", NOTHING, said)
 
 
 def of_evaluation(task: dict[str, Any], where: Where) -> Iterator[Row]:
@@ -179,6 +190,7 @@ ROWS: dict[str, Callable[[dict[str, Any], Where], Iterator[Row]]] = {
     "probe": of_probe,
     "memory": of_memory,
     "parts": of_parts,
+    "prepare": of_prepare,
     "killed": of_killed,
     "small_card": of_small_card,
     "exhausted": of_exhausted,

@@ -125,9 +125,9 @@ def attentions(shape: Model, rows: int, length: int, device: torch.device) -> It
             attend()
 
     flops = 7 * rows * shape.n_head * length**2 * size  # two products forward, five backward, half of each masked
-    yield Part("attention, as SDPA chooses", attend, flops)
+    yield Part("as SDPA chooses", attend, flops)
     for kernel in KERNELS if device.type == "cuda" else ():
-        yield Part(f"attention, {kernel.name}", lambda kernel=kernel: attend_by(kernel), flops)
+        yield Part(kernel.name, lambda kernel=kernel: attend_by(kernel), flops)
 
 
 def training(shape: Model, rows: int, length: int, device: torch.device) -> Iterator[Part]:
@@ -163,17 +163,18 @@ def main() -> None:
     chosen = parser.parse_args()
     device, rows, length = torch.device(chosen.device), chosen.rows, chosen.length
     shape = Model(n_layer=chosen.layers, n_positions=length)
-    found: dict[str, Any] = {}
-    groups = (
-        ceilings(device),
-        products(shape, rows * length, device),
-        attentions(shape, rows, length, device),
-        training(shape, rows, length, device),
-    )
-    for part in (part for group in groups for part in group):
-        found[part.name] = measured(part, device)
-        print(f"{part.name:<34} {found[part.name]}", flush=True)
-        write_whole(chosen.json, json.dumps({"rows": rows, "length": length, "parts": found}, indent=1))
+    groups = {
+        "ceilings": ceilings(device),
+        "matrix products of a block": products(shape, rows * length, device),
+        "attention of a block": attentions(shape, rows, length, device),
+        "training": training(shape, rows, length, device),
+    }
+    found: dict[str, dict[str, Any]] = {name: {} for name in groups}
+    for group, parts in groups.items():
+        for part in parts:
+            found[group][part.name] = measured(part, device)
+            print(f"{part.name:<34} {found[group][part.name]}", flush=True)
+            write_whole(chosen.json, json.dumps({"rows": rows, "length": length, "groups": found}, indent=1))
 
 
 if __name__ == "__main__":
