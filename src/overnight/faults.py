@@ -18,9 +18,11 @@ from overnight.recipe import first_line
 T = TypeVar("T")
 
 # In the words of CUDA, and of torch, Triton and its libraries, which pass them on in errors of several types.
-OUT_OF_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|\[CUDA\]: out of memory|STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile(
+    r"CUDA out of memory|(CUDA|driver) error: out of memory|\[CUDA\]: out of memory|STATUS_ALLOC_FAILED"
+)
 LOST = re.compile(
-    r"AcceleratorError|Triton Error \[CUDA\]|NCCL error"
+    r"AcceleratorError|Triton Error \[CUDA\]|CUDA driver error|NCCL error"
     r"|(CUBLAS|CUDNN)_STATUS_(NOT_INITIALIZED|EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
 )
 # The same again each time, and so mistakes of the program.

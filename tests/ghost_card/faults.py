@@ -28,6 +28,7 @@ def run_out() -> None:
 FAULTS: dict[str, Callable[[], None]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "lost": lambda: ghost().ghost_lose_device(),
+    "lost-at-launch": lambda: ghost().ghost_lose_device_at_launch(),
     "full": run_out,
     "taken": take_memory,
     "no-host-memory": lambda: ghost().ghost_refuse_host_memory(),
@@ -37,6 +38,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 PHASES = {
     "trial": ("overnight.micro_batch", "seconds_per_step"),
     "iteration": ("overnight.train", "accumulate"),
+    "forward": ("overnight.model", "LanguageModel.forward"),
     "backward": ("accelerate", "Accelerator.backward"),
     "optimizer": ("overnight.optim", "prepared"),
     "change": ("overnight.optim", "Muon._change"),

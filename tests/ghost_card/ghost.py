@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,3 +77,9 @@ def train_on(folder: Path, *arguments: str, card: Card = USUAL, **options) -> su
 def train_on_cpu(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run recipes/train.py beside it, by the same torch on the CPU."""
     return train(folder, *arguments, CUDA_VISIBLE_DEVICES="")
+
+
+def note(table: str, **row: object) -> None:
+    """Keep a row of a table for table.py."""
+    with (LIBRARY.parent / f"{table}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

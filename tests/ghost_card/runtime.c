@@ -11,7 +11,7 @@ enum { SLOTS = 1 << 16, PAGE = 2 << 20, SMALL_COPY = 1 << 16 };
 static struct { char *at; size_t size; } blocks[SLOTS];
 static size_t held, peak, taken_by_others;
 static long launches, allocations;
-static int device_lost, allocations_to_refuse, host_memory_refused, launches_refused, struck;
+static int device_lost, lost_at_launch, allocations_to_refuse, host_memory_refused, launches_refused, struck;
 static _Thread_local int current_device;
 static _Thread_local cudaError_t last_error;
 
@@ -25,11 +25,13 @@ size_t card_free(void) {
 int card_is_lost(void) { return device_lost; }
 int launch(void) {
   launches++;
+  device_lost |= lost_at_launch;
   return launches_refused ? fail(cudaErrorInvalidDeviceFunction) : alive();
 }
 
 // What a test arms, and what it asks afterwards.
 void ghost_lose_device(void) { device_lost = 1; }
+void ghost_lose_device_at_launch(void) { lost_at_launch = 1; }
 void ghost_take_memory(void) { taken_by_others = card_free(); }  // another process takes all that is free
 void ghost_give_memory_back(void) { taken_by_others = 0; }
 void ghost_refuse_allocations(int count) { allocations_to_refuse = count; }

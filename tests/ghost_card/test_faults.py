@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ghost import USUAL, run_on, train_on
+from ghost import USUAL, note, run_on, train_on
 from runs import final_sums, finished, losses, records
 
 TINY = ("tiny.yaml", "--precision", "fp32", "--compile", "false", "--threads", "1", "--schedule.max_iters", "12")
 SHORT = (*TINY, "--schedule.decay_fraction", "0.5", "--validation.every", "6", "--checkpoint.every", "3")
 GOES_ON, AGAIN = 0, 75
+FAULTS = {
+    "lost": "the device is lost",
+    "full": "memory runs out once",
+    "taken": "another process takes the memory",
+}
 
 # Where each phase of such a run begins, as `arm` takes it.
 WHEN = {
@@ -34,17 +39,21 @@ def undisturbed_on_card(workplace: Path) -> str:
     return "whole"
 
 
-def assert_told(done) -> None:
-    """The fault came, and no traceback after it."""
+def assert_told(done, phase: str, fault: str) -> None:
+    """The fault came, no traceback after it, and what came of it is kept for the table."""
     said = done.stdout + done.stderr
     assert "ghost card: " in done.stderr and "Traceback" not in said, said
+    goes_on = (
+        "its tokens again" if "its tokens again" in said else "without it" if "is said once" in said else "goes on"
+    )
+    note("faults", case=f"{phase} x {fault}", outcome=f"code {done.returncode}" if done.returncode else goes_on)
 
 
 @pytest.mark.parametrize("phase", WHEN)
 def test_a_lost_device_is_one_line_and_the_same_command_ends_with_the_same_bits(workplace, undisturbed_on_card, phase):
     name = f"lost-{WHEN[phase].replace(':', '-')}"
     done = train_on(workplace, *SHORT, "--name", name, fault=f"lost@{WHEN[phase]}")
-    assert_told(done)
+    assert_told(done, phase, FAULTS["lost"])
     assert done.returncode == AGAIN, done.stdout + done.stderr
     again = train_on(workplace, *SHORT, "--name", name)
     assert again.returncode == GOES_ON, again.stdout + again.stderr
@@ -56,7 +65,7 @@ def test_a_lost_device_is_one_line_and_the_same_command_ends_with_the_same_bits(
 def test_memory_that_runs_out_for_a_moment_ends_nothing(workplace, undisturbed_on_card, phase):
     name = f"full-{WHEN[phase].replace(':', '-')}"
     done = train_on(workplace, *SHORT, "--name", name, fault=f"full@{WHEN[phase]}")
-    assert_told(done)
+    assert_told(done, phase, FAULTS["full"])
     assert done.returncode == GOES_ON, done.stdout + done.stderr
     assert finished(workplace, name) == [12]
     assert losses(workplace, name) == pytest.approx(losses(workplace, undisturbed_on_card), rel=1e-3)
@@ -66,7 +75,7 @@ def test_memory_that_runs_out_for_a_moment_ends_nothing(workplace, undisturbed_o
 def test_memory_that_another_process_takes_costs_no_more_than_a_restart(workplace, undisturbed_on_card, phase):
     name = f"taken-{WHEN[phase].replace(':', '-')}"
     done = train_on(workplace, *SHORT, "--name", name, fault=f"taken@{WHEN[phase]}")
-    assert_told(done)
+    assert_told(done, phase, FAULTS["taken"])
     if done.returncode != GOES_ON:
         assert done.returncode in (2, AGAIN) and "memory" in done.stderr + done.stdout
         done = train_on(workplace, *SHORT, "--name", name)
@@ -76,8 +85,8 @@ def test_memory_that_another_process_takes_costs_no_more_than_a_restart(workplac
 
 def test_a_device_that_is_lost_to_a_compiled_kernel_is_one_line(workplace):
     compiled = ("tiny.yaml", "--threads", "1", "--name", "lost-compiled")
-    done = train_on(workplace, *compiled, computes="small", fault="lost@backward:20")
-    assert_told(done)
+    done = train_on(workplace, *compiled, computes="small", fault="lost-at-launch@forward:20")
+    assert_told(done, "a compiled kernel", FAULTS["lost"])
     assert done.returncode == AGAIN, done.stdout + done.stderr
 
 
@@ -97,12 +106,12 @@ def test_a_card_that_tells_no_power_trains_all_the_same(workplace, undisturbed_o
     assert (records(workplace, name, "train")[-1]["watts"] is None) == (nvml != "no energy")
 
 
-@pytest.mark.parametrize("fault", ["lost", "full", "taken"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_an_evaluation_is_one_line_or_goes_on(workplace, undisturbed_on_card, fault):
     model = str(workplace / "runs" / "whole" / "models" / "iter-000012")
     arguments = [model, "--against", "unigram", "--tasks", "none", "--texts", "none", "--out", f"evaluation-{fault}"]
     done = run_on(USUAL, workplace, "eval.py", *arguments, fault=f"{fault}@evaluation:2")
-    assert_told(done)
+    assert_told(done, "an evaluation", FAULTS[fault])
     assert done.returncode == (AGAIN if fault == "lost" else GOES_ON), done.stdout + done.stderr
     again = run_on(USUAL, workplace, "eval.py", *arguments)
     assert again.returncode == GOES_ON, again.stdout + again.stderr
