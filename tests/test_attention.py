@@ -62,9 +62,9 @@ def test_a_device_without_a_fused_kernel_runs_what_it_has_unless_flash_is_asked_
 def test_what_a_model_runs_beside_the_fused_kernel_of_its_device_is_refused(tokens):
     of_device = kernel_of_device(recipe(), CPU, torch.float32)
     refuse_another(report_of(LanguageModel(SHAPE, 0, compile=False), tokens), of_device)
-    with pytest.raises(InputError, match="flash_attention_for_cpu, but under the model it ran .*math"):
-        dropped = LanguageModel(SHAPE.model_copy(update={"dropout": 0.1}), 0, compile=False)
-        refuse_another(report_of(dropped, tokens), of_device)
+    dropped = report_of(LanguageModel(SHAPE.model_copy(update={"dropout": 0.1}), 0, compile=False), tokens)
+    with pytest.raises(InputError, match=r"flash_attention_for_cpu, but under the model it ran .*math"):
+        refuse_another(dropped, of_device)
 
 
 def test_a_mask_would_be_seen(tokens):

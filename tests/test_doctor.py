@@ -17,6 +17,7 @@ GOOD = Machine(
     torch_cuda="13.0",
     torch_archs=("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
     driver=Driver("580.95", (13, 0), (RTX_4070,)),
+    gpus_hidden=False,
     gcc="/usr/bin/gcc",
     python_header=True,
     compiles=True,
@@ -61,6 +62,12 @@ def test_no_cuda_device_is_a_warning_and_the_compiler_is_not_needed():
     found = findings(driver=None, torch="2.13.0+cpu", torch_cuda=None, gcc=None, python_header=False)
     assert {name: check.status for name, check in found.items()} == {"torch": "warn"}
     assert "no CUDA device: the quickstart runs on the CPU" in found["torch"].text
+
+
+def test_gpus_that_the_user_hides_are_no_failure():
+    found = findings(driver=Driver("550.54", (12, 4), (RTX_4070,)), gpus_hidden=True)
+    assert {name: check.status for name, check in found.items()} == {"torch": "warn"}
+    assert "the CPU trains" in found["torch"].text
 
 
 def test_a_cpu_build_beside_a_gpu_is_named():

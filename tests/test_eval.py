@@ -20,7 +20,9 @@ from runs import ROOT, environment, records, train, two_processes
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from overnight.evaluation import models
 from overnight.evaluation.loss import TokenLoss, bytes_of_tokens, windows_of
+from overnight.evaluation.scoring import Request, Scorer, batches_of
 from overnight.tokenizer import load_tokenizer
 
 EVAL = str(ROOT / "recipes" / "eval.py")
@@ -134,6 +136,63 @@ def test_a_kill_in_the_middle_of_a_task_costs_no_answer_and_changes_none(workpla
     assert (out / "items" / "on_choices.jsonl").read_bytes() == (whole / "items" / "on_choices.jsonl").read_bytes()
     batches = [json.loads(line)["batch"] for line in journal_lines(out.parent / "cache")]
     assert len(batches) == len(set(batches)) == len(expected)
+
+
+def test_g1_a_device_that_is_lost_in_an_evaluation_ends_it_with_75_and_no_answer_is_lost(
+    workplace, undisturbed, tmp_path: Path
+):
+    make_tasks(tmp_path / "many", items=len(sentences()) // 5)
+    command = [MODEL, "--against", "none", "--texts", "none", "--tasks", "on_choices"]
+    command += ["--tasks-dir", str(tmp_path / "many")]
+    out, cache = tmp_path / "out", str(tmp_path / "cache")
+    script = str(ROOT / "tests" / "reliability" / "lost_in_eval.py")  # one batch tries the model, two are timed
+    lost = train(workplace, *command, "--out", str(out), script=script, XDG_CACHE_HOME=cache, CALLS="5")
+    assert lost.returncode == 75
+    assert "the device was lost (CUDA error: unspecified launch failure)" in lost.stderr
+    assert "the same command goes on from there" in lost.stderr and "Traceback" not in lost.stderr
+    kept = journal_lines(tmp_path / "cache")
+    assert len(kept) == 2
+    evaluate(workplace, out, *command)
+    whole = journal_lines(tmp_path / "cache")
+    assert whole[:2] == kept and len(whole) > 2
+
+
+@pytest.mark.parametrize("at_once", [3, 1])
+def test_g2_what_does_not_fit_the_memory_at_once_is_scored_in_halves(workplace, undisturbed, monkeypatch, at_once):
+    scorer = models.load(str(workplace / MODEL), torch.device("cpu"), torch.float32).scorer
+    ids = torch.randint(0, 500, (7, 20))
+    requests = [Request(tuple(row[:12].tolist()), tuple(row[12:].tolist())) for row in ids]
+    [trees], _ = batches_of(requests, 64, 512)
+    expected, losses = scorer.score(trees), scorer.losses(ids, ids)
+    for name in ("_score", "_losses"):
+        monkeypatch.setattr(Scorer, name, at_most(at_once, getattr(Scorer, name)))
+    found = [answer.loglikelihood for answer in scorer.score(trees)]
+    assert found == pytest.approx([answer.loglikelihood for answer in expected], abs=1e-4)
+    np.testing.assert_allclose(scorer.losses(ids, ids), losses, atol=1e-4)
+    for name in ("_score", "_losses"):
+        monkeypatch.setattr(Scorer, name, at_most(0, getattr(Scorer, name)))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="a single row of"):
+        scorer.score(trees)
+
+
+def at_most(rows: int, real):
+    """`real`, with memory for so many rows."""
+
+    def act(self, given, *rest):
+        if len(given) > rows:
+            raise torch.cuda.OutOfMemoryError("boom")
+        return real(self, given, *rest)
+
+    return act
+
+
+def test_g1_a_device_that_is_lost_is_not_taken_for_a_model_that_reads_no_trees(workplace, undisturbed, monkeypatch):
+    def lost(self, trees):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(Scorer, "score", lost)
+    with pytest.raises(torch.AcceleratorError):
+        models.load(str(workplace / MODEL), torch.device("cpu"), torch.float32)
 
 
 def journal_lines(cache: Path) -> list[bytes]:

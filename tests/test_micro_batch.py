@@ -2,20 +2,23 @@
 
 import dataclasses
 import itertools
+import json
 import sys
 
 import pytest
 import torch
-from runs import losses, records, set_up, tiny, train, two_processes
+from runs import ROOT, losses, records, set_up, tiny, train, two_processes
 
-from overnight import batches, micro_batch, warm_up
+from overnight import batches, micro_batch, startup, warm_up
 from overnight import train as train_module
 from overnight.cli import EXIT_INPUT, recipe_command
 from overnight.device import Device
 from overnight.micro_batch import Trial, choose, search
 from overnight.model import LanguageModel
-from overnight.plan import next_divisor
+from overnight.plan import derive, next_divisor
 from overnight.progress import COLD_ITERATIONS, WINDOW, Pace
+from overnight.recipe import InputError
+from overnight.recipe_file import load
 
 TOLERANCE = 1e-5  # of a loss in nats
 
@@ -157,11 +160,11 @@ class Card(Device):
 
     cuda = property(lambda self: True, lambda self, value: None)
 
-    def __init__(self):
-        self.torch, self.name, self.total_gib = torch.device("cpu"), "a card", 10.0
+    def __init__(self, limit=10.0):
+        self.torch, self.name, self.total_gib, self.limit_gib = torch.device("cpu"), "a card", 12.0, limit
 
     def cap_memory(self):
-        return 10.0
+        return self.limit_gib
 
     def release(self):
         pass
@@ -195,14 +198,75 @@ def test_the_micro_batch_of_a_run_stands_in_its_environment(in_process, full_mem
     assert '"micro-batch": "8 rows"' in (run.directory.path / "environment.json").read_text()
 
 
-def test_the_process_is_kept_below_the_memory_that_is_free(monkeypatch):
-    device, given = Device(torch.device("cpu")), []
-    device.cuda = True
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 12 * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: given.append(share))
-    assert device.cap_memory() == pytest.approx(0.9 * 6 + 1)
-    assert given == [pytest.approx(6.4 / 12)]
+def test_trying_begins_at_the_largest_size_that_the_formula_puts_at_most_15_percent_above_the_limit(in_process):
+    run = set_up(tiny(in_process, "--name", "begun"))
+    run.recipe = load(ROOT / "recipes" / "fineweb_edu_40m.yaml")
+    run.derived = derive(run.recipe, "cuda", 1, None)
+    begun = {limit: micro_batch.largest_to_try(run, limit) for limit in (3.0, 6.9, 10.5, 21.0, 70.0)}
+    assert (begun[6.9], begun[10.5], begun[21.0], begun[70.0]) == (32, 32, 64, 64)
+    for limit, rows in begun.items():
+        assert micro_batch.formula_gib(run, rows) <= 1.15 * limit
+        assert rows == 64 or micro_batch.formula_gib(run, 2 * rows) > 1.15 * limit
+    assert micro_batch.largest_to_try(run, 0.5) == 0
+
+
+def test_a_card_on_which_by_the_formula_no_row_fits_is_refused_before_anything_is_compiled(in_process, full_memory):
+    run = set_up(tiny(in_process, "--name", "hopeless"))
+    run.device, run.derived = Card(limit=0.01), dataclasses.replace(run.derived, measured=True)
+    full_memory[1].clear()
+    with pytest.raises(InputError, match="out of memory with a single row"):
+        micro_batch.measure(run)
+    assert full_memory[1] == []
+
+
+@pytest.fixture
+def restarted(in_process, full_memory):
+    """A run on a card whose environment.json says 4 rows of an earlier session under `limit` GiB; its forwards."""
+
+    def make(name, limit, **other):
+        run = set_up(tiny(in_process, "--name", name))
+        run.device = Card(limit)
+        run.derived = dataclasses.replace(run.derived, first_micro_batch=16, measured=True)
+        run.micro_batch = 4
+        measured = micro_batch.measured(run)
+        measured["circumstances"] |= other
+        (run.directory.path / "environment.json").write_text(json.dumps({"measured": measured}))
+        run.micro_batch = 16
+        full_memory[1].clear()
+        return run, full_memory[1]
+
+    return make
+
+
+def test_a_restart_takes_the_size_that_was_measured_before_without_trying_any(restarted):
+    run, forwards = restarted("restarted", limit=10.0)
+    run.device.limit_gib = 10.3  # about as much
+    assert micro_batch.measure(run) == "4 rows, as an earlier session measured on the same device with as much memory"
+    assert (run.micro_batch, forwards) == (4, [])
+
+
+@pytest.mark.parametrize(
+    ("other", "now"),
+    [({"torch": "2.0.0"}, 10.0), ({"device": "another card"}, 10.0), ({"compiled": None}, 10.0), ({}, 8.0), ({}, 12.0)],
+    ids=["another torch", "another device", "not compiled", "less memory", "more memory"],
+)
+def test_a_restart_under_other_circumstances_measures_again(restarted, other, now):
+    run, forwards = restarted("restarted-" + "-".join([*other, f"{now:g}"]), limit=10.0, **other)
+    run.device.limit_gib = now
+    assert "measured in" in micro_batch.measure(run)
+    assert forwards[0] == 16
+
+
+def test_the_size_of_a_session_stands_in_its_environment_for_the_next(in_process, full_memory, monkeypatch):
+    monkeypatch.setattr(startup, "Device", lambda device: Card())
+    monkeypatch.setattr(startup, "allow_tf32", lambda: None)
+    recipe = tiny(in_process, "--name", "remembered", "--compile", "false")
+    monkeypatch.setattr(startup, "resolve_precision", lambda *given, **how: "fp32")
+    first = set_up(recipe)
+    assert full_memory[1]
+    full_memory[1].clear()
+    assert set_up(recipe).micro_batch == first.micro_batch
+    assert full_memory[1] == []
 
 
 def test_a_copy_goes_on_without_page_locked_memory(monkeypatch):

@@ -39,12 +39,12 @@ class Check:
 
 def checks(machine: Machine) -> list[Check]:
     """Every check of `machine`, in the order in which one mends things."""
-    wsl = "microsoft" in machine.kernel.lower()
+    wsl = is_wsl(machine.kernel)
     cuda = machine.driver is not None and bool(machine.driver.gpus) and machine.torch_cuda is not None
     found = [
         check_python(machine.python),
         check_packages(machine.installed, machine.pinned),
-        check_torch(machine.torch, machine.torch_cuda, machine.driver, wsl),
+        check_torch(machine.torch, machine.torch_cuda, machine.driver, wsl, hidden=machine.gpus_hidden),
     ]
     found += [check_gpu(gpu, machine.torch_archs) for gpu in (machine.driver.gpus if machine.driver else ())]
     found.append(check_compiler(machine.gcc, machine.python_header, cuda and machine.compiles, machine.python))
@@ -82,11 +82,13 @@ def check_packages(installed: dict[str, str | None], pinned: dict[str, str]) -> 
     return Check("packages", "ok", f"{len(installed)} {where}")
 
 
-def check_torch(version: str | None, cuda: str | None, driver: Driver | None, wsl: bool) -> Check:
-    """PyTorch's CUDA build and the driver fit each other."""
+def check_torch(version: str | None, cuda: str | None, driver: Driver | None, wsl: bool, *, hidden: bool) -> Check:
+    """PyTorch's CUDA build and the driver fit each other, where the GPUs are not `hidden` from it."""
     if version is None:
         return Check("torch", "fail", "PyTorch is not installed", "make setup")
     build = f"PyTorch {version} built for {f'CUDA {cuda}' if cuda else 'CPUs'}"
+    if hidden:
+        return Check("torch", "warn", f"{build}; CUDA_VISIBLE_DEVICES hides every GPU: the CPU trains")
     if driver is None or not driver.gpus:
         mend = ""
         if cuda:
@@ -102,8 +104,14 @@ def check_torch(version: str | None, cuda: str | None, driver: Driver | None, ws
         mend = (
             "update NVIDIA's driver in Windows, then wsl --shutdown" if wsl else "sudo ubuntu-drivers install; reboot"
         )
+        mend += "   (or the CPU, enough for the quickstart: CUDA_VISIBLE_DEVICES= make quickstart)"
         return Check("torch", "fail", fits + needed, mend)
     return Check("torch", "ok", fits)
+
+
+def is_wsl(kernel: str) -> bool:
+    """Whether that is the kernel of a Windows Subsystem for Linux."""
+    return "microsoft" in kernel.lower()
 
 
 def check_gpu(gpu: Gpu, archs: tuple[str, ...]) -> Check:

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from overnight.nvml import nvml
 from overnight.plan import parameter_count
@@ -62,6 +63,7 @@ class Machine:
     torch_cuda: str | None
     torch_archs: tuple[str, ...]
     driver: Driver | None
+    gpus_hidden: bool
     gcc: str | None
     python_header: bool
     compiles: bool
@@ -82,7 +84,8 @@ def survey(recipe: Recipe | None = None) -> Machine:
         torch=torch,
         torch_cuda=torch_cuda,
         torch_archs=archs,
-        driver=_driver(),
+        driver=driver(),
+        gpus_hidden=gpus_hidden(),
         gcc=shutil.which("gcc") or shutil.which("cc") or shutil.which("clang"),
         python_header=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
         compiles=recipe is None or recipe.compile is not False,
@@ -92,6 +95,11 @@ def survey(recipe: Recipe | None = None) -> Machine:
         threads=len(os.sched_getaffinity(0)),
         omp_threads=os.environ.get("OMP_NUM_THREADS"),
     )
+
+
+def gpus_hidden() -> bool:
+    """Whether the user keeps CUDA from every GPU, so that the CPU computes."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def pins(constraints: str) -> dict[str, str]:
@@ -171,10 +179,18 @@ def _torch_build() -> tuple[str | None, str | None, tuple[str, ...]]:
     return torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list())
 
 
-def _driver() -> Driver | None:
+def driver() -> Driver | None:
+    """The driver and its GPUs as NVML describes them; None where there is none, as in some containers, or no answer."""
     pynvml = nvml()
     if pynvml is None:
         return None
+    try:
+        return _described_by(pynvml)
+    except pynvml.NVMLError:
+        return None
+
+
+def _described_by(pynvml: Any) -> Driver:
     cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     gpus = []

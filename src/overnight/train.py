@@ -40,6 +40,7 @@ from overnight.rundir import RunDirectory
 from overnight.schedule import goals
 from overnight.startup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
+from overnight.unseen_gpu import mind_unseen_gpu
 
 
 def train(
@@ -63,6 +64,7 @@ def train(
     if dry_run:
         print_plan(recipe, accelerator, console)
         return 0
+    mind_unseen_gpu(recipe, accelerator, console)
     shards = open_data(recipe, accelerator, console)
     directory = RunDirectory(recipe)
     if resume_from:
@@ -134,15 +136,14 @@ def prepare_update(run: Run) -> tuple[float, float, list[Callable[[], None]]] | 
     loss = accumulate(run)
     if loss is None:
         return None
-    found, changes = None, []
+    asked, values = [float(run.signalled), float(save_overdue(run))], None
     with until_memory_runs_out():
         grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optim.grad_clip)
         changes = optim.prepared(run.optimizers)
-        found = torch.stack([loss, grad_norm])
-    if found is None:
+        values = torch.cat([torch.stack([loss, grad_norm]), loss.new_tensor([*asked, False])])
+    if values is None:
         run.model.zero_grad(set_to_none=True)  # so that there is room to tell the others
-    asked = [float(run.signalled), float(save_overdue(run)), float(found is None)]
-    values = torch.cat([loss.new_zeros(2) if found is None else found, loss.new_tensor(asked)])
+        values = loss.new_tensor([0.0, 0.0, *asked, True])
     # The one synchronisation of a step, of its clock too: the host waits for all that the device was given before.
     loss_value, norm_value, signalled, overdue, ran_out = run.accelerator.reduce(values, "mean").tolist()
     run.stopping, run.overdue = signalled > 0, overdue > 0  # all processes agree, whichever got the signal

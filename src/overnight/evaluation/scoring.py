@@ -8,7 +8,7 @@ its own sequence. Logits are made only where a continuation is predicted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from overnight.faults import lost, out_of_memory, until_memory_runs_out
+
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # of a forward
 HEAD_ROWS = {"cpu": 128, "cuda": 2048}  # of logits that exist at once
 LARGEST_TREE = 256  # tokens, or twice a sequence: attention is dense, so a large tree pays for pairs without a use
 LEAST_SHARED = 0.25  # of a sequence, for it to join a tree
 TOLERANCE = 1e-3  # of log-probabilities, for a model to be taken for one that reads trees
+
+
+Rows = TypeVar("Rows", list["Tree"], Tensor)
 
 
 class Request(NamedTuple):
@@ -128,9 +133,33 @@ class Scorer:
         self.budget = BATCH_TOKENS[self.device.type]
         self.reads_trees = self._reads_trees()
 
-    @torch.inference_mode()
     def score(self, trees: list[Tree]) -> list[Answer]:
-        """The answers to the requests of `trees`, in their order."""
+        """The answers to the requests of `trees`, in their order; in halves where the memory is short."""
+        with until_memory_runs_out():
+            return self._score(trees)
+        first, second = self._halves(trees)
+        return self.score(first) + self.score(second)
+
+    def losses(self, ids: Tensor, targets: Tensor) -> np.ndarray:
+        """Cross-entropy in nats of every target (rows, time) given the ids (rows, time) before it, float64.
+
+        In halves where the memory is short.
+        """
+        with until_memory_runs_out():
+            return self._losses(ids, targets)
+        pairs = zip(self._halves(ids), self._halves(targets), strict=True)
+        return np.concatenate([self.losses(*half) for half in pairs])
+
+    def _halves(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Two halves of what does not fit into the memory at once, which is given back as far as nothing holds it."""
+        if len(rows) == 1:
+            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory with a single row of {len(rows[0])} tokens")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+
+    @torch.inference_mode()
+    def _score(self, trees: list[Tree]) -> list[Answer]:
         hidden = self._hidden(trees)  # (rows * longest, n_embd)
         longest = len(trees[0])
         places = [row * longest + nodes for row, tree in enumerate(trees) for nodes in tree.scored]
@@ -145,8 +174,7 @@ class Scorer:
         ]
 
     @torch.inference_mode()
-    def losses(self, ids: Tensor, targets: Tensor) -> np.ndarray:
-        """Cross-entropy in nats of every target (rows, time) given the ids (rows, time) before it, float64."""
+    def _losses(self, ids: Tensor, targets: Tensor) -> np.ndarray:
         if not self.reads_trees:
             logits = self.model(ids, use_cache=False).logits.float()
             return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu().numpy()
@@ -204,6 +232,8 @@ class Scorer:
                 plain = logits[0, len(before) - 1 : -1].float().log_softmax(-1)
                 total = plain.gather(1, torch.tensor(after, device=self.device)[:, None]).sum()
                 found.append(abs(answers[number].loglikelihood - total.item()))
-        except (AttributeError, RuntimeError, TypeError, ValueError):  # no such arguments or parts
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # no such arguments or parts
+            if out_of_memory(error) or lost(error):
+                raise
             return False
         return max(found) <= TOLERANCE

@@ -1,0 +1,180 @@
+"""What a device is asked for on the way to training, and what a machine is told whose GPU cannot be used."""
+
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+import torch
+from accelerate import Accelerator
+from runs import ROOT, set_up, tiny
+
+from overnight import cli, device, machine, unseen_gpu, warm_up
+from overnight import train as train_module
+from overnight.console import Console
+from overnight.device import Device
+from overnight.machine import Driver, Gpu
+from overnight.model import LanguageModel
+from overnight.recipe import InputError
+from overnight.recipe_file import load
+
+RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * 2**30, total=12 * 2**30, capability=(8, 9))
+OLD = Driver("550.54", (12, 4), (RTX_4070,))
+NEW = Driver("580.95", (13, 0), (RTX_4070,))
+
+
+def lost(*arguments):
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """One CUDA device without NVML, as far as `Device` asks, and what its memory was capped at."""
+    capped = []
+
+    def set_fraction(share, device):
+        if device.index is None:  # as torch has it
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+        capped.append(share)
+
+    properties = SimpleNamespace(total_memory=12 * 2**30, uuid="0")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4070")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_fraction)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: 5000)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda handle: 168_000)
+    return capped
+
+
+def test_the_process_is_kept_below_the_memory_that_is_free_on_the_device_that_accelerate_names_without_a_number(card):
+    assert Device(torch.device("cuda")).cap_memory() == pytest.approx(0.9 * 6 + 1)
+    assert card == [pytest.approx(6.4 / 12)]
+
+
+def test_power_and_energy_are_nvmls_and_without_it_or_its_counter_are_not_measured(card, monkeypatch):
+    assert Device(torch.device("cuda")).watts() == 168
+    assert Device(torch.device("cuda")).joules() == 0
+    old = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: raised(old))
+    before_volta = Device(torch.device("cuda"))
+    assert (before_volta.watts(), before_volta.joules(), before_volta.mean_watts()) == (168, None, None)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: raised(pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)))
+    none = Device(torch.device("cuda"))
+    assert (none.watts(), none.joules(), none.mean_watts()) == (None, None, None)
+
+
+def raised(error):
+    raise error
+
+
+def test_tf32_on_cuda_leaves_the_products_of_the_cpu_exact():
+    exact = torch.backends.mkldnn.matmul.fp32_precision
+    device.allow_tf32()
+    try:
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.backends.mkldnn.matmul.fp32_precision == exact != "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+class Queue(Device):
+    """A device that does what it is given only when it is waited for, a second for each forward."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.now, self.queued = 0.0, 0
+
+    def synchronize(self):
+        self.now += self.queued
+        self.queued = 0
+
+
+def test_the_clock_of_a_micro_batch_begins_when_the_device_has_done_what_it_was_given_before(in_process, monkeypatch):
+    run = set_up(tiny(in_process, "--name", "clocked"))
+    run.device, real = Queue(), LanguageModel.forward
+
+    def forward(self, ids, targets):
+        run.device.queued += 1
+        return real(self, ids, targets)
+
+    monkeypatch.setattr(LanguageModel, "forward", forward)
+    monkeypatch.setattr(warm_up.time, "monotonic", lambda: run.device.now)
+    assert warm_up.first_steps(run)[1] == 1
+
+
+@pytest.fixture
+def beside_a_gpu(monkeypatch):
+    """A machine whose PyTorch, built for CUDA 13.0, sees no device, and whose driver is the one that is given."""
+
+    def make(driver, cuda="13.0"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(unseen_gpu, "driver", lambda: driver)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+
+    return make
+
+
+def mind(recipe):
+    unseen_gpu.mind_unseen_gpu(load(ROOT / "recipes" / recipe), Accelerator(cpu=True), Console())
+
+
+def test_weeks_on_the_cpu_beside_a_gpu_whose_driver_is_too_old_are_refused_with_the_driver_that_is_needed(
+    beside_a_gpu, monkeypatch
+):
+    beside_a_gpu(OLD)
+    monkeypatch.setattr(train_module, "open_data", lost)  # before anything else is looked at
+    with pytest.raises(InputError) as caught:
+        train_module.train(load(ROOT / "recipes" / "fineweb_edu_40m.yaml"))
+    for part in ("NVIDIA GeForce RTX 4070", "driver 550.54", "needs driver 580 or newer", "days", "ubuntu-drivers"):
+        assert part in str(caught.value)
+    assert "`CUDA_VISIBLE_DEVICES=` before the command" in str(caught.value)
+    beside_a_gpu(NEW)  # whatever the reason
+    with pytest.raises(InputError, match="does not see the NVIDIA GeForce RTX 4070"):
+        mind("fineweb_edu_40m.yaml")
+
+
+def test_minutes_on_the_cpu_beside_a_gpu_are_trained_and_the_gpu_is_named(beside_a_gpu, capsys):
+    beside_a_gpu(OLD)
+    mind("quickstart.yaml")
+    assert "needs driver 580 or newer; this trains on the CPU" in capsys.readouterr().out
+
+
+def test_a_cpu_that_was_asked_for_trains_whatever_it_takes(beside_a_gpu, monkeypatch, capsys):
+    beside_a_gpu(OLD)
+    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("ACCELERATE_USE_CPU", "true")):
+        with monkeypatch.context() as asked:
+            asked.setenv(name, value)
+            mind("fineweb_edu_40m.yaml")
+    assert capsys.readouterr().out == ""
+    beside_a_gpu(OLD, cuda=None)  # nor is PyTorch's CPU build there by mistake
+    mind("fineweb_edu_40m.yaml")
+    assert "built for CPUs, but here is a GPU (NVIDIA GeForce RTX 4070)" in capsys.readouterr().out
+    beside_a_gpu(None)
+    mind("fineweb_edu_40m.yaml")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_needs_no_driver(beside_a_gpu, capsys):
+    beside_a_gpu(OLD)
+    assert train_module.train(load(ROOT / "recipes" / "fineweb_edu_40m.yaml"), dry_run=True) == 0
+
+
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlSystemGetCudaDriverVersion_v2", "nvmlDeviceGetMemoryInfo"])
+def test_a_driver_that_does_not_answer_is_none(monkeypatch, call):
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", lambda: 13000)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, call, lambda *handle: raised(pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)))
+    assert machine.driver() is None
+
+
+def test_the_default_recipe_is_the_nights_also_where_the_card_does_not_answer(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lost)
+    assert cli.default_recipe().name == "fineweb_edu_40m.yaml"
+    assert "does not answer (CUDA error: unspecified launch failure)" in capsys.readouterr().out
