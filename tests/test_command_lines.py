@@ -84,7 +84,7 @@ def of_scripts(folder: Path) -> list[list[str]]:
         sys.argv = sys_argv
     words += [started_by(lambda name=name: step["child"](args, name, "32x1024")) for name in (*step["SIDES"], "muon")]
     again = [sys.executable, str(killed["TRAIN"]), QUICKSTART, "--name", "killed"]
-    words.append(started_by(lambda: killed["killed_behind"](again, None, 4, 2)))
+    words.append(started_by(lambda: killed["kill_behind"](again, None, 4, 2)))
     return [*words, started_by(lambda: Look(Path("runs/a/models/iter-000010"), 5))]
 
 

@@ -139,10 +139,17 @@ def test_the_predictions_are_the_plans_own(tmp_path):
     assert "not been run" not in page.read_text() and "NVIDIA GeForce RTX 4070, torch 2.13.0" in page.read_text()
 
 
-def test_a_task_that_failed_has_its_row(tmp_path):
+def test_a_task_that_was_cut_off_has_the_rows_that_it_came_to_and_one_that_says_so(tmp_path):
     failed = {"exit": 1, "seconds": 9.0, "output": "Traceback\nRuntimeError: no such kernel\n"}
-    done = report(write_step(tmp_path / "step-1.json", parts=failed))
-    assert done.returncode == 0 and "1 after 9 s: RuntimeError: no such kernel" in done.stdout
+    records = [{"kind": "train", "iteration": i, "loss": 5.0, "tokens_per_second": 9e4} for i in range(1, 9)]
+    late = {"environment": {"validation_tokens": 4096}, "records": records, "before_kill": []}
+    late = {"exit": "late", "seconds": 470.0, "output": "iter 8/350\n", "result": late}
+    done = report(write_step(tmp_path / "step-1.json", losses=failed, killed=late))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert "losses: not whole" in rows and "1 after 9 s: RuntimeError: no such kernel" in done.stdout
+    assert "tokens a second, median of the run" in rows and "90,000" in done.stdout
+    assert "finished and exported" not in rows and "late after 470 s: iter 8/350" in done.stdout
 
 
 def test_a_report_of_other_files_or_into_another_page_is_refused(tmp_path):
@@ -165,7 +172,7 @@ def test_the_page_says_that_nothing_was_measured_until_something_is():
 
 
 def test_iterations_made_twice_are_those_behind_the_checkpoint():
-    differences = runpy.run_path(str(FOLDER / "killed.py"))["differences"]
+    differences = runpy.run_path(str(FOLDER / "figures.py"))["differences"]
     before = [{"kind": "train", "iteration": i, "loss": 5.0 - i} for i in (1, 2, 3, 4)]
     resumed = {"kind": "event", "event": "resumed", "iteration": 2}
     after = [*before[:2], resumed, *({"kind": "train", "iteration": i, "loss": 5.25 - i} for i in (3, 4, 5))]

@@ -24,6 +24,7 @@ from steps import DAY, ROOT, STEPS, Settings, Task
 
 TAIL = 4_000  # characters of a task's output that are kept where it failed or leaves no file
 TABLE_SECONDS = 15  # kept for the table
+RECORDS = {"records": "metrics", "before_kill": "before_kill"}  # of a run folder
 SLOWNESS = {"cuda": 1, "cpu": 6}  # of a device that the limits were not made for
 
 
@@ -62,7 +63,10 @@ def main() -> int:
             work.mkdir()
             report = chosen.out / f"step-{step}.json"
             tasks = [task._replace(seconds=task.seconds * slowness) for task in STEPS[step](settings)]
-            print(f"step {step}, at most {minutes:g} minutes; what its tasks say: {report.with_suffix('.log')}")
+            print(
+                f"step {step}, at most {minutes:g} minutes; what its tasks say: {report.with_suffix('.log')}",
+                flush=True,
+            )
             codes.append(run_step(settings.recipe.name, tasks, report, work, environment, 60 * minutes))
             print_table(report, environment)
     return max(codes)
@@ -135,13 +139,18 @@ def result_of(path: Path) -> Any:
 
 
 def told_by_run(folder: Path) -> dict[str, Any] | None:
-    """Environment and records of a run, as they stand; None before its first record."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.exists():
+    """Environment and records of a run, as they stand, and what was recorded before a kill; None before the first."""
+    environment = folder / "environment.json"
+    if not environment.exists():
         return None
-    whole, _, _ = metrics.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last line
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    return {"environment": environment, "records": [json.loads(line) for line in whole.splitlines()]}
+    records = {name: lines_of(folder / f"{file}.jsonl") for name, file in RECORDS.items()}
+    return {"environment": json.loads(environment.read_text(encoding="utf-8"))} | records
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that may not be there; a kill may have cut the last line."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def write(path: Path, found: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -143,10 +144,20 @@ def of_run(found: dict[str, Any], where: Where) -> Iterator[Row]:
 
 def of_killed(task: dict[str, Any], where: Where) -> Iterator[Row]:
     found = task["result"]
-    apart = list(found["differences"].values())
-    said = f"{max(apart):.2g} nats over {len(apart)} iterations" if apart else "not resumed"
+    apart = list(differences(found["before_kill"], found["records"]).values())
+    said = f"{max(apart):.2g} nats over {len(apart)} iterations" if apart else "none were"
     yield Row("iterations made again after SIGKILL, losses apart", "rounding", said)
     yield from of_run(found, where)
+
+
+def differences(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[int, float]:
+    """By iteration that was made before a kill and again after it, how far apart its losses are, in nats."""
+    resumed = [record["iteration"] for record in after if record.get("event") == "resumed"]
+    first, second = (
+        {record["iteration"]: record["loss"] for record in records if record["kind"] == "train"}
+        for records in (before, after)
+    )
+    return {i: abs(first[i] - second[i]) for i in sorted(first.keys() & second.keys()) if resumed and i > resumed[0]}
 
 
 def of_small_card(task: dict[str, Any], where: Where) -> Iterator[Row]:
@@ -179,10 +190,9 @@ def of_training_step(task: dict[str, Any], where: Where) -> Iterator[Row]:
 
 def of_evaluation(task: dict[str, Any], where: Where) -> Iterator[Row]:
     [scores] = task["result"]["models"]
-    dtype = task["result"]["settings"]["dtype"]
-    loss = scores["validation"]["nats_per_token"] if scores["validation"] else None
-    said = ", ".join(f"{name} {each['value']:.4f}" for name, each in scores["tasks"].items())
-    yield Row(f"evaluation in {dtype}", NOTHING, f"{number(loss, '.5f')} nats, {said}, {task['seconds']:.0f} s in all")
+    said = [f"{name} {each['metrics'][each['metric']]:.4f}" for name, each in scores["tasks"].items()]
+    said = [f"{scores['validation']['loss']:.5f} nats", *said, f"{task['seconds']:.0f} s in all"]
+    yield Row(f"evaluation in {task['result']['settings']['dtype']}", NOTHING, ", ".join(said))
 
 
 ROWS: dict[str, Callable[[dict[str, Any], Where], Iterator[Row]]] = {
@@ -201,9 +211,19 @@ ROWS: dict[str, Callable[[dict[str, Any], Where], Iterator[Row]]] = {
 
 
 def rows_of(name: str, task: dict[str, Any], where: Where) -> list[Row]:
-    """The rows of one task, whatever became of it."""
-    found = list(ROWS[name](task, where)) if name in ROWS and (task.get("result") or not task["exit"]) else []
-    if task["exit"]:
-        last = (task.get("output", "").strip().splitlines() or [""])[-1]
-        found.append(Row(f"{name}: not whole", "exit 0", f"{task['exit']} after {task['seconds']:.0f} s: {last}"))
-    return found
+    """The rows of one task; of one that was cut off those that its result has, and a row that says so."""
+    if name not in ROWS:
+        return [] if task["exit"] == 0 else [cut_off(name, task)]
+    if task["exit"] == 0:
+        return list(ROWS[name](task, where))
+    found: list[Row] = []
+    with contextlib.suppress(LookupError, statistics.StatisticsError):
+        for row in ROWS[name](task, where):
+            found.append(row)
+    return [*found, cut_off(name, task)]
+
+
+def cut_off(name: str, task: dict[str, Any]) -> Row:
+    """How a task ended that did not end well."""
+    last = (task.get("output", "").strip().splitlines() or [""])[-1]
+    return Row(f"{name}: not whole", "exit 0", f"{task['exit']} after {task['seconds']:.0f} s: {last}")

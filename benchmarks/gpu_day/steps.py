@@ -53,7 +53,7 @@ def here(settings: Settings) -> Task:
 
 def invariants(settings: Settings) -> Task:
     files = [str(ROOT / "tests" / "invariants" / name) for name in INVARIANTS]
-    return Task("invariants", ["-m", "pytest", "-q", *files, "--device", settings.device], 120)
+    return Task("invariants", ["-m", "pytest", "-q", *files, "--device", settings.device], 90)
 
 
 def probe(settings: Settings) -> Task:
@@ -137,7 +137,7 @@ def killed(settings: Settings) -> Task:
     every = settings.long_run // (4 if settings.small else 7)
     words = [str(DAY / "killed.py"), *run_of(settings, "killed", settings.long_run, every)]
     words += [] if settings.small else ["--batch.micro_batch", "64"]
-    return Task("killed", [*words, "--saved", str(2 * every), "--json", "killed.json"], 470, "killed.json")
+    return Task("killed", [*words, "--saved", str(2 * every)], 470, "runs/killed")
 
 
 def crowded(settings: Settings, name: str, *how: str) -> Task:
