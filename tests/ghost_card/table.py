@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 SEEN = Path(__file__).resolve().parents[2] / "build" / "ghost"
@@ -35,10 +35,16 @@ def faults() -> list[dict]:
     return list(outcomes.values())
 
 
-if __name__ == "__main__":
-    found = {"cards": cards, "faults": faults}[sys.argv[1]]()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=("cards", "faults"))
+    found = {"cards": cards, "faults": faults}[parser.parse_args().table]()
     columns = list(found[0])
     print(line(columns))
     print(line("---" for _ in columns))
     for row in found:
         print(line(row.get(column, "") for column in columns))
+
+
+if __name__ == "__main__":
+    main()
