@@ -26,7 +26,6 @@ from overnight.plan import flops_per_token
 from overnight.recipe import Model, Optim
 
 REPEATS, WARM = {"cuda": 20, "cpu": 1}, {"cuda": 3, "cpu": 1}
-BIG_SIDE, BIG_BYTES = {"cuda": 8192, "cpu": 256}, {"cuda": 2**30, "cpu": 2**20}  # of the ceilings' matrix and copy
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
@@ -75,9 +74,9 @@ def measured(part: Part, device: torch.device) -> dict[str, Any]:
     return found
 
 
-def ceilings(device: torch.device) -> Iterator[Part]:
-    """What the device reaches at best: a large product, a large copy."""
-    side, size = BIG_SIDE[device.type], BIG_BYTES[device.type]
+def ceilings(side: int, device: torch.device) -> Iterator[Part]:
+    """What the device reaches at best: a large product, and a copy of 16 bytes for each element of its sides."""
+    size = 16 * side**2
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     yield Part(f"product of {side:,} x {side:,}", lambda: left @ right, 2 * side**3)
     here = torch.randint(255, (size,), device=device, dtype=torch.uint8)
@@ -159,12 +158,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--side", type=int, default=8192, help="of the largest matrix product")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     chosen = parser.parse_args()
     device, rows, length = torch.device(chosen.device), chosen.rows, chosen.length
     shape = Model(n_layer=chosen.layers, n_positions=length)
     groups = {
-        "ceilings": ceilings(device),
+        "ceilings": ceilings(chosen.side, device),
         "matrix products of a block": products(shape, rows * length, device),
         "attention of a block": attentions(shape, rows, length, device),
         "training": training(shape, rows, length, device),

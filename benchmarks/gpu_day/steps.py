@@ -69,7 +69,7 @@ def memory(settings: Settings) -> Task:
 
 
 def parts(settings: Settings) -> Task:
-    shape = ["--rows", "2", "--layers", "2"] if settings.small else ["--rows", "32"]
+    shape = ["--rows", "1", "--layers", "1", "--length", "128", "--side", "256"] if settings.small else ["--rows", "32"]
     words = [str(DAY / "parts.py"), "--device", settings.device, *shape, "--json", "parts.json"]
     return Task("parts", words, 140, "parts.json")
 
