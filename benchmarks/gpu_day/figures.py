@@ -162,10 +162,13 @@ def differences(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> di
 
 def of_small_card(task: dict[str, Any], where: Where) -> Iterator[Row]:
     found, small = task["result"], Gpu("12 GB", 0.0, TWELVE_GB, 0.0)
-    rows, peak = fitting(where.recipe, small) if where.gpu else (None, None)
-    yield Row("micro-batch on 12 GB", number(rows, "d") + " rows", found["environment"]["micro-batch"])
+    expected, context = (NOTHING, NOTHING)
+    if where.gpu:
+        rows, peak = fitting(where.recipe, small)
+        expected, context = f"{rows} rows", f"{peak:.2f} with the context"
+    yield Row("micro-batch on 12 GB", expected, found["environment"]["micro-batch"])
     held = max(r["gib"] for r in found["records"] if r["kind"] == "train")
-    yield Row("GiB of it, the allocator's", number(peak, ".2f") + " with the context", f"{held:.2f}")
+    yield Row("GiB of it, the allocator's", context, f"{held:.2f}")
 
 
 def of_exhausted(task: dict[str, Any], where: Where) -> Iterator[Row]:

@@ -22,7 +22,7 @@ class Settings:
     """What the command line decides."""
 
     device: str  # "cpu" or "cuda"
-    small: bool  # the quickstart's shape in place of the night's
+    small: bool  # the quickstart's shape in place of the night's, and nothing of it compiled
     text: tuple[Path, ...] = ()  # parquet files; without any the embedded corpus
     nanogpt: Path | None = None  # a folder with nanoGPT's model.py
     iterations: int | None = None  # of the long run
@@ -58,13 +58,14 @@ def invariants(settings: Settings) -> Task:
 
 def probe(settings: Settings) -> Task:
     words = [str(RECIPES / "plan.py"), str(settings.recipe), "--probe", "--probe-file", "probe.json"]
-    words += ["--batch.micro_batch", "2"] if settings.small else []
+    words += overrides({"batch.micro_batch": 2, "compile": False}) if settings.small else []
     return Task("probe", words, 160, "probe.json")
 
 
 def memory(settings: Settings) -> Task:
     rows = ["2", "4"] if settings.small else ["8", "16", "32", "64"]
     words = [str(DAY / "rows.py"), str(settings.recipe), "--rows", ",".join(rows), "--json", "rows.json"]
+    words += overrides({"compile": False}) if settings.small else []
     return Task("memory", words, 150, "rows.json")
 
 
@@ -129,7 +130,8 @@ def run_of(settings: Settings, name: str, iterations: int, every: int) -> list[s
         "logging.every": 1,
     }
     if settings.small:
-        changes |= {"batch.tokens_per_iter": 1024, "validation.ngram_baselines": False, "validation.sample_tokens": 4}
+        changes |= {"compile": False, "batch.tokens_per_iter": 1024}
+        changes |= {"validation.ngram_baselines": False, "validation.sample_tokens": 4}
     return [str(settings.recipe), *text_at_hand(settings), *overrides(changes)]
 
 
