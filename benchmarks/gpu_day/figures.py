@@ -74,7 +74,8 @@ def of_memory(task: dict[str, Any], where: Where) -> Iterator[Row]:
             said = f"{peak:.2f}, {peak / expected - 1:+.1%}; {beside} of it not the allocator's"
         said = said if size["fits"] else "does not fit"
         yield Row(f"GiB at {size['rows']} rows", f"{expected:.2f}" if where.gpu else NOTHING, said)
-        yield Row(f"tokens a second at {size['rows']} rows", NOTHING, f"{size['tokens_per_second']:,.0f}")
+        if size["fits"]:
+            yield Row(f"tokens a second at {size['rows']} rows", NOTHING, f"{size['tokens_per_second']:,.0f}")
     first = [f"{size['first_seconds']:.0f}" for size in task["result"]]
     yield Row("seconds of each size's first iteration", NOTHING, ", ".join(first))
     compiled = "one a size, 0" if any(size["graphs"] for size in task["result"]) else NOTHING
