@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-SOURCES = [HERE / name for name in ("runtime.c", "driver.c", "nvml.c")]
+SOURCES = [HERE / name for name in ("runtime.c", "driver.c", "nvml.c", "nccl.c")]
 LIBRARIES = ("libtorch_cuda.so", "libtorch_python.so", "libtorch_cpu.so", "libc10_cuda.so")
 COMPUTES = re.compile(r"cublas(?!Lt?(Create|Destroy)).*(gemm|gemv|dot|trsm|gels|getr|geqr|LtMatmul$)", re.IGNORECASE)
 ALIASES = ("libcuda.so", "libcuda.so.1", "libnvidia-ml.so.1")  # one library under each name that is looked for
@@ -49,10 +49,12 @@ def answers(names: set[str]) -> str:
 
 def build(folder: Path) -> None:
     """Compile the card into `folder`, under every name that torch, Triton and NVML look for."""
-    headers = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"
+    nvidia = Path(torch.__file__).parents[1] / "nvidia"
+    headers = nvidia / "cu13" / "include"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "libghost.so"
-    compile = ["gcc", "-O1", "-fPIC", "-shared", "-w", f"-I{headers}", "-o", str(library)]
+    includes = [f"-I{headers}", f"-I{nvidia / 'nccl' / 'include'}"]
+    compile = ["gcc", "-O1", "-fPIC", "-shared", "-w", *includes, "-o", str(library)]
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([*compile, *map(str, SOURCES)], check=True)
         rest = Path(scratch) / "rest.c"
