@@ -72,8 +72,8 @@ test-floors: ## make test with the oldest versions that pyproject.toml admits, w
 # A stand-in for an NVIDIA card under PyTorch's CUDA build, in an environment of its own; docs/gpu.md says what it shows.
 ghost: build/ghost/libghost.so ## a card that is not there (1 minute, 6.5 GB, gcc): every CUDA path runs on this machine
 
-test-ghost: build/ghost/libghost.so ## the tests of the CUDA paths on the card that is not there
-	@$(GHOST)/bin/python -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests/ghost_card) $(ARGS)
+test-ghost: build/ghost/libghost.so ## the CUDA paths on the card that is not there; all cards and tests: ARGS="-m ''"
+	@$(GHOST)/bin/python -m pytest -q -m "not slow" $(if $(findstring tests/,$(ARGS)),,tests/ghost_card) $(ARGS)
 
 build/ghost/libghost.so: $(wildcard tests/ghost_card/*.c tests/ghost_card/*.h) tests/ghost_card/build.py pyproject.toml constraints.txt
 	@! command -v nvidia-smi > /dev/null || { echo "This machine has an NVIDIA driver: its own card runs the CUDA paths (make gpu-check). The ghost card is for machines without one." >&2; exit 1; }
