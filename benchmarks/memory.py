@@ -17,11 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from overnight import model as model_module
 from overnight import optim
 from overnight.device import GIB
 from overnight.model import LanguageModel
-from overnight.plan import beside_the_tensors, peak_memory
+from overnight.plan import LOSS_CHUNK, beside_the_tensors, peak_memory
 from overnight.recipe import Model, Optim
 
 LIMIT_GIB = 11.0  # what a 12 GB card has left beside a desktop
@@ -98,7 +97,7 @@ def traced_peak(
     length: int,
     *,
     precision: torch.dtype = torch.bfloat16,
-    chunk: int = model_module.LOSS_CHUNK["cuda"],
+    chunk: int = LOSS_CHUNK["cuda, eager"],
 ) -> int:
     """Bytes of all tensors at the peak of an iteration, the optimizers' state being there before it."""
     with FakeTensorMode(), loss_chunk(chunk):
@@ -114,12 +113,12 @@ def traced_peak(
 @contextlib.contextmanager
 def loss_chunk(rows: int) -> Iterator[None]:
     """The chunk of another device on this one."""
-    before = model_module.LOSS_CHUNK["cpu"]
-    model_module.LOSS_CHUNK["cpu"] = rows
+    before = LOSS_CHUNK["cpu"]
+    LOSS_CHUNK["cpu"] = rows
     try:
         yield
     finally:
-        model_module.LOSS_CHUNK["cpu"] = before
+        LOSS_CHUNK["cpu"] = before
 
 
 def allocated_peak(run: Callable[[], object]) -> int:
@@ -156,7 +155,8 @@ def main() -> None:
             peak = traced + sum(added.values())
             formula = ""
             if name.startswith("ours"):
-                by_formula = peak_memory(shape, rows, optimizer="muon" if "Muon" in name else "adamw")
+                optimizer = "muon" if "Muon" in name else "adamw"
+                by_formula = peak_memory(shape, rows, optimizer=optimizer, compiled=False)
                 formula = f"{by_formula / MIB:,.0f} ({by_formula / traced - 1:+.1%})"
             print(
                 f"{name:14} {rows:5} {traced / MIB:8,.0f} {sum(added.values()) / MIB:7,.0f} {peak / MIB:8,.0f}"

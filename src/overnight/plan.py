@@ -8,8 +8,18 @@ from overnight.recipe import InputError, Model, Recipe, Schedule
 from overnight.schedule import decay_iters, goals, towards
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
-LOSS_CHUNK = {"cpu": 384, "cuda": 2048}  # rows of logits that exist at once: a CPU's cache wants fewer than CUDA
+LOSS_CHUNK = {"cpu": 384, "cuda": 8192, "cuda, eager": 2048}  # rows of logits that exist at once; see `loss_chunk`
 AUTO_MICRO_BATCH = {"cpu": 8, "cuda": 64}  # rows of 1,024 tokens: on a CPU taken as they are, on CUDA the most to try
+
+
+def loss_chunk(device: str, *, compiled: bool) -> int:
+    """Rows of logits that exist at once on "cpu" or "cuda": few for a CPU's cache, many for a GEMM's."""
+    return LOSS_CHUNK["cuda, eager" if device == "cuda" and not compiled else device]
+
+
+def logit_bytes(*, bf16: bool, compiled: bool) -> int:
+    """Bytes that a logit takes while the loss has it: in float32 4, in bf16 2, and eager a float32 copy beside it."""
+    return 4 if not bf16 else 2 if compiled else 2 + 4
 
 
 def padded_vocabulary(vocab_size: int) -> int:
@@ -33,12 +43,19 @@ def flops_per_token(model: Model, sequence_length: int) -> float:
 
 
 def peak_memory(
-    model: Model, micro_batch: int, *, sequence_length: int = 1024, optimizer: str = "muon", chunk: int | None = None
+    model: Model,
+    micro_batch: int,
+    *,
+    sequence_length: int = 1024,
+    optimizer: str = "muon",
+    chunk: int | None = None,
+    compiled: bool = True,
 ) -> int:
-    """Bytes of all tensors at the peak of an iteration under bf16 autocast, not compiled: inside a chunk of the loss.
+    """Bytes of all tensors at the peak of an iteration under bf16 autocast: inside a chunk of the loss.
 
-    `chunk` is the rows of logits at once, CUDA's by default. benchmarks/memory.py holds it against a traced step; what
-    is no tensor of the step's own, `beside_the_tensors` has.
+    The body counts as eager; the loss is `compiled` or not, and `chunk` is the rows of logits at once, CUDA's by
+    default. benchmarks/memory.py holds it against a traced step; what is no tensor of the step's own,
+    `beside_the_tensors` has.
     """
     width, vocabulary, tokens = model.n_embd, padded_vocabulary(model.vocab_size), micro_batch * sequence_length
     hidden = 12 * model.n_layer * width**2  # elements of the blocks' matrices
@@ -50,8 +67,9 @@ def peak_memory(
     activations = tokens * model.n_layer * (36 * width + 16 + 4 * model.n_head)
     # Around the loss: the last residual, its norm in float32 and bf16, the norm's gradient.
     activations += tokens * (14 * width + 8)
-    head = vocabulary * width * (2 + 4 + 2)  # in bf16, its gradient, and what a chunk adds to it in bf16
-    logits = min(chunk or LOSS_CHUNK["cuda"], tokens) * vocabulary * (2 + 4 + 2)  # logits, error, error in bf16
+    head = vocabulary * width * (2 + 4)  # in bf16, and its gradient, to which every chunk is added in place
+    rows = min(chunk or loss_chunk("cuda", compiled=compiled), tokens)
+    logits = rows * vocabulary * logit_bytes(bf16=True, compiled=compiled)
     return kept + activations + head + logits
 
 

@@ -1,8 +1,8 @@
 """One training step, validation, and the loop around them.
 
-One step is read in four files: this one, batches.py, model.py, optim.py. Accelerate gives device, precision, processes,
-gradient synchronisation and trackers; the global batch and the learning rate are functions of the iteration alone
-(docs/design.md says why).
+One step is read in five files: this one, batches.py, model.py, loss.py, optim.py. Accelerate gives device, precision,
+processes, gradient synchronisation and trackers; the global batch and the learning rate are functions of the iteration
+alone (docs/design.md says why).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from overnight import micro_batch
 from overnight.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
 from overnight.faults import until_memory_runs_out
-from overnight.plan import LOSS_CHUNK, padded_vocabulary
+from overnight.plan import logit_bytes, loss_chunk, padded_vocabulary
 
 if TYPE_CHECKING:
     from overnight.startup import Run
@@ -27,14 +27,15 @@ def device_facts(run: Run) -> tuple[dict[str, str], float]:
     kernel, seconds = check_attention(run, of_device)
     precision = "bf16 autocast" if bf16 else "float32"
     how = "compiled" if run.compiled else "eager"
-    logits = min(LOSS_CHUNK[run.accelerator.device.type], run.micro_batch * run.recipe.batch.sequence_length)
-    logits_mib = logits * padded_vocabulary(run.recipe.model.vocab_size) * 4 / 2**20
+    chunk = loss_chunk(run.accelerator.device.type, compiled=run.compiled)
+    logits = min(chunk, run.micro_batch * run.recipe.batch.sequence_length)
+    logits *= padded_vocabulary(run.recipe.model.vocab_size)
     facts = {
         "device": run.device.name,
         "precision": f"{precision}, {how}, {torch.get_num_threads()} threads",
         "micro-batch": chosen,
         "attention": kernel,
-        "loss memory": f"{logits_mib:.0f} MiB of float32 logits at once",
+        "loss memory": f"{logits * logit_bytes(bf16=bf16, compiled=run.compiled) / 2**20:.0f} MiB of logits at once",
     }
     return facts, seconds
 

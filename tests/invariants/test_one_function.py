@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from overnight import model as model_module
+from overnight import plan
 from overnight.model import LanguageModel, published
 from overnight.recipe import Model
 
@@ -14,7 +14,7 @@ CHUNK = 40  # of the 96 rows of `tokens`: two whole chunks and a part
 
 @pytest.fixture
 def language_model(monkeypatch, device):
-    monkeypatch.setitem(model_module.LOSS_CHUNK, device.type, CHUNK)
+    monkeypatch.setattr(plan, "LOSS_CHUNK", dict.fromkeys(plan.LOSS_CHUNK, CHUNK))
     return build(device)
 
 

@@ -1,10 +1,18 @@
-"""The compiled body is one graph whose attention is causal without a mask, and nothing in it is read by the host."""
+"""The compiled body is one graph whose attention is causal without a mask, and nothing in it is read by the host.
+
+So is the compiled loss, which few compilations serve in all sizes.
+"""
+
+from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from overnight import plan
+from overnight.loss import compiled_softmax, summed_loss
 from overnight.model import LanguageModel
 from overnight.recipe import Model
 
@@ -14,17 +22,22 @@ HOST_READS = ("item", "tolist", "_local_scalar_dense", "numpy", "nonzero", "all"
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Records every graph that torch.compile captures from here on, and runs it as it is."""
-    captured, compile = [], torch.compile
+    """By the compiled function's name, every graph that is captured from here on; they run as they are."""
+    captured, compile = defaultdict(list), torch.compile
 
-    def record(graph, inputs):
-        captured.append(graph)
+    def record(name, graph, inputs):
+        captured[name].append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=record, **options))
+    def recorded(function, **options):
+        return compile(function, backend=partial(record, function.__name__), **options)
+
+    monkeypatch.setattr(torch, "compile", recorded)
     torch._dynamo.reset()
+    compiled_softmax.cache_clear()
     counters.clear()
     yield captured
+    compiled_softmax.cache_clear()
     torch._dynamo.reset()
 
 
@@ -67,12 +80,12 @@ def problems(graphs):
 
 def test_the_compiled_body_is_one_graph_with_causal_attention_no_mask_and_no_host_read(graphs):
     step("causal_only")
-    assert problems(graphs) == []
+    assert problems(graphs["body"]) == []
 
 
 def test_stock_sdpa_would_not_pass(graphs):
     step("sdpa")
-    found = problems(graphs)
+    found = problems(graphs["body"])
     assert sum(problem.startswith("mask") for problem in found) == found.count("not causal") == SHAPE.n_layer
 
 
@@ -80,10 +93,36 @@ def test_a_second_size_is_compiled_for_itself_and_stays_one_graph(graphs):
     model = step("causal_only")
     ids = torch.randint(0, SHAPE.vocab_size, (4, 32))
     model(ids, ids).backward()
-    assert len(graphs) == 2
-    shapes = [node.meta["example_value"].shape for graph in graphs for node in graph.graph.find_nodes(op="placeholder")]
+    bodies = graphs["body"]
+    assert len(bodies) == 2
+    shapes = [node.meta["example_value"].shape for body in bodies for node in body.graph.find_nodes(op="placeholder")]
     assert all(isinstance(side, int) for shape in shapes for side in shape)
-    assert problems(graphs[1:]) == []
+    assert problems(bodies[1:]) == []
+
+
+def test_a_graph_break_in_the_body_ends_the_start_instead_of_slowing_the_night(monkeypatch):
+    def broken(model, ids):
+        hidden = model.gpt2.transformer(ids, use_cache=False).last_hidden_state
+        torch._dynamo.graph_break()
+        return hidden
+
+    monkeypatch.setattr(LanguageModel, "body", broken)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        step("causal_only")
+
+
+def test_the_compiled_loss_is_one_graph_for_each_use_however_its_chunks_are_cut(graphs, monkeypatch):
+    monkeypatch.setattr(plan, "LOSS_CHUNK", dict.fromkeys(plan.LOSS_CHUNK, 32))
+    weight = torch.randn(128, 8)
+    for gradients in (True, False):
+        for rows in (64, 32, 40, 16, 7, 63, 31, 2, 5, 1, 33):
+            hidden, targets = torch.randn(rows, 8, requires_grad=True), torch.randint(100, (rows,))
+            with torch.set_grad_enabled(gradients):
+                summed_loss(hidden, weight, targets, 100, compile=True)
+    assert not counters["graph_break"]
+    assert (
+        len(graphs["softmax_to_compile_"]) <= 3 * 2
+    )  # a first size, any other, a single row; with gradients and without
 
 
 @pytest.mark.parametrize(("attention", "reads"), [("causal_only", False), ("sdpa", True)])
