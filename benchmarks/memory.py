@@ -2,12 +2,15 @@
 
 One iteration of two accumulated micro-batches and one update is traced with fake tensors: every allocation of the
 operators is seen, nothing is computed. What fake tensors cannot see is added by formula, and said apart.
+
+With --device cuda our own step runs, eager and compiled, and the formula stands beside what PyTorch's allocator says.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -25,6 +28,11 @@ from overnight.recipe import Model, Optim
 
 LIMIT_GIB = 11.0  # what a 12 GB card has left beside a desktop
 MIB = 2**20
+SHAPES = {
+    "40M": Model(),
+    "124M": Model(n_head=12, n_embd=768),
+    "quickstart": Model(n_layer=4, n_head=4, n_embd=128, n_positions=256, vocab_size=4096),
+}
 
 
 class Step(NamedTuple):
@@ -76,13 +84,21 @@ def on_the_cpu(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def iteration(step: Step, rows: int, length: int, precision: torch.dtype, tracker: MemTracker | None = None) -> None:
+def iteration(
+    step: Step,
+    rows: int,
+    length: int,
+    precision: torch.dtype,
+    tracker: MemTracker | None = None,
+    *,
+    device: str = "cpu",
+) -> None:
     """Two micro-batches accumulated, then clipping and an update, as training does it."""
     for _ in range(2):
         if tracker:
             tracker.reset_mod_stats()  # it takes one forward of a module only; the peak is kept
-        tokens = torch.zeros(rows, length + 1, dtype=torch.int64)
-        with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        tokens = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
+        with torch.autocast(device, dtype=precision, enabled=precision != torch.float32):
             loss = step.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
     nn.utils.clip_grad_norm_(step.model.parameters(), 1.0)
@@ -134,11 +150,43 @@ def allocated_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64], help="micro-batches of 1,024 tokens")
-    rows_asked = parser.parse_args().rows
-    shape = Model()
+def on_cuda(shape: Model, compiled: bool, sizes: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(rows, bytes of tensors, bytes reserved) at the peak of an iteration, by PyTorch's own allocator."""
+    torch._dynamo.reset()
+    model = LanguageModel(shape, 0, compile=compiled).to("cuda").train()
+    step = Step(model, optim.build(model, Optim()), model)  # type: ignore[arg-type]
+    for rows in sizes:
+        iteration(step, rows, shape.n_positions, torch.bfloat16, device="cuda")
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            iteration(step, rows, shape.n_positions, torch.bfloat16, device="cuda")
+        yield rows, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def compare_on_cuda(asked: list[int]) -> None:
+    """The table of --device cuda. Of the formula only the context is left out, which no allocator knows."""
+    print("the formula, and how far it is from what PyTorch's allocator holds; the CUDA context left out; MiB\n")
+    print(f"{'':22} {'rows':>5} {'tensors':>8} {'formula':>16} {'reserved':>9} {'formula':>16}")
+    for name, shape in SHAPES.items():
+        sizes = [rows * 1024 // shape.n_positions for rows in asked]
+        for compiled in (False, True):
+            for rows, tensors, reserved in on_cuda(shape, compiled, sizes):
+                formula = peak_memory(shape, rows, sequence_length=shape.n_positions)
+                _, *beside = beside_the_tensors(formula).values()
+                whole = formula + sum(beside)
+                print(
+                    f"{name + (', compiled' if compiled else ', eager'):22} {rows:5} {tensors / MIB:8,.0f}"
+                    f" {formula / MIB:7,.0f} ({formula / tensors - 1:+.1%}) {reserved / MIB:9,.0f}"
+                    f" {whole / MIB:7,.0f} ({whole / reserved - 1:+.1%})",
+                    flush=True,
+                )
+
+
+def compare_with_stock(asked: list[int]) -> None:
+    """The table of fake tensors, and which micro-batches fit a 12 GB card."""
+    shape = SHAPES["40M"]
     print(f"{shape.n_layer} x {shape.n_embd}, {shape.n_head} heads, vocabulary {shape.vocab_size:,}, bf16 autocast,")
     print("eager, two micro-batches accumulated and an update; MiB\n")
     print(f"{'':14} {'rows':>5} {'traced':>8} {'added':>7} {'peak':>8} {'peak_memory() for traced':>25}")
@@ -149,9 +197,9 @@ def main() -> None:
     }
     fitting: dict[str, int] = {}
     for name, build in sides.items():
-        for rows in rows_asked:
+        for rows in asked:
             traced = traced_peak(build, rows, 1024)
-            added = beside_the_tensors(shape, rows, traced)
+            added = beside_the_tensors(traced)
             peak = traced + sum(added.values())
             formula = ""
             if name.startswith("ours"):
@@ -170,6 +218,17 @@ def main() -> None:
         print(f"  {size / MIB:6,.0f}  {what}")
     said = ", ".join(f"{name}: {fitting.get(name, 0)}" for name in sides)
     print(f"\nlargest of these micro-batches under {LIMIT_GIB:g} GiB: {said}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64], help="micro-batches of 1,024 tokens")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    chosen = parser.parse_args()
+    if chosen.device == "cuda":
+        compare_on_cuda(chosen.rows)
+        return
+    compare_with_stock(chosen.rows)
 
 
 if __name__ == "__main__":

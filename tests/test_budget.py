@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from command_lines import blocks
 from runs import ROOT
 
 from overnight import law
-from overnight.gpus import gpu_named, known_gpus, match_gpu, speed_of
+from overnight.plan import iterations_in_all
 from overnight.recipe import InputError
 from overnight.recipe_file import load
 
@@ -104,7 +105,7 @@ def test_the_table_says_what_it_stands_on_and_warns_where_it_is_outside_the_data
         "sweet spot",
     ):
         assert part in said
-    assert "measured by public runs: nanoGPT, gpt2-40m" in said and re.search(r"20,000 +10.5B", said)
+    assert "an estimate from the parts, at most" in said and re.search(r"20,000 +10.5B", said)
     assert "WARNING   the factor of Muon was measured at 124M" in said
     quickstart = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "quickstart.yaml")).stdout
     assert "WARNING   the law was fitted to 3e+06 to 2e+08 block parameters; this model has 7.9e+05" in quickstart
@@ -130,7 +131,7 @@ def test_measured_runs_shift_the_law_and_narrow_its_intervals(night, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--gpu", "rtx-9999"), "`--gpu rtx-9999` is not known; there are rtx-3060-12gb, rtx-3090"),
+        (("--gpu", "rtx-9999"), "`--gpu rtx-9999` is not known; there are rtx-3060-12gb, rtx-3060-8gb"),
         (("--milestones", "6k,10k"), "iterations with commas between would work"),
         (("--milestones", "0"), "iterations with commas between would work"),
         (("--throughput", "-1"), "119500 would work"),
@@ -168,26 +169,50 @@ def test_milestones_a_throughput_of_your_own_and_a_figure(tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_card_is_known_by_its_exact_name_and_memory():
-    assert match_gpu("NVIDIA GeForce RTX 4070", 11.99).name == "rtx-4070"
-    assert match_gpu("NVIDIA GeForce RTX 4070 Laptop GPU", 8.0) is None
-    assert match_gpu("NVIDIA GeForce RTX 4070 SUPER", 11.99).name == "rtx-4070-super"
-    assert match_gpu("NVIDIA GeForce RTX 4070 Ti SUPER", 15.99) is None
-    assert match_gpu("NVIDIA GeForce RTX 4070", 8.0) is None
-
-
-def test_every_known_card_has_a_speed_and_says_where_from():
-    flops = 300.2e6
-    speeds = {name: speed_of(gpu, flops) for name, gpu in known_gpus().items()}
-    assert speeds["rtx-4070"].tokens_per_second == pytest.approx(119_500, rel=0.01)
-    assert speeds["rtx-3090"].source.startswith("assumed: 61% of the card's peak")
-    assert speeds["rtx-4090"].source.startswith("scaled by FLOPs from 855M a token")
-    assert speed_of(gpu_named("rtx-4070"), 854.8e6).tokens_per_second == pytest.approx(47_200)
-
-
 def test_a_dataset_that_is_not_the_laws_stands_on_fineweb_edu_and_says_so():
     recipe = load(NIGHT, ["--data.path", "someone/else"])
     assert law.dataset_of(recipe) == "fineweb-edu"
     assert any("someone/else" in doubt for doubt in law.doubts(recipe, [10_000]))
     with pytest.raises(InputError, match="no column"):
         law.offset_of([], "x.csv", recipe)
+
+
+PROBE = {"device": "NVIDIA GeForce RTX 4070", "tokens_per_second": 1e5, "micro_batch": 16, "peak_gib": 3.94}
+
+
+@pytest.mark.parametrize(
+    ("formula", "memory"),
+    [
+        (4.73, "memory    3.9 GiB with 16 rows at once, by PyTorch's allocator, measured on NVIDIA GeForce RTX 4070"),
+        (None, "memory    7.5 GiB with 32 rows at once, by the formula; not measured"),  # a CPU was probed
+    ],
+)
+def test_memory_that_a_probe_measured_is_said_in_place_of_the_formula(tmp_path, formula, memory):
+    file = tmp_path / "probe.json"
+    file.write_text(json.dumps(PROBE | {"formula_gib": formula}))
+    done = plan("--gpu", "rtx-4070", "--probe-file", str(file))
+    assert done.returncode == 0, done.stderr
+    said = next(line for line in done.stdout.splitlines() if line.startswith("memory"))
+    assert said.startswith(memory) and ("not measured" in said) == (formula is None)
+    assert "100k tokens a second, 5.24 s an iteration; measured on NVIDIA" in done.stdout
+
+
+def test_the_documents_have_the_hours_and_the_memory_that_the_plan_prints(night):
+    said = plan("--gpu", "rtx-4070").stdout
+    [block] = [text for text in blocks(ROOT / "docs" / "operations.md", "text") if "iterations  tokens" in text]
+    assert block.strip() == said[said.index("fineweb_edu_40m on") :].strip()
+    memory = [planned("--batch.micro_batch", str(rows))["memory"]["peak_gib"] for rows in (8, 16, 32)]
+    eight, sixteen, thirty_two = (f"{gib:.1f}" for gib in memory)
+    hours = " / ".join(f"{hours:.1f}" for hours in column(night, "hours"))
+    readme = (ROOT / "README.md").read_text()
+    assert f"| {eight} / {sixteen} / {thirty_two} GiB |" in readme and f"| {hours} |" in readme
+    assert f"needs {eight}, {sixteen} and {thirty_two} GiB" in (ROOT / "docs" / "operations.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["fineweb_edu_40m", "fineweb_edu_40m_ladder", "practitioner_40m", "gpt2_124m"])
+def test_the_table_of_recipes_has_the_hours_of_their_iterations(recipe):
+    file = ROOT / "recipes" / f"{recipe}.yaml"
+    hours = planned(recipe=str(file))["seconds_per_iteration"] * iterations_in_all(load(file).schedule) / 3600
+    table = (ROOT / "recipes" / "README.md").read_text().splitlines()
+    [row] = [line for line in table if line.startswith(f"| [{recipe}.yaml]")]
+    assert row.split(" | ")[3] == f"{hours:.1f}"

@@ -15,10 +15,11 @@ import pytest
 from runs import ROOT
 from texts import paragraphs, write_parquet
 
-from overnight.budget import fitting
-from overnight.gpus import gpu_named, speed_of
-from overnight.plan import beside_the_tensors, flops_per_token, peak_memory
+from overnight.fitting import fitting
+from overnight.gpus import gpu_named
+from overnight.plan import memory_gib
 from overnight.recipe_file import load
+from overnight.roofline import speed_of
 
 FOLDER = ROOT / "benchmarks" / "gpu_day"
 DAY, REPORT, NIGHT = FOLDER / "day.py", FOLDER / "report.py", ROOT / "recipes" / "fineweb_edu_40m.yaml"
@@ -127,13 +128,12 @@ def test_the_predictions_are_the_plans_own(tmp_path):
     done = report(write_step(tmp_path / "step-1.json", **tasks), "--page", page)
     assert done.returncode == 0, done.stderr
     recipe, gpu = load(NIGHT), gpu_named("rtx-4070")
-    tensors = peak_memory(recipe.model, 32)
-    gib = (tensors + sum(beside_the_tensors(recipe.model, 32, tensors).values())) / 2**30
+    gib = memory_gib(recipe, 32)
     assert (
         f"| GiB at 32 rows | {gib:.2f} | 7.50, {7.5 / gib - 1:+.1%}; 0.50 of it not the allocator's |"
         in page.read_text()
     )
-    speed = speed_of(gpu, flops_per_token(recipe.model, 1024)).tokens_per_second
+    speed = speed_of(recipe, gpu, fitting(recipe, gpu)[0]).tokens_per_second
     assert f"| tokens a second, random tokens | {speed:,.0f} | 100,000 |" in page.read_text()
     assert f"| micro-batch on 12 GB | {fitting(recipe, gpu)[0]} rows | 32 rows |" in page.read_text()
     assert "not been run" not in page.read_text() and "NVIDIA GeForce RTX 4070, torch 2.13.0" in page.read_text()

@@ -15,7 +15,7 @@ from overnight.cli import EXIT_INPUT, recipe_command
 from overnight.device import Device
 from overnight.micro_batch import Trial, choose, search
 from overnight.model import LanguageModel
-from overnight.plan import derive, next_divisor
+from overnight.plan import derive, memory_gib, next_divisor
 from overnight.progress import COLD_ITERATIONS, WINDOW, Pace
 from overnight.recipe import InputError
 from overnight.recipe_file import load
@@ -205,8 +205,8 @@ def test_trying_begins_at_the_largest_size_that_the_formula_puts_at_most_15_perc
     begun = {limit: micro_batch.largest_to_try(run, limit) for limit in (3.0, 6.9, 10.5, 21.0, 70.0)}
     assert (begun[6.9], begun[10.5], begun[21.0], begun[70.0]) == (32, 32, 64, 64)
     for limit, rows in begun.items():
-        assert micro_batch.formula_gib(run, rows) <= 1.15 * limit
-        assert rows == 64 or micro_batch.formula_gib(run, 2 * rows) > 1.15 * limit
+        assert memory_gib(run.recipe, rows) <= 1.15 * limit
+        assert rows == 64 or memory_gib(run.recipe, 2 * rows) > 1.15 * limit
     assert micro_batch.largest_to_try(run, 0.5) == 0
 
 

@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from overnight.budget import FORWARD, fitting
-from overnight.gpus import Gpu, facts, speed_of
-from overnight.plan import beside_the_tensors, flops_per_token, peak_memory
+from overnight.fitting import fitting
+from overnight.gpus import Gpu, gpu_named
+from overnight.plan import memory_gib
 from overnight.recipe import Recipe
+from overnight.roofline import speed_of, validation_share
 
-GIB = 2**30
-TWELVE_GB = 12.0  # the memory of the card that step 3 emulates
+TWELVE_GB = "rtx-4070"  # the card that step 3 emulates
 COLD = 3  # iterations at the start of a session that are in no rate
 NOTHING = "-"
 
@@ -35,14 +35,15 @@ class Where(NamedTuple):
     @property
     def tokens_per_second(self) -> float | None:
         """The plan's."""
-        flops = flops_per_token(self.recipe.model, self.recipe.batch.sequence_length)
-        return speed_of(self.gpu, flops).tokens_per_second if self.gpu else None
+        speed = speed_of(self.recipe, self.gpu, fitting(self.recipe, self.gpu)[0]) if self.gpu else None
+        return speed.tokens_per_second if speed else None
 
-    def peak_gib(self, rows: int) -> float:
-        """The plan's formula for so many rows at once, the context included."""
-        model, length = self.recipe.model, self.recipe.batch.sequence_length
-        tensors = peak_memory(model, rows, sequence_length=length, optimizer=self.recipe.optim.name)
-        return (tensors + sum(beside_the_tensors(model, rows, tensors, sequence_length=length).values())) / GIB
+    @property
+    def validation_seconds_per_token(self) -> float | None:
+        """The plan's."""
+        if self.gpu is None or self.tokens_per_second is None:
+            return None
+        return validation_share(self.recipe, self.gpu, fitting(self.recipe, self.gpu)[0]) / self.tokens_per_second
 
 
 def number(value: float | None, form: str) -> str:
@@ -67,7 +68,7 @@ def of_probe(task: dict[str, Any], where: Where) -> Iterator[Row]:
 def of_memory(task: dict[str, Any], where: Where) -> Iterator[Row]:
     for size in task["result"]:
         peak = size["peak_gib"] + (size["beside_gib"] or 0.0)
-        expected, beside = where.peak_gib(size["rows"]), number(size["beside_gib"], ".2f")
+        expected, beside = memory_gib(where.recipe, size["rows"]), number(size["beside_gib"], ".2f")
         if where.gpu is None:  # the formula is a card's
             said = f"{peak:.2f}"
         else:
@@ -99,7 +100,7 @@ def ceiling(part: dict[str, Any], gpu: Gpu | None) -> str:
     """What the vendor says of a product or a copy."""
     if gpu is None or "failed" in part:
         return NOTHING
-    return f"{gpu.tflops:.3g} TFLOP/s" if "tflops" in part else f"{bandwidth(gpu):.3g} TB/s"
+    return f"{gpu.tflops:.3g} TFLOP/s" if "tflops" in part else f"{gpu.memory_bandwidth_gb_s / 1000:.3g} TB/s"
 
 
 def shown_part(part: dict[str, Any]) -> str:
@@ -108,12 +109,6 @@ def shown_part(part: dict[str, Any]) -> str:
         return part["failed"]
     rates = [f"{part[key]:.3g} {unit}" for key, unit in (("tflops", "TFLOP/s"), ("tb_s", "TB/s")) if key in part]
     return ", ".join([f"{part['ms']:.3f} ms", *rates])
-
-
-def bandwidth(gpu: Gpu) -> float:
-    """TB/s, the vendor's."""
-    [row] = [row for row in facts("gpus.csv") if row["name"] == gpu.name]
-    return float(row["memory_bandwidth_gb_s"]) / 1000
 
 
 def of_prepare(task: dict[str, Any], where: Where) -> Iterator[Row]:
@@ -128,7 +123,8 @@ def of_run(found: dict[str, Any], where: Where) -> Iterator[Row]:
     yield Row("tokens a second, median of the run", number(speed, ",.0f"), f"{statistics.median(rates[COLD:]):,.0f}")
     looks = [r for r in records if r["kind"] == "val"]
     yield Row("validation losses, nats", NOTHING, ", ".join(f"{r['loss']:.4f}@{r['iteration']}" for r in looks))
-    expected = speed and found["environment"]["validation_tokens"] * FORWARD / speed
+    a_token = where.validation_seconds_per_token
+    expected = a_token and found["environment"]["validation_tokens"] * a_token
     yield Row(
         "seconds of a validation, median",
         number(expected, ".2f"),
@@ -162,10 +158,10 @@ def differences(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> di
 
 
 def of_small_card(task: dict[str, Any], where: Where) -> Iterator[Row]:
-    found, small = task["result"], Gpu("12 GB", 0.0, TWELVE_GB, 0.0)
+    found = task["result"]
     expected, context = (NOTHING, NOTHING)
     if where.gpu:
-        rows, peak = fitting(where.recipe, small)
+        rows, peak = fitting(where.recipe, gpu_named(TWELVE_GB))
         expected, context = f"{rows} rows", f"{peak:.2f} with the context"
     yield Row("micro-batch on 12 GB", expected, found["environment"]["micro-batch"])
     held = max(r["gib"] for r in found["records"] if r["kind"] == "train")

@@ -8,14 +8,15 @@ from typing import Any
 
 from overnight import law
 from overnight.console import count, duration
-from overnight.gpus import Gpu, Speed, facts
+from overnight.fitting import Memory, by_formula
+from overnight.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.machine import data_bytes, run_bytes
-from overnight.plan import beside_the_tensors, derive, next_divisor, peak_memory
-from overnight.recipe import InputError, Recipe
+from overnight.plan import derive
+from overnight.recipe import Recipe
+from overnight.roofline import validation_share
 
 MILESTONES = (6_000, 10_000, 15_000, 20_000)
 VISIBLE = 2 * 0.02  # nats: two standard errors of a forecast that was set right on the same validation set
-FORWARD = 1 / 3  # of a training step's FLOPs: what a token of a validation costs
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class Budget:
     speed: Speed | None
     seconds_per_iteration: float | None
     validation_hours: float | None  # of the longest run
-    micro_batch: int | None  # rows that fit the card, by the formula
-    peak_gib: float | None
+    memory: Memory | None
     disk_gb: float
     gpt2: float
     dataset: str
@@ -118,24 +118,27 @@ def budget(
     unique: int | None,
     losses: Losses | None = None,
     prices: Prices = Prices(),
+    memory: Memory | None = None,
 ) -> Budget:
-    """The table. `unique` are the training tokens there are; without `losses` the law's own are expected."""
+    """The table. `unique` are the training tokens there are; without `losses` the law's own are expected, and without
+    `memory` what the formula says of the card."""
     dataset = law.dataset_of(recipe)
     seconds = recipe.batch.tokens_per_iter / speed.tokens_per_second if speed else None
     losses = losses or by_law(recipe, milestones, unique)
+    memory = memory or (by_formula(recipe, gpu) if gpu else None)
+    looks = _validation_seconds(recipe, gpu, memory, speed) if speed else None
     rows: list[Row] = []
     for max_iters in sorted(set(milestones)):
         loss = losses.of[max_iters]
-        rows.append(_row(recipe, max_iters, rows[-1] if rows else None, gpu, speed, unique, loss, prices))
-    micro_batch, peak = fitting(recipe, gpu) if gpu else (None, None)
+        hours = _hours(recipe, max_iters, speed, looks) if speed and looks is not None else None
+        rows.append(_row(recipe, max_iters, rows[-1] if rows else None, gpu, hours, unique, loss, prices))
     return Budget(
         recipe=recipe.name,
         gpu=gpu.name if gpu else "unknown",
         speed=speed,
         seconds_per_iteration=seconds,
-        validation_hours=_validation_seconds(recipe, rows[-1].max_iters, speed) / 3600 if speed else None,
-        micro_batch=micro_batch,
-        peak_gib=peak,
+        validation_hours=looks * _validations(recipe, rows[-1].max_iters) / 3600 if looks is not None else None,
+        memory=memory,
         disk_gb=(run_bytes(recipe) + data_bytes(recipe)) / 1e9,
         gpt2=gpt2_loss(dataset),
         dataset=dataset,
@@ -160,14 +163,13 @@ def _row(
     max_iters: int,
     before: Row | None,
     gpu: Gpu | None,
-    speed: Speed | None,
+    hours: float | None,
     unique: int | None,
     expected: law.Expected,
     prices: Prices,
 ) -> Row:
     tokens = max_iters * recipe.batch.tokens_per_iter
     low, high = expected.interval()
-    hours = (tokens / speed.tokens_per_second + _validation_seconds(recipe, max_iters, speed)) / 3600 if speed else None
     kwh = hours * gpu.tdp_watts / 1000 if hours is not None and gpu else None
     gain = before.loss - expected.loss if before else None
     longer = hours - before.hours if before and hours is not None and before.hours is not None else None
@@ -189,27 +191,22 @@ def _row(
     )
 
 
-def _validation_seconds(recipe: Recipe, max_iters: int, speed: Speed) -> float:
-    """All validations of a run, the first look included."""
-    validations = 1 + -(-max_iters // recipe.validation.every)
-    return validations * recipe.data.val_tokens * FORWARD / speed.tokens_per_second
+def _hours(recipe: Recipe, max_iters: int, speed: Speed, validation_seconds: float) -> float:
+    """Iterations and validations of a run."""
+    iterations = max_iters * recipe.batch.tokens_per_iter / speed.tokens_per_second
+    return (iterations + _validations(recipe, max_iters) * validation_seconds) / 3600
 
 
-def fitting(recipe: Recipe, gpu: Gpu) -> tuple[int, float]:
-    """The largest micro-batch that fits 90 % of a card by the formula, and its peak in GiB; InputError if none does."""
-    rows, length = derive(recipe, "cuda", 1, None).rows_per_process, recipe.batch.sequence_length
-    at_most = rows if recipe.batch.micro_batch == "auto" else recipe.batch.micro_batch
-    size = next_divisor(rows, min(at_most, 64 * max(1, 1024 // length)))
-    while size:
-        traced = peak_memory(recipe.model, size, sequence_length=length, optimizer=recipe.optim.name)
-        beside = beside_the_tensors(recipe.model, size, traced, sequence_length=length)
-        gib = (traced + sum(beside.values())) / 2**30
-        if gib <= 0.9 * gpu.vram_gib:
-            return size, gib
-        size = next_divisor(rows, size // 2)
-    raise InputError(
-        f"`model`: not one row fits the {gpu.vram_gib:g} GiB of {gpu.name}; a smaller `model.n_embd` would"
-    )
+def _validations(recipe: Recipe, max_iters: int) -> int:
+    """How many a run has, the first look included."""
+    return 1 + -(-max_iters // recipe.validation.every)
+
+
+def _validation_seconds(recipe: Recipe, gpu: Gpu | None, memory: Memory | None, speed: Speed) -> float:
+    """Of one validation. On a card that is not known it takes the share of a training step that it usually takes."""
+    rows = memory.micro_batch if memory else derive(recipe, "cuda", 1, None).first_micro_batch
+    share = validation_share(recipe, gpu or gpu_named(USUAL), rows)
+    return recipe.data.val_tokens * share / speed.tokens_per_second
 
 
 def lines(budget: Budget, prices: Prices) -> list[str]:
@@ -274,9 +271,11 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
             f" {prices.hours_per_night:g} h",
             f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} a kWh",
         ]
-    if budget.peak_gib is not None:
-        rows = f"{budget.micro_batch} rows at once"
-        out.append(f"memory    {budget.peak_gib:.1f} GiB with {rows}, by the formula; not measured")
+    if budget.speed is None:
+        out.append("hours     not known: the estimate is of bf16, which this card has not; --probe measures them")
+    if budget.memory:
+        rows = f"{budget.memory.micro_batch} rows at once"
+        out.append(f"memory    {budget.memory.peak_gib:.1f} GiB with {rows}, {budget.memory.source}")
     out.append(f"disk      {budget.disk_gb:.1f} GB, the data included")
     out.append(f"loss      {budget.losses}")
     return out + [f"WARNING   {doubt}" for doubt in budget.doubts]

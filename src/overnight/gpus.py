@@ -1,17 +1,16 @@
-"""Known graphics cards, and what public runs were measured to reach on them. Nothing here needs torch."""
+"""Known graphics cards, and which of them is at hand. Nothing here needs torch."""
 
 from __future__ import annotations
 
 import csv
-import math
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 
 from overnight.nvml import nvml
 from overnight.recipe import InputError
+
+USUAL = "rtx-4070"  # the card that the recipes are written for
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,18 @@ class Gpu:
     """A row of facts/gpus.csv: vendor figures, with their provenance in the file."""
 
     name: str
-    tflops: float  # dense bf16 with float32 accumulation
+    cuda_name: str  # as CUDA and NVML say it, without "NVIDIA "
+    compute_capability: float
+    tflops: float  # dense bf16 with float32 accumulation; float32 where there is no bf16
+    fp32_tflops: float  # outside of the matrix units
+    memory_bandwidth_gb_s: float
     vram_gib: float
     tdp_watts: float
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the card has matrix units for bf16; otherwise a recipe trains in float32."""
+        return self.compute_capability >= 8.0
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,9 @@ class Speed:
 
 def known_gpus() -> dict[str, Gpu]:
     """The GPUs of facts/gpus.csv by name."""
+    numbers = [field.name for field in fields(Gpu)][2:]
     return {
-        row["name"]: Gpu(
-            row["name"],
-            float(row["bf16_dense_tflops_fp32_accumulate"]),
-            float(row["vram_gib"]),
-            float(row["tdp_w"]),
-        )
+        row["name"]: Gpu(row["name"], row["cuda_name"], *(float(row[number]) for number in numbers))
         for row in facts("gpus.csv")
     }
 
@@ -61,16 +65,13 @@ def gpu_named(name: str) -> Gpu:
 
 
 def match_gpu(cuda_name: str, total_gib: float) -> Gpu | None:
-    """The known GPU of exactly this CUDA name and memory ("NVIDIA GeForce RTX 4070"), or None.
+    """The known GPU of exactly this CUDA name ("NVIDIA GeForce RTX 4070") and memory, or None.
 
-    Every word must fit: a "4070 Laptop GPU" or a "4070 Ti SUPER" is another card than a 4070.
+    A "4070 Laptop GPU" or a "4070 Ti SUPER" is another card than a 4070, and so is a 4060 Ti of twice the memory. CUDA
+    counts up to a tenth less than the vendor where a part holds error correction.
     """
-    words = set(re.findall(r"[a-z0-9]+", cuda_name.lower())) - {"nvidia", "geforce", "tesla", "pcie", "hbm3", "gb"}
-    for gpu in known_gpus().values():
-        known = {word for word in gpu.name.split("-") if not re.fullmatch(r"\d+gb", word)} - {"sxm"}
-        if known == {word for word in words if not re.fullmatch(r"\d+gb|sxm\d?", word)}:
-            return gpu if abs(gpu.vram_gib - total_gib) < 0.1 * gpu.vram_gib else None
-    return None
+    same_name = [gpu for gpu in known_gpus().values() if gpu.cuda_name == cuda_name.removeprefix("NVIDIA ")]
+    return next((gpu for gpu in same_name if abs(gpu.vram_gib - total_gib) < 0.1 * gpu.vram_gib), None)
 
 
 def present() -> tuple[str, Gpu | None] | None:
@@ -84,28 +85,3 @@ def present() -> tuple[str, Gpu | None] | None:
     except pynvml.NVMLError:
         return None
     return name, match_gpu(name, total / 2**30)
-
-
-def speed_of(gpu: Gpu, flops_per_token: float) -> Speed:
-    """Tokens a second of training, from the measured run on that card whose FLOPs a token are nearest.
-
-    A card without a measured run is taken to reach the share of its peak that an RTX 4070 reached.
-    """
-    here = list(_measured(gpu.name))
-    if here:
-        flops, achieved, code = min(here, key=lambda run: abs(math.log(run[0] / flops_per_token)))
-        same = abs(flops / flops_per_token - 1) < 0.05
-        how = "measured by public runs" if same else f"scaled by FLOPs from {flops / 1e6:.0f}M a token"
-        return Speed(achieved / flops_per_token, f"{how}: {code}")
-    flops, achieved, code = min(_measured("rtx-4070"), key=lambda run: abs(math.log(run[0] / flops_per_token)))
-    share = achieved / (known_gpus()["rtx-4070"].tflops * 1e12)
-    source = f"assumed: {share:.0%} of the card's peak, what an RTX 4070 was measured to reach ({code})"
-    return Speed(share * gpu.tflops * 1e12 / flops_per_token, source)
-
-
-def _measured(gpu: str) -> Iterator[tuple[float, float, str]]:
-    """(FLOPs a token, FLOP/s, what ran) of every public run on a card."""
-    for row in facts("measured_throughput.csv"):
-        if row["gpu"] == gpu:
-            flops = 1e6 * float(row["flops_per_token_millions"])
-            yield flops, flops * float(row["tokens_per_second"]), f"{row['code']}, {row['model']}"

@@ -17,9 +17,8 @@ from accelerate.utils import broadcast_object_list
 
 from overnight.cli import EXIT_INTERRUPTED
 from overnight.console import count, duration
-from overnight.device import GIB
 from overnight.faults import until_memory_runs_out
-from overnight.plan import beside_the_tensors, next_divisor, peak_memory
+from overnight.plan import memory_gib, next_divisor
 from overnight.recipe import InputError
 
 if TYPE_CHECKING:
@@ -137,16 +136,9 @@ def largest_to_try(run: Run, limit_gib: float) -> int:
     0 where by the formula not even a single row does: nothing is compiled then.
     """
     size = run.derived.first_micro_batch
-    while run.derived.measured and size and formula_gib(run, size) > (1 + FORMULA_ERROR) * limit_gib:
+    while run.derived.measured and size and memory_gib(run.recipe, size) > (1 + FORMULA_ERROR) * limit_gib:
         size = next_divisor(run.derived.rows_per_process, size - 1)
     return size
-
-
-def formula_gib(run: Run, rows: int) -> float:
-    """What plan.py says that a micro-batch of `rows` rows takes of a CUDA device, in GiB."""
-    model, length = run.recipe.model, run.recipe.batch.sequence_length
-    tensors = peak_memory(model, rows, sequence_length=length, optimizer=run.recipe.optim.name)
-    return (tensors + sum(beside_the_tensors(model, rows, tensors, sequence_length=length).values())) / GIB
 
 
 def describe(run: Run, trial: Trial) -> str:

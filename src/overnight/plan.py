@@ -51,11 +51,11 @@ def peak_memory(
     chunk: int | None = None,
     compiled: bool = True,
 ) -> int:
-    """Bytes of all tensors at the peak of an iteration under bf16 autocast: inside a chunk of the loss.
+    """Bytes of all tensors at the peak of an iteration under bf16 autocast, which is inside of a chunk of the loss.
 
-    The body counts as eager; the loss is `compiled` or not, and `chunk` is the rows of logits at once, CUDA's by
-    default. benchmarks/memory.py holds it against a traced step; what is no tensor of the step's own,
-    `beside_the_tensors` has.
+    The body takes the same compiled or not: Inductor keeps as much for the backward as eager operators do. The loss is
+    `compiled` or not, and `chunk` is the rows of logits at once, CUDA's by default. benchmarks/memory.py holds it
+    against a traced step and CUDA's allocator; what is no tensor of the step's own, `beside_the_tensors` has.
     """
     width, vocabulary, tokens = model.n_embd, padded_vocabulary(model.vocab_size), micro_batch * sequence_length
     hidden = 12 * model.n_layer * width**2  # elements of the blocks' matrices
@@ -65,24 +65,39 @@ def peak_memory(
     # A token and layer: two residuals in float32; in bf16 two norms, q, k, v, attention, both sides of gelu. Then the
     # norms' mean and deviation, attention's log-sum-exp.
     activations = tokens * model.n_layer * (36 * width + 16 + 4 * model.n_head)
+    if model.dropout:
+        activations += tokens * (2 * model.n_layer + 1) * width  # masks: two of a layer, one of the embeddings
     # Around the loss: the last residual, its norm in float32 and bf16, the norm's gradient.
     activations += tokens * (14 * width + 8)
+    chunk = min(chunk or loss_chunk("cuda", compiled=compiled), tokens)
+    return kept + activations + loss_memory(width, vocabulary, chunk, compiled=compiled)
+
+
+def loss_memory(width: int, vocabulary: int, chunk: int, *, compiled: bool) -> int:
+    """Bytes of the loss's own tensors while it works on a chunk of rows."""
     head = vocabulary * width * (2 + 4)  # in bf16, and its gradient, to which every chunk is added in place
-    rows = min(chunk or loss_chunk("cuda", compiled=compiled), tokens)
-    logits = rows * vocabulary * logit_bytes(bf16=True, compiled=compiled)
-    return kept + activations + head + logits
+    return head + chunk * vocabulary * logit_bytes(bf16=True, compiled=compiled)
 
 
-def beside_the_tensors(model: Model, micro_batch: int, traced: int, *, sequence_length: int = 1024) -> dict[str, int]:
-    """What a CUDA process needs beside `traced` bytes of tensors, in bytes by what it is; never measured on CUDA."""
+def beside_the_tensors(tensors: int) -> dict[str, int]:
+    """What a CUDA process needs beside `tensors` bytes of tensors at its peak, in bytes by what it is.
+
+    The context was never measured. The allocator's share is what PyTorch's own kept beside its tensors at 8 to 64 rows,
+    within 5 % of the whole (benchmarks/memory.py --device cuda).
+    """
     return {
         "CUDA context and kernels (assumed)": 450 * 2**20,
         "cuBLAS workspace (PyTorch's default :4096:2:16:8, of cards before Hopper)": 8320 * 2**10,
-        "flash attention's backward: the gradient of q in float32 (FlashAttention-2)": (
-            4 * micro_batch * sequence_length * model.n_embd
-        ),
-        "the allocator's rounding and fragments, 5 % of the tensors (assumed)": traced // 20,
+        "the allocator's rounding and fragments: a segment of 20 MiB, and 4 % of the tensors": 20 * 2**20
+        + tensors // 25,
     }
+
+
+def memory_gib(recipe: Recipe, micro_batch: int) -> float:
+    """What training a recipe takes of a CUDA card, in GiB: the tensors at their peak and all beside them."""
+    length = recipe.batch.sequence_length
+    tensors = peak_memory(recipe.model, micro_batch, sequence_length=length, optimizer=recipe.optim.name)
+    return (tensors + sum(beside_the_tensors(tensors).values())) / 2**30
 
 
 def first_micro_batch(recipe: Recipe, device: str, num_processes: int) -> int:

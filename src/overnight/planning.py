@@ -6,16 +6,17 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from overnight.budget import Budget, Losses, Prices, budget, by_law, default_milestones, gpt2_loss, lines
 from overnight.extras import require
-from overnight.gpus import Gpu, Speed, gpu_named, known_gpus, present, speed_of
+from overnight.fitting import Memory, by_formula
+from overnight.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
 from overnight.law import inside, offset_of
 from overnight.manifest import is_prepared, read_manifest
 from overnight.plan import derive, derived_rows
 from overnight.recipe import InputError, Recipe
-
-USUAL = "rtx-4070"
+from overnight.roofline import speed_of
 
 
 def plan(recipe: Recipe, chosen: argparse.Namespace) -> int:
@@ -25,8 +26,10 @@ def plan(recipe: Recipe, chosen: argparse.Namespace) -> int:
     unique = unique_tokens(recipe)
     losses = _losses(recipe, milestones, unique, chosen.calibrate)
     budgets = [
-        budget(recipe, milestones, gpu, speed, unique=unique, losses=losses, prices=prices)
-        for gpu, speed in _cards(recipe, chosen)
+        budget(
+            recipe, milestones, card.gpu, card.speed, unique=unique, losses=losses, prices=prices, memory=card.memory
+        )
+        for card in _cards(recipe, chosen)
     ]
     if chosen.json:
         print(json.dumps(budgets[0].as_json() if len(budgets) == 1 else [each.as_json() for each in budgets], indent=1))
@@ -79,11 +82,18 @@ def _offset(recipe: Recipe, file: Path) -> float:
     return offset_of(rows, str(file), recipe)
 
 
-def _cards(recipe: Recipe, chosen: argparse.Namespace) -> list[tuple[Gpu | None, Speed | None]]:
-    """The cards to plan for, and how fast each is with this recipe."""
-    flops = derive(recipe, "cuda", 1, None).flops_per_token
+class Card(NamedTuple):
+    """What to plan for: a card, how fast it is with the recipe, and the memory that it takes."""
+
+    gpu: Gpu | None
+    speed: Speed | None
+    memory: Memory | None = None
+
+
+def _cards(recipe: Recipe, chosen: argparse.Namespace) -> list[Card]:
+    """The cards to plan for."""
     if chosen.gpu == "all":
-        return [(gpu, speed_of(gpu, flops)) for gpu in known_gpus().values()]
+        return [_estimated(recipe, gpu) for gpu in known_gpus().values()]
     here = present()
     if chosen.gpu:
         gpu: Gpu | None = gpu_named(chosen.gpu)
@@ -92,30 +102,45 @@ def _cards(recipe: Recipe, chosen: argparse.Namespace) -> list[tuple[Gpu | None,
     if chosen.throughput is not None:
         if chosen.throughput <= 0:
             raise InputError(f"`--throughput {chosen.throughput:g}`: tokens a second; 119500 would work")
-        return [(gpu, Speed(chosen.throughput, "as you say"))]
+        return [Card(gpu, Speed(chosen.throughput, "as you say"))]
     if chosen.probe or (here and gpu is None and not chosen.probe_file):  # a card that no table knows is measured
-        return [(gpu, _probed(recipe, chosen.probe_file))]
+        return [_probed(recipe, gpu, chosen.probe_file)]
     if chosen.probe_file:
-        return [(gpu, _probe_of(chosen.probe_file))]
+        return [_probe_of(chosen.probe_file, gpu)]
     assert gpu is not None
-    return [(gpu, speed_of(gpu, flops))]
+    return [_estimated(recipe, gpu)]
 
 
-def _probed(recipe: Recipe, file: Path | None) -> Speed:
+def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
+    memory = by_formula(recipe, gpu)
+    return Card(gpu, speed_of(recipe, gpu, memory.micro_batch), memory)
+
+
+def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None) -> Card:
     from overnight.probe import probe  # torch and transformers take seconds to import
 
     measured = probe(recipe)
     if file:
         file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    return Speed(measured["tokens_per_second"], f"measured just now on {measured['device']}")
+    return _measured(gpu, measured, f"measured just now on {measured['device']}")
 
 
-def _probe_of(file: Path) -> Speed:
+def _probe_of(file: Path, gpu: Gpu | None) -> Card:
     try:
         measured = json.loads(file.read_text(encoding="utf-8"))
-        return Speed(float(measured["tokens_per_second"]), f"measured on {measured['device']}, {file}")
+        return _measured(gpu, measured, f"measured on {measured['device']}, {file}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"`--probe-file {file}`: not what `--probe --probe-file` writes ({error!r})") from None
+
+
+def _measured(gpu: Gpu | None, measured: dict[str, Any], source: str) -> Card:
+    """What a probe found; a CPU's memory says nothing of a card's."""
+    speed, memory = Speed(float(measured["tokens_per_second"]), source), None
+    if measured["formula_gib"] is not None:
+        gib, formula = float(measured["peak_gib"]), float(measured["formula_gib"])
+        source = f"by PyTorch's allocator, {source}; by the formula {formula:.1f}, the CUDA context included"
+        memory = Memory(int(measured["micro_batch"]), gib, source)
+    return Card(gpu, speed, memory)
 
 
 def _print(recipe: Recipe, budgets: list[Budget], unique: int | None, prices: Prices) -> None:

@@ -13,9 +13,8 @@ import numpy as np
 from accelerate import Accelerator
 
 from overnight.console import Console, count, duration
-from overnight.device import GIB
 from overnight.manifest import Manifest, dtype_for
-from overnight.plan import beside_the_tensors, derive, peak_memory
+from overnight.plan import derive, memory_gib
 from overnight.progress import Pace
 from overnight.recipe import Recipe
 from overnight.rundir import RunDirectory, environment
@@ -38,15 +37,19 @@ class Probe:
     iterations: int  # the cold ones at the start included, which are in no rate
     tokens_per_second: float
     mfu: float | None  # None where the device's peak is not known
-    peak_gib: float
-    formula_gib: float | None  # what plan.py says of an eager CUDA step of this micro-batch
+    peak_gib: float  # on CUDA what PyTorch's allocator held
+    formula_gib: float | None  # what the plan says of this micro-batch on a CUDA device, the context included
     hours: float  # of the whole recipe at this rate, validations left out
     watts: float | None
 
     def report(self) -> list[tuple[str, str]]:
         """The figures as (what, value)."""
         mfu = "unknown, no peak of this device in facts/gpus.csv" if self.mfu is None else f"{self.mfu:.1%}"
-        formula = "" if self.formula_gib is None else f"; by the formula of an eager step {self.formula_gib:.1f}"
+        formula = (
+            ""
+            if self.formula_gib is None
+            else f" by the allocator; {self.formula_gib:.1f} by the formula, all included"
+        )
         return [
             ("device", self.device),
             ("precision", self.precision),
@@ -100,17 +103,10 @@ def evaluate(run: Run, facts: dict[str, str], pace: Pace, recipe: Recipe) -> Pro
         tokens_per_second=rate,
         mfu=run.derived.mfu(rate, run.device.peak_flops),
         peak_gib=run.device.used_gib(),
-        formula_gib=formula_gib(run) if run.device.cuda else None,
+        formula_gib=memory_gib(run.recipe, run.micro_batch) if run.device.cuda else None,
         hours=recipe.schedule.max_iters * recipe.batch.tokens_per_iter / rate / 3600,
         watts=run.device.watts(),
     )
-
-
-def formula_gib(run: Run) -> float:
-    """What plan.py says that an eager step of the run's micro-batch takes of a CUDA device, in GiB."""
-    model, length = run.recipe.model, run.recipe.batch.sequence_length
-    traced = peak_memory(model, run.micro_batch, sequence_length=length, optimizer=run.recipe.optim.name)
-    return (traced + sum(beside_the_tensors(model, run.micro_batch, traced, sequence_length=length).values())) / GIB
 
 
 @contextmanager

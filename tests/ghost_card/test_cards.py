@@ -101,10 +101,8 @@ def spilling(cache: Path) -> list[str]:
 
 def formula_gib(night: Path, rows: int) -> float:
     """What plan.py says that so many rows at once take, in GiB, without the context that this card has not."""
-    model = load(night / "night.yaml", ()).model
-    tensors = peak_memory(model, rows)
-    beside = beside_the_tensors(model, rows, tensors)
-    return (tensors + sum(size for what, size in beside.items() if "context" not in what)) / 2**30
+    tensors = peak_memory(load(night / "night.yaml", ()).model, rows)
+    return (tensors + sum(size for what, size in beside_the_tensors(tensors).items() if "context" not in what)) / 2**30
 
 
 @pytest.mark.parametrize("card", [card if card in QUICK else slow(card) for card in CARDS])
