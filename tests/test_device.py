@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from runs import ROOT, set_up, tiny
 
-from overnight import cli, device, machine, unseen_gpu, warm_up
+from overnight import cli, device, machine, unusable_gpu, warm_up
 from overnight import train as train_module
 from overnight.console import Console
 from overnight.device import Device
@@ -112,14 +112,14 @@ def beside_a_gpu(monkeypatch):
 
     def make(driver, cuda="13.0"):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(unseen_gpu, "driver", lambda: driver)
+        monkeypatch.setattr(unusable_gpu, "driver", lambda: driver)
         monkeypatch.setattr(torch.version, "cuda", cuda)
 
     return make
 
 
 def mind(recipe):
-    unseen_gpu.mind_unseen_gpu(load(ROOT / "recipes" / recipe), Accelerator(cpu=True), Console())
+    unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / recipe), Accelerator(cpu=True), Console())
 
 
 def test_weeks_on_the_cpu_beside_a_gpu_whose_driver_is_too_old_are_refused_with_the_driver_that_is_needed(
@@ -135,6 +135,18 @@ def test_weeks_on_the_cpu_beside_a_gpu_whose_driver_is_too_old_are_refused_with_
     beside_a_gpu(NEW)  # whatever the reason
     with pytest.raises(InputError, match="does not see the NVIDIA GeForce RTX 4070"):
         mind("fineweb_edu_40m.yaml")
+
+
+def test_a_card_that_is_older_than_the_kernels_of_pytorch_is_refused_before_anything_is_computed(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    with pytest.raises(InputError, match=r"GTX 1080, .*compute capability 6\.1; this PyTorch begins at 7\.5"):
+        unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / "quickstart.yaml"), accelerator, Console())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / "quickstart.yaml"), accelerator, Console())
 
 
 def test_minutes_on_the_cpu_beside_a_gpu_are_trained_and_the_gpu_is_named(beside_a_gpu, capsys):

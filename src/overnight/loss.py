@@ -84,7 +84,8 @@ def softmax_(logits: Tensor, vocab_size: int, keep: bool) -> Tensor:
 def softmax_to_compile_(logits: Tensor, vocab_size: int, keep: bool) -> Tensor:
     """`softmax_` in the operations of which Inductor makes one kernel: it reads a row twice in turn and writes it once.
 
-    By its count 4 bytes move for each bf16 logit, 2 without `keep`; 2 more where the cache is too small for the rows in hand.
+    By its count 4 bytes move for each bf16 logit, 2 without `keep`; 2 more where the cache is too small for the rows in
+    hand.
     """
     values = logits.float()
     values[:, vocab_size:] = -torch.inf

@@ -40,7 +40,7 @@ from overnight.rundir import RunDirectory
 from overnight.schedule import goals
 from overnight.startup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
-from overnight.unseen_gpu import mind_unseen_gpu
+from overnight.unusable_gpu import mind_unusable_gpu
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
     if dry_run:
         print_plan(recipe, accelerator, console)
         return 0
-    mind_unseen_gpu(recipe, accelerator, console)
+    mind_unusable_gpu(recipe, accelerator, console)
     shards = open_data(recipe, accelerator, console)
     directory = RunDirectory(recipe)
     if resume_from:

@@ -9,30 +9,40 @@ import torch
 from runs import losses, records, slow, tiny, train, two_processes
 from test_a_interruptions import goes_on_to_the_same_bits
 
-from overnight import checkpoint, ending, optim, progress, sampling
+from overnight import checkpoint, ending, optim, sampling
 from overnight import train as train_module
 from overnight.cli import EXIT_DIVERGED, EXIT_INTERRUPTED, recipe_command
 from overnight.model import LanguageModel
 
 TOLERANCE = 1e-5  # of a loss in nats
-LOST = torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
-FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def lost():
+    return torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
+
+
+def full():
+    return torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def mistaken():
+    return torch.AcceleratorError("CUDA error: device-side assert triggered")
 
 
 def failing(real, fails, error):
-    """`real`, but for the calls with these numbers, counted from 1, which raise."""
+    """`real`, but for the calls with these numbers, counted from 1, which raise what `error` makes."""
     calls = []
 
     def act(*arguments, **options):
         calls.append(1)
         if len(calls) in fails:
-            raise error
+            raise error()
         return real(*arguments, **options)
 
     return act
 
 
-def break_at(monkeypatch, place, name, fails, error=LOST):
+def break_at(monkeypatch, place, name, fails, error=lost):
     monkeypatch.setattr(place, name, failing(getattr(place, name), fails, error))
 
 
@@ -66,32 +76,29 @@ PHASES = {
     "the decay": (optim, "prepared", {36}),
     "export": (ending, "export", {1, 2}),
 }
-QUICK = ("accumulation", "a change of the weights", "a checkpoint's copy")
+QUICK = ("accumulation", "a checkpoint's copy")
 
 
 @pytest.mark.parametrize("phase", [phase if phase in QUICK else slow(phase) for phase in PHASES])
 def test_g1_a_device_that_is_lost_ends_with_one_line_and_75_and_the_same_command_goes_on_to_the_same_bits(
     in_process, undisturbed, monkeypatch, capsys, phase
 ):
-    name = "lost-" + phase.replace(" ", "-").replace("'", "")
+    name = "gone-" + phase.replace(" ", "-").replace("'", "")
     with monkeypatch.context() as broken:
         break_at(broken, *PHASES[phase])
-        broken.setattr("accelerate.Accelerator.end_training", failing(None, {1}, LOST))  # nor can anything be ended
+        broken.setattr("accelerate.Accelerator.end_training", failing(None, {1}, lost))  # nor can anything be ended
         assert typed(in_process, broken, name) == EXIT_INTERRUPTED
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "lost" in line]
-    assert said.startswith("the device was lost (CUDA error: unspecified launch failure)")
-    assert "the same command" in said
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "the device was lost" in line]
+    assert "(CUDA error: unspecified launch failure)" in said and "the same command" in said
     if phase != "the first micro-batch":  # nothing was written by then
         assert last_event(in_process, name)["event"] in ("device failed", "failed")
     goes_on_to_the_same_bits(in_process, name)
 
 
-@pytest.mark.parametrize("phase", ["accumulation", slow("validation"), slow("samples")])
+@pytest.mark.parametrize("phase", ["accumulation", slow("validation")])
 def test_g1_a_mistake_of_the_program_is_no_lost_device(in_process, monkeypatch, phase):
     place, name, fails = PHASES[phase]
-    mistake = torch.AcceleratorError("CUDA error: device-side assert triggered")
-    break_at(monkeypatch, place, name, fails, mistake)
-    break_at(monkeypatch, progress, "samples", set())  # that would be told, and gone on without
+    break_at(monkeypatch, place, name, fails, mistaken)
     with pytest.raises(torch.AcceleratorError):
         typed(in_process, monkeypatch, f"mistaken-{phase}")
 
@@ -154,7 +161,7 @@ def test_g2_out_of_memory_in_a_validation_measures_the_same_tokens_again(in_proc
         if not self.training:
             forwards.append(len(ids))
             if len(forwards) in (8, 10):  # of the second validation, twice
-                raise FULL
+                raise full()
         return real(self, ids, targets)
 
     monkeypatch.setattr(LanguageModel, "forward", forward)
@@ -173,17 +180,17 @@ def test_g2_what_has_no_smaller_pieces_is_tried_once_more_and_then_ends_with_75(
     place, name, _ = PHASES[phase]
     run = "full-" + phase.replace(" ", "-").replace("'", "")
     with monkeypatch.context() as broken:
-        break_at(broken, place, name, {1}, FULL)
+        break_at(broken, place, name, {1}, full)
         assert typed(in_process, broken, f"{run}-once") == 0
     with monkeypatch.context() as broken:
-        break_at(broken, place, name, {1, 2}, FULL)
+        break_at(broken, place, name, {1, 2}, full)
         assert typed(in_process, broken, run) == EXIT_INTERRUPTED
     assert "out of memory (CUDA out of memory." in capsys.readouterr().err
     goes_on_to_the_same_bits(in_process, run)
 
 
 def test_g2_out_of_memory_in_the_first_micro_batch_takes_a_smaller_one(in_process, monkeypatch, capsys):
-    break_at(monkeypatch, LanguageModel, "forward", {2}, FULL)
+    break_at(monkeypatch, LanguageModel, "forward", {2}, full)
     assert typed(in_process, monkeypatch, "full-at-first", "--schedule.max_iters", "10") == 0
     assert "out of memory with 8 rows at once; its tokens again with 4 rows at once" in capsys.readouterr().out
 
@@ -212,7 +219,7 @@ INFORMS = {
     "benchmarks of a milestone": ("overnight.progress.Look", ["--evaluation.at_milestones", "5"]),
     "the results": ("overnight.progress.print_finished", []),
 }
-QUICK_INFORMS = ("power", "samples", "the forecast")
+QUICK_INFORMS = ("power", "the forecast")
 
 
 @pytest.mark.parametrize("what", [what if what in QUICK_INFORMS else slow(what) for what in INFORMS])

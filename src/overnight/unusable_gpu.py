@@ -1,0 +1,58 @@
+"""A GPU that this PyTorch does not see, or has no kernels for: said before anything is computed."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
+
+from overnight.console import Console
+from overnight.doctor import check_gpu, check_torch, is_wsl
+from overnight.machine import Gpu, driver, gpus_hidden
+from overnight.plan import derive
+from overnight.recipe import InputError, Recipe
+
+CPU_FLOPS = 1e11  # a second, about: two cores reach 7e10, sixteen three times that
+ALL_THE_SAME = "`CUDA_VISIBLE_DEVICES=` before the command trains on the CPU all the same"
+
+
+def mind_unusable_gpu(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
+    """Say what keeps PyTorch from the GPU that is here; nothing where the user asked for the CPU.
+
+    Raises `InputError` for a GPU without kernels, and where a PyTorch that was built for GPUs would train on the CPU
+    for longer than a day.
+    """
+    if accelerator.device.type == "cuda":
+        refuse_without_kernels()
+    elif not gpus_hidden() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        mind_unseen_gpu(recipe, accelerator, console)
+
+
+def refuse_without_kernels() -> None:
+    """Raise `InputError` for a CUDA device that is older than what this PyTorch was built for."""
+    gpu = Gpu(torch.cuda.get_device_name(), *torch.cuda.mem_get_info(), torch.cuda.get_device_capability())
+    check = check_gpu(gpu, tuple(torch.cuda.get_arch_list()))
+    if check.status == "fail":
+        raise InputError(f"{check.text}; mend: {check.mend}; {ALL_THE_SAME}")
+
+
+def mind_unseen_gpu(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
+    """Say that there is a GPU which PyTorch does not see, and why."""
+    found = driver()
+    if found is None or not found.gpus:
+        return
+    check = check_torch(torch.__version__, torch.version.cuda, found, is_wsl(platform.release()), hidden=False)
+    why = f"PyTorch does not see the {found.gpus[0].name} of this machine: {check.text}"
+    mend = f"mend: {check.mend or 'make doctor'}"
+    days = days_on_a_cpu(recipe) / accelerator.num_processes
+    if torch.version.cuda is not None and days > 1:
+        raise InputError(f"{why}; on the CPU this recipe takes about {days:,.0f} days; {mend}; {ALL_THE_SAME}")
+    console.say(f"{why}; this trains on the CPU; {mend}")
+
+
+def days_on_a_cpu(recipe: Recipe) -> float:
+    """Days of training by the recipe's FLOPs."""
+    derived = derive(recipe, "cpu", 1, None)
+    return derived.flops_per_token * derived.tokens / CPU_FLOPS / 86400
