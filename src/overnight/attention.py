@@ -70,8 +70,9 @@ def attention_report(forward: Callable[[], Tensor]) -> AttentionReport:
     The profiler sees the operators that were really dispatched, in eager and in compiled code alike.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no start and stop lines on stderr
-    recorded = {"activities": [torch.profiler.ProfilerActivity.CPU], "record_shapes": True}
-    with torch.profiler.profile(**recorded, acc_events=True) as profile:  # without it torch 2.11 warns on the screen
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # Without `acc_events` torch 2.11 warns on the screen.
+    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
         forward().backward()
     calls = [event for event in profile.events() if re.fullmatch(KERNEL, event.name)]
     masked = [event for event in calls if any(event.input_shapes[3:])]  # after query, key and value

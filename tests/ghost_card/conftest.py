@@ -1,10 +1,12 @@
-"""Every process that these tests start sees the ghost card, which `make ghost` builds; without it there are none."""
+"""Every process that these tests start sees the ghost card; they run in the environment of `make ghost` alone."""
 
 import os
+import sys
+from pathlib import Path
 
-from ghost import LIBRARY, PRELOADED
+from ghost import PRELOADED
 
-collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
+collect_ignore_glob = [] if Path(sys.prefix).name == ".venv-ghost" else ["test_*.py"]
 
 
 def pytest_collection_modifyitems(config, items) -> None:
