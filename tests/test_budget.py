@@ -184,7 +184,7 @@ PROBE = {"device": "NVIDIA GeForce RTX 4070", "tokens_per_second": 1e5, "micro_b
     ("formula", "memory"),
     [
         (4.73, "memory    3.9 GiB with 16 rows at once, by PyTorch's allocator, measured on NVIDIA GeForce RTX 4070"),
-        (None, "memory    7.5 GiB with 32 rows at once, by the formula; not measured"),  # a CPU was probed
+        (None, "memory    7.4 GiB with 32 rows at once, by the formula; not measured"),  # a CPU was probed
     ],
 )
 def test_memory_that_a_probe_measured_is_said_in_place_of_the_formula(tmp_path, formula, memory):
