@@ -16,8 +16,6 @@ from runs import losses, records, train, two_processes
 
 from overnight.lock import hold
 
-pytestmark = pytest.mark.slow
-
 # In float32 and not compiled the values are the CPU's, at a rate at which AdamW does not magnify the order of a sum.
 SAME = ("tiny.yaml", "--precision", "fp32", "--compile", "false", "--optim.name", "adamw", "--optim.lr", "1e-3")
 ONE_THREAD = ("--threads", "1")

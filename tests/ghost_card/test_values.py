@@ -70,9 +70,9 @@ def test_a_budget_in_line_and_one_that_is_finished_later_are_their_own_runs(work
 
 
 def test_another_micro_batch_changes_speed_and_not_the_result(workplace, on_card):
-    done = train_on(workplace, *SAME, "--name", "halved", fault="full@iteration:3")
+    done = train_on(workplace, *SAME, "--name", "one-size-down", fault="full@iteration:3")
     assert done.returncode == 0 and "iteration 3: out of memory with 8 rows at once" in done.stdout
-    whole, halved = losses(workplace, "card"), losses(workplace, "halved")
+    whole, halved = losses(workplace, "card"), losses(workplace, "one-size-down")
     assert halved[2] == whole[2] and halved[3] == pytest.approx(whole[3], rel=1e-6)
     assert halved == pytest.approx(whole, rel=1e-3)  # AdamW enlarges what summing in another order leaves
 
