@@ -148,7 +148,7 @@ def attend(query, key, value, dropout, causal, scale, mask=None):
     mask = None if mask is None else on_host(mask).float()
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = UNSEEN.submit(kernel, q, k, v, dropout, causal, attn_mask=mask, scale=scale).result()
-    return rows_first(out, query.dtype), on_card(lse)
+    return rows_first(out, query.dtype), on_card(lse.contiguous())
 
 
 def attend_backward(grad, query, key, value, out, lse, dropout, causal, scale, mask=None):

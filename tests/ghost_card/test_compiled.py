@@ -6,7 +6,6 @@ import pytest
 from ghost import ROOT, USUAL, run_on
 
 
-@pytest.mark.slow
 def test_the_compiled_body_and_loss_are_the_eager_ones_in_value_and_gradients():
     main = str(Path(pytest.__file__).parent / "__main__.py")
     options = ["-q", "-p", "no:logging", "tests/invariants/test_one_function.py", "--device", "cuda"]
