@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from runs import final_sums, losses_by_decay, model_sums, records, start, tiny
 
+from overnight import ending
 from overnight import train as train_module
 from overnight.cli import EXIT_INTERRUPTED
 from overnight.layout import saved_iterations
@@ -27,14 +28,14 @@ def losses_of(folder: Path, name: str, cooldown: int | None = None, kind: str = 
 
 def after_each_budget(monkeypatch, act) -> None:
     """Have `act(run)` called when a budget was finished, before the run goes back to its trunk."""
-    real = train_module.finish
+    real = ending.finish
 
     def finish(run, pace):
         code = real(run, pace)
         act(run)
         return code
 
-    monkeypatch.setattr(train_module, "finish", finish)
+    monkeypatch.setattr(ending, "finish", finish)
 
 
 @pytest.fixture(scope="module")

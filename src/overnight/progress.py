@@ -78,7 +78,7 @@ def watts(run: Run) -> float | None:
     return run.device.watts()
 
 
-@informs("power")
+@informs("energy")
 def mean_watts(run: Run) -> float | None:
     """Mean board power of this session."""
     return run.device.mean_watts()
