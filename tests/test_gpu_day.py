@@ -136,7 +136,10 @@ def test_the_predictions_are_the_plans_own(tmp_path):
     speed = speed_of(recipe, gpu, fitting(recipe, gpu)[0]).tokens_per_second
     assert f"| tokens a second, random tokens | {speed:,.0f} | 100,000 |" in page.read_text()
     assert f"| micro-batch on 12 GB | {fitting(recipe, gpu)[0]} rows | 32 rows |" in page.read_text()
-    assert "GPU day has not been run" not in page.read_text() and "NVIDIA GeForce RTX 4070, torch 2.13.0" in page.read_text()
+    assert (
+        "GPU day has not been run" not in page.read_text()
+        and "NVIDIA GeForce RTX 4070, torch 2.13.0" in page.read_text()
+    )
 
 
 def test_a_task_that_was_cut_off_has_the_rows_that_it_came_to_and_one_that_says_so(tmp_path):
