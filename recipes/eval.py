@@ -11,9 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-from overnight.cli import EXIT_INTERRUPTED, exit_code, without_device
+from overnight.cli import exit_code, without_device
+from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.extras import require
-from overnight.recipe import QUICK, Evaluation, InputError
+from overnight.recipe import QUICK, Evaluation
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

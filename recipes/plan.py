@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from overnight.cli import recipe_command
-from overnight.recipe import InputError, Recipe
+from overnight.errors import InputError
+from overnight.recipe import Recipe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from overnight.cli import EXIT_INTERRUPTED, recipe_command
+from overnight.cli import recipe_command
+from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.extras import require
-from overnight.recipe import InputError
 from overnight.signals import handled
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from overnight.cli import exit_code
-from overnight.recipe import InputError
+from overnight.errors import InputError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

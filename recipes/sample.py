@@ -3,8 +3,7 @@
 import argparse
 import sys
 
-from overnight.cli import EXIT_INPUT
-from overnight.recipe import InputError
+from overnight.errors import EXIT_INPUT, InputError
 
 
 def main() -> int:

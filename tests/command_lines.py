@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-from overnight.recipe import InputError
+from overnight.errors import InputError
 from overnight.recipe_file import load
 
 ROOT = Path(__file__).resolve().parents[1]

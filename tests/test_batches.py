@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from overnight.batches import TrainingBatches, permutation, validation_batches
-from overnight.recipe import Batch, InputError
+from overnight.errors import InputError
+from overnight.recipe import Batch
 from overnight.shards import ShardWriter, Split
 
 CPU = torch.device("cpu")

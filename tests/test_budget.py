@@ -11,8 +11,8 @@ from command_lines import blocks
 from runs import ROOT
 
 from overnight import law
+from overnight.errors import InputError
 from overnight.plan import iterations_in_all
-from overnight.recipe import InputError
 from overnight.recipe_file import load
 
 NIGHT = ROOT / "recipes" / "fineweb_edu_40m.yaml"

@@ -13,9 +13,9 @@ from runs import finished, losses_by_decay, records, start, tiny, train
 from overnight import deadline
 from overnight import train as train_module
 from overnight.deadline import Kept, Night, fitting, next_time
+from overnight.errors import InputError
 from overnight.layout import saved_iterations
 from overnight.optim import lr_at
-from overnight.recipe import InputError
 from overnight.schedule import branch_point, towards
 
 LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")

@@ -12,9 +12,9 @@ from overnight import cli, device, machine, unusable_gpu, warm_up
 from overnight import train as train_module
 from overnight.console import Console
 from overnight.device import Device
+from overnight.errors import InputError
 from overnight.machine import Driver, Gpu
 from overnight.model import LanguageModel
-from overnight.recipe import InputError
 from overnight.recipe_file import load
 
 RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * 2**30, total=12 * 2**30, capability=(8, 9))

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from overnight.errors import InputError
 from overnight.forecast import Point, brownian, forecast, twice_brownian, usable
 from overnight.law import annealed_loss, block_parameters, constants, cosine_offset
 from overnight.outlook import Outlook
-from overnight.recipe import InputError
 from overnight.recipe_file import load
 from overnight.schedule import branch_point, decay_iters, ending_now, goals, towards
 

@@ -12,13 +12,13 @@ from runs import ROOT, losses, records, set_up, tiny, train, two_processes
 
 from overnight import batches, micro_batch, startup, warm_up
 from overnight import train as train_module
-from overnight.cli import EXIT_INPUT, recipe_command
+from overnight.cli import recipe_command
 from overnight.device import Device
+from overnight.errors import EXIT_INPUT, InputError
 from overnight.micro_batch import Trial, choose, search
 from overnight.model import LanguageModel
 from overnight.plan import derive, memory_gib, next_divisor
 from overnight.progress import COLD_ITERATIONS, WINDOW, Pace
-from overnight.recipe import InputError
 from overnight.recipe_file import load
 
 TOLERANCE = 1e-5  # of a loss in nats

@@ -11,9 +11,9 @@ import pytest
 from runs import TINY, finished, model_sums, records, start, tiny
 
 from overnight import train as train_module
+from overnight.errors import InputError
 from overnight.outlook import to_come
 from overnight.prepare import prepare
-from overnight.recipe import InputError
 from overnight.recipe_file import load
 from overnight.schedule import towards
 

@@ -14,9 +14,10 @@ from texts import SILENT, digests, documents_of, gpt2
 
 from overnight.corpus import is_reserved, normalised, text_hash
 from overnight.encoder import Encoder
+from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
 from overnight.prepare_cost import expected_cost
-from overnight.recipe import DamagedData, Data, InputError
+from overnight.recipe import Data
 from overnight.shards import open_shards
 from overnight.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 

@@ -14,8 +14,9 @@ from runs import tiny, train
 from texts import GPT2_VOCABULARY, SILENT, digests, documents_of, paragraphs, sample_data, write_files, write_parquet
 
 from overnight import encoder
+from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
-from overnight.recipe import DamagedData, Data, InputError
+from overnight.recipe import Data
 from overnight.shards import open_shards
 
 TRAINER_REFUSES = [

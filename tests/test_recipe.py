@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.recipe import InputError
+from overnight.errors import InputError
 from overnight.recipe_file import load
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from runs import records, tiny
 
 from overnight import train as train_module
-from overnight.recipe import InputError
+from overnight.errors import InputError
 from overnight.recipe_file import load
 from overnight.report import budgets, claims, fenced, report, text
 

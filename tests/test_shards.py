@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy
 import pytest
 
+from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
-from overnight.recipe import DamagedData, Data, InputError
+from overnight.recipe import Data
 from overnight.shards import ShardWriter, SplitWriter, open_shards, verify
 
 

@@ -11,8 +11,8 @@ from file_server import COMMIT, serve
 from texts import SILENT, digests, paragraphs, sample_data, write_files
 
 from overnight import sources
+from overnight.errors import DamagedData, InputError, Unreachable
 from overnight.prepare import prepare
-from overnight.recipe import DamagedData, InputError, Unreachable
 from overnight.sources import fetch, find
 
 FILES = 2

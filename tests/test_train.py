@@ -14,7 +14,7 @@ from runs import ROOT, checkpoint_of, final_sums, losses, records, slow, start, 
 
 from overnight import startup
 from overnight import train as train_module
-from overnight.recipe import InputError
+from overnight.errors import InputError
 
 
 def test_a_run_shows_its_facts_learns_and_ends_with_a_finished_model(workplace, undisturbed):

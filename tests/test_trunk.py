@@ -9,10 +9,10 @@ from runs import final_sums, losses_by_decay, model_sums, records, start, tiny
 
 from overnight import ending
 from overnight import train as train_module
-from overnight.cli import EXIT_INTERRUPTED
+from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.layout import saved_iterations
 from overnight.optim import lr_at
-from overnight.recipe import InputError, Schedule
+from overnight.recipe import Schedule
 from overnight.schedule import branch_points, goals, towards
 
 LADDER = ("--schedule.milestones", "[20, 30]")

@@ -15,8 +15,8 @@ from typing import Any
 from figures import Row, Where, rows_of  # the script beside this one
 
 from overnight.cli import exit_code
+from overnight.errors import InputError
 from overnight.gpus import match_gpu
-from overnight.recipe import InputError
 from overnight.recipe_file import load
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

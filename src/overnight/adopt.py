@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from overnight import files
+from overnight.errors import DamagedData, InputError
 from overnight.manifest import (
     Counts,
     FileRecord,
@@ -24,7 +25,7 @@ from overnight.manifest import (
     little_endian,
     name_prepared,
 )
-from overnight.recipe import DamagedData, Data, InputError
+from overnight.recipe import Data
 from overnight.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.tokenizer import fingerprint, load_tokenizer
 

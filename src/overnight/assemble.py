@@ -10,6 +10,7 @@ import numpy as np
 
 from overnight.allot import Allotment, allot
 from overnight.corpus import NOT_TEXT, TOO_LONG
+from overnight.errors import InputError
 from overnight.manifest import (
     SOURCE_KEYS,
     SPLIT_KEYS,
@@ -22,7 +23,7 @@ from overnight.manifest import (
     name_prepared,
     ordered_path,
 )
-from overnight.recipe import Data, InputError
+from overnight.recipe import Data
 from overnight.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.staging import DUPLICATE, EMPTY, Job, Stage, read_stage
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from overnight.recipe import InputError, Recipe
+from overnight.errors import InputError
+from overnight.recipe import Recipe
 
 KERNEL = r"aten::_scaled_dot_product_(?!.*backward).*"
 FUSED = r"_scaled_dot_product_(flash|cudnn)_attention(_for_cpu)?"

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overnight.recipe import Batch, InputError
+from overnight.errors import InputError
+from overnight.recipe import Batch
 from overnight.shards import Split
 
 

@@ -9,11 +9,19 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from overnight.recipe import DamagedData, InputError, Recipe, Unreachable, first_line, leaves
+from overnight.errors import (
+    EXIT_DAMAGED,
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    DamagedData,
+    InputError,
+    Unreachable,
+    first_line,
+)
+from overnight.recipe import Recipe, leaves
 from overnight.recipe_file import load
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the source of an editable install
-EXIT_INPUT, EXIT_DAMAGED, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 4, 75
 
 
 def recipe_command(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from overnight.recipe import DamagedData, InputError
+from overnight.errors import DamagedData, InputError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_FILE_DOCUMENT = 4000

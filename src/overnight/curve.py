@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from overnight.budget import gpt2_loss
+from overnight.errors import InputError
 from overnight.extras import require
 from overnight.law import DATASETS
 from overnight.layout import ends_in, read_run
 from overnight.metrics import Record
-from overnight.recipe import InputError
 
 HIGHEST = 1.2  # nats above the median validation loss that are shown
 

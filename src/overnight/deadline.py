@@ -17,9 +17,10 @@ import psutil
 from accelerate.utils import broadcast_object_list
 
 from overnight.console import duration
+from overnight.errors import InputError
 from overnight.files import write_whole
 from overnight.layout import saved_iterations
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import Recipe
 from overnight.rundir import RunDirectory
 from overnight.schedule import branch_point, ending_now, towards
 

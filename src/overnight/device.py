@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from overnight.errors import InputError
 from overnight.gpus import match_gpu
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import Recipe
 
 GIB = 2**30
 MEMORY_SHARE = 0.9  # of a card's free memory; the rest is for NCCL, cuBLAS and the desktop's windows

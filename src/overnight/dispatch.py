@@ -15,10 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from overnight.beside import beside
 from overnight.checkpoint import damage
 from overnight.console import Console
+from overnight.errors import DamagedData, InputError, Unreachable, first_line
 from overnight.layout import ends_in, folder_name, saved_iterations
 from overnight.metrics import Metrics
 from overnight.parcels import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
-from overnight.recipe import DamagedData, InputError, Unreachable, first_line
 from overnight.rundir import RunDirectory
 
 FROM_HUB = "hub:"

@@ -14,8 +14,9 @@ from typing import Literal
 
 from rich.console import Console
 
+from overnight.errors import InputError
 from overnight.machine import Driver, Gpu, Machine, Place, survey
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import Recipe
 from overnight.recipe_file import load
 
 GIB = 2**30

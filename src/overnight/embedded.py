@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from overnight.corpus import text_hash
-from overnight.recipe import InputError
+from overnight.errors import InputError
 
 READER_VERSION = 1
 """Part of the cache key: raise it whenever the embedded corpus would come out differently."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from overnight.recipe import InputError
+from overnight.errors import InputError
 
 try:
     from fastokens import Tokenizer as FastTokenizer

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from overnight.cli import EXIT_DIVERGED, EXIT_INTERRUPTED
+from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
 from overnight.export import export
 from overnight.faults import end, told, with_room
 from overnight.files import no_room

@@ -18,7 +18,7 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from overnight.recipe import InputError
+from overnight.errors import InputError
 from overnight.signals import die_with_parent
 
 

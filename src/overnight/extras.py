@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from overnight.recipe import InputError
+from overnight.errors import InputError
 
 EXTRAS = {
     "prepare": ("datatrove", "pyarrow"),  # fastokens and fsspec's http client are done without where they are not used

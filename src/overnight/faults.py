@@ -11,9 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from overnight.cli import EXIT_INTERRUPTED
 from overnight.device import Device
-from overnight.recipe import first_line
+from overnight.errors import EXIT_INTERRUPTED, first_line
 
 T = TypeVar("T")
 

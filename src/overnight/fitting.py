@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from overnight.errors import InputError
 from overnight.gpus import Gpu
 from overnight.plan import derive, memory_gib, next_divisor
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import Recipe
 
 
 @dataclass(frozen=True)

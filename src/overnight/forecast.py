@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from overnight import law
+from overnight.errors import InputError
 from overnight.optim import lr_at
-from overnight.recipe import InputError, Recipe, Schedule
+from overnight.recipe import Recipe, Schedule
 from overnight.schedule import branch_point, decay_iters
 
 FEWEST = 5  # validations from which a curve can be told

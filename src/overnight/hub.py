@@ -29,12 +29,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from pydantic import ValidationError
 
-from overnight.cli import EXIT_INTERRUPTED
+from overnight.errors import EXIT_INTERRUPTED, InputError, first_line
 from overnight.extras import require
 from overnight.files import sha256
 from overnight.layout import recipe_of
 from overnight.parcels import CHECKPOINTS, STATE, Parcel, exact_state, finished_models, newest_weights
-from overnight.recipe import Hub, InputError, Recipe, first_line
+from overnight.recipe import Hub, Recipe
 from overnight.report import reported
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries; doubled each time, half of it by chance

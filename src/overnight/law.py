@@ -17,7 +17,8 @@ from importlib import resources
 from statistics import NormalDist
 from typing import Any
 
-from overnight.recipe import InputError, Model, Recipe
+from overnight.errors import InputError
+from overnight.recipe import Model, Recipe
 
 REUSE = 15.387756  # R of Muennighoff et al.: passes after which a repeated token has lost most of its worth
 INTERVAL = 0.9

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from overnight.errors import InputError
 from overnight.metrics import Metrics, Record
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import Recipe
 
 _NAME = re.compile(r"iter-(\d{6,})")
 

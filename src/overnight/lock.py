@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
-from overnight.recipe import InputError
+from overnight.errors import InputError
 
 LOCK = ".lock"
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from overnight.errors import DamagedData, InputError
 from overnight.files import sync
-from overnight.recipe import DamagedData, Data, InputError
+from overnight.recipe import Data
 
 MANIFEST = "manifest.json"
 DType = Literal["uint16", "uint32"]

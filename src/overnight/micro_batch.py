@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils import broadcast_object_list
 
-from overnight.cli import EXIT_INTERRUPTED
 from overnight.console import count, duration
+from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.faults import until_memory_runs_out
 from overnight.plan import memory_gib, next_divisor
-from overnight.recipe import InputError
 
 if TYPE_CHECKING:
     from overnight.startup import Run

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 from overnight import doctor
-from overnight.cli import EXIT_INTERRUPTED, default_recipe, recipe_command
+from overnight.cli import default_recipe, recipe_command
+from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.layout import folder_name, iteration_of
 from overnight.manifest import MANIFEST, is_prepared
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import Recipe
 from overnight.rundir import RunDirectory
 from overnight.signals import handled
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overnight.recipe import InputError, Model, Recipe, Schedule
+from overnight.errors import InputError
+from overnight.recipe import Model, Recipe, Schedule
 from overnight.schedule import decay_iters, goals, towards
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64

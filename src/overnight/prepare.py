@@ -27,11 +27,12 @@ from transformers import PreTrainedTokenizerFast
 from overnight import executors, sources
 from overnight.assemble import finish
 from overnight.corpus import is_reserved, rows, text_hash
+from overnight.errors import InputError
 from overnight.files import room_in
 from overnight.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
 from overnight.prepare_cost import require_room
 from overnight.prepare_progress import watched
-from overnight.recipe import Data, InputError
+from overnight.recipe import Data
 from overnight.shards import verify
 from overnight.sources import SourceFile
 from overnight.staging import Job, pipeline, raise_left

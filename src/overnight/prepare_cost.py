@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from overnight.encoder import FastTokenizer
+from overnight.errors import InputError
 from overnight.manifest import dtype_for
-from overnight.recipe import Data, InputError
+from overnight.recipe import Data
 from overnight.sources import SourceFile
 
 CHARACTERS_PER_TOKEN = 4.61

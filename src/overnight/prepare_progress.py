@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn
 
 from overnight.console import count, duration
-from overnight.recipe import Unreachable
+from overnight.errors import Unreachable
 from overnight.staging import Job, read_stage
 
 SECONDS_BETWEEN_LINES = 10

@@ -9,31 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
-
-class InputError(Exception):
-    """What a user gave cannot be used; carries every problem found. Scripts print it and end with exit code 2."""
-
-    def __init__(self, problems: list[str] | str):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__(self.problems)  # what pickle makes it from again
-
-    def __str__(self) -> str:
-        return "\n".join(self.problems)
-
-
-class Unreachable(InputError):
-    """A server that stays away; what was done is kept. Scripts print it and end with exit code 75."""
-
-
-class DamagedData(InputError):
-    """A file differs from what its manifest or checksum says. Scripts print it and end with exit code 3."""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what another library's error says, or its name where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from overnight.recipe import InputError, Recipe, leaves
+from overnight.errors import InputError
+from overnight.recipe import Recipe, leaves
 from overnight.schedule import decay_iters, fits
 
 # What other tools call the same thing. The answer to an unknown key is the key, or the habit, that takes its place.

@@ -19,11 +19,12 @@ from overnight import law
 from overnight.budget import gpt2_loss
 from overnight.console import count, duration, plain
 from overnight.curve import draw
+from overnight.errors import InputError
 from overnight.files import write_whole
 from overnight.gpus import facts as facts_of
 from overnight.layout import ends_in, folder_name, read_run
 from overnight.metrics import Record
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import Recipe
 from overnight.schedule import branch_point, towards
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"

@@ -16,11 +16,12 @@ import torch
 import yaml
 
 from overnight.checkpoint import clear_leftovers
+from overnight.errors import InputError
 from overnight.files import write_whole
 from overnight.layout import ends_in, folder_name, saved_iterations
 from overnight.lock import hold
 from overnight.metrics import Metrics
-from overnight.recipe import InputError, Recipe, lasting, meaning
+from overnight.recipe import Recipe, lasting, meaning
 from overnight.schedule import branch_point, branch_points, goals, towards
 
 RUNS = Path("runs")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from overnight.console import plain
-from overnight.recipe import InputError
+from overnight.errors import InputError
 
 
 class Writer:

@@ -17,8 +17,8 @@ import numpy as np
 
 from overnight import files
 from overnight.encoder import json_fingerprint
+from overnight.errors import DamagedData
 from overnight.manifest import DType, FileRecord, Manifest, dtype_for, little_endian, read_manifest
-from overnight.recipe import DamagedData
 
 TOKENS_PER_FILE = 100_000_000
 TOKENS_AT_ONCE = 16_000_000

@@ -23,7 +23,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from overnight import files
 from overnight.corpus import SUFFIXES
 from overnight.embedded import embedded_documents, embedded_version
-from overnight.recipe import DamagedData, Data, InputError, Unreachable
+from overnight.errors import DamagedData, InputError, Unreachable
+from overnight.recipe import Data
 
 EMBEDDED = "embedded.jsonl"
 EMBEDDED_BYTES = 11_000_000

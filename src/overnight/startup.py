@@ -23,6 +23,7 @@ from overnight.batches import TrainingBatches
 from overnight.console import Console, estimated_end
 from overnight.deadline import Night
 from overnight.device import Device, allow_tf32, resolve_precision
+from overnight.errors import InputError
 from overnight.extras import require
 from overnight.files import room_in
 from overnight.inform import informs
@@ -30,7 +31,7 @@ from overnight.manifest import Manifest, is_prepared, require_same_request
 from overnight.model import LanguageModel
 from overnight.plan import Derived, derive, derived_rows, iterations_in_all
 from overnight.prepare_cost import expected_cost
-from overnight.recipe import InputError, Recipe, Schedule
+from overnight.recipe import Recipe, Schedule
 from overnight.rundir import RunDirectory
 from overnight.shards import Shards, open_shards
 from overnight.tokenizer import load_tokenizer

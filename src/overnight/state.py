@@ -10,10 +10,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from overnight import checkpoint
+from overnight.errors import InputError
 from overnight.faults import with_room
 from overnight.inform import informs
 from overnight.progress import log_saved
-from overnight.recipe import InputError, meaning
+from overnight.recipe import meaning
 from overnight.rundir import differences, told
 from overnight.schedule import branch_point, branch_points
 from overnight.startup import Run, identity

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from overnight.encoder import json_fingerprint
-from overnight.recipe import InputError, first_line
+from overnight.errors import InputError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -10,9 +10,10 @@ from accelerate.utils import parse_flag_from_env
 
 from overnight.console import Console
 from overnight.doctor import check_gpu, check_torch, is_wsl
+from overnight.errors import InputError
 from overnight.machine import Gpu, driver, gpus_hidden
 from overnight.plan import derive
-from overnight.recipe import InputError, Recipe
+from overnight.recipe import Recipe
 
 CPU_FLOPS = 1e11  # a second, about: two cores reach 7e10, sixteen three times that
 ALL_THE_SAME = "`CUDA_VISIBLE_DEVICES=` before the command trains on the CPU all the same"

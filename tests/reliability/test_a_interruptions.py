@@ -17,8 +17,8 @@ from runs import ROOT, TRAIN, environment, final_sums, losses, records, slow, st
 
 from overnight import train as train_module
 from overnight.checkpoint import damage
+from overnight.errors import InputError
 from overnight.metrics import Metrics
-from overnight.recipe import InputError
 
 FAULTY = str(ROOT / "tests" / "reliability" / "faulty.py")
 KILL_LOOP = str(ROOT / "tests" / "reliability" / "kill_loop.py")

@@ -8,10 +8,9 @@ from runs import ROOT, losses, records, tiny
 
 from overnight import state, warm_up
 from overnight import train as train_module
-from overnight.cli import EXIT_DIVERGED
 from overnight.device import resolve_precision
+from overnight.errors import EXIT_DIVERGED, InputError
 from overnight.model import LanguageModel
-from overnight.recipe import InputError
 from overnight.recipe_file import load
 from overnight.watch import FEWEST, WINDOW, History, spike
 

@@ -17,9 +17,10 @@ from runs import checkpoint_of, final_sums, losses, records, start, tiny, train,
 
 from overnight import checkpoint, layout, optim
 from overnight import train as train_module
+from overnight.errors import InputError
 from overnight.lock import hold
 from overnight.model import LanguageModel
-from overnight.recipe import InputError, Model, Optim
+from overnight.recipe import Model, Optim
 
 
 @pytest.fixture

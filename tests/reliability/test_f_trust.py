@@ -11,7 +11,7 @@ from runs import ROOT, final_sums, tiny
 
 from overnight import train as train_module
 from overnight.console import plain
-from overnight.recipe import InputError
+from overnight.errors import InputError
 from overnight.recipe_file import load
 from overnight.sampling import Writer
 

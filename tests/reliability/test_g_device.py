@@ -11,7 +11,8 @@ from test_a_interruptions import goes_on_to_the_same_bits
 
 from overnight import checkpoint, ending, optim, sampling
 from overnight import train as train_module
-from overnight.cli import EXIT_DIVERGED, EXIT_INTERRUPTED, recipe_command
+from overnight.cli import recipe_command
+from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
 from overnight.model import LanguageModel
 
 TOLERANCE = 1e-5  # of a loss in nats

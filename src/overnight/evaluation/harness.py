@@ -14,11 +14,11 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
+from overnight.errors import InputError
 from overnight.evaluation.journal import Journal, key_of
 from overnight.evaluation.models import Contestant
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Answer, Request, batches_of
-from overnight.recipe import InputError
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 LM_EVAL_BATCH = 8  # rows, where a model reads no trees and lm-eval's own code serves

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from overnight.batches import to_device, validation_batches
 from overnight.corpus import SUFFIXES, rows
+from overnight.errors import InputError, first_line
 from overnight.evaluation.models import Contestant
 from overnight.evaluation.progress import Meter
-from overnight.recipe import InputError, first_line
 from overnight.shards import Split
 
 

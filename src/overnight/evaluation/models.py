@@ -25,9 +25,10 @@ from transformers import (
 
 from overnight.baselines import seen_tokens, unigram
 from overnight.batches import TrainingBatches
+from overnight.errors import InputError, first_line
 from overnight.evaluation.scoring import Scorer
 from overnight.model import LanguageModel, published
-from overnight.recipe import InputError, Recipe, first_line
+from overnight.recipe import Recipe
 from overnight.shards import Shards
 from overnight.tokenizer import fingerprint as tokenizer_fingerprint
 

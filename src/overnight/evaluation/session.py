@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from overnight.console import Console, count, duration
+from overnight.errors import InputError
 from overnight.evaluation import models, outcome
 from overnight.evaluation.compare import SEED, Paired, bootstrap_interval, metric_of, verdicts
 from overnight.evaluation.harness import SharedContextLM, answer_items
@@ -28,7 +29,7 @@ from overnight.evaluation.outcome import Comparison, Outcome, Scores
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
-from overnight.recipe import QUICK, Evaluation, InputError
+from overnight.recipe import QUICK, Evaluation
 from overnight.shards import Shards, open_shards
 from overnight.startup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
 from overnight.tokenizer import load_tokenizer

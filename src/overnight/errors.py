@@ -1,0 +1,29 @@
+"""What a script ends with when it cannot go on: errors that are told in a line each, and the exit codes they become."""
+
+from __future__ import annotations
+
+EXIT_INPUT, EXIT_DAMAGED, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 4, 75
+
+
+class InputError(Exception):
+    """What a user gave cannot be used; carries every problem found. Scripts print it and end with exit code 2."""
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__(self.problems)  # what pickle makes it from again
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class Unreachable(InputError):
+    """A server that stays away; what was done is kept. Scripts print it and end with exit code 75."""
+
+
+class DamagedData(InputError):
+    """A file differs from what its manifest or checksum says. Scripts print it and end with exit code 3."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library's error says, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
