@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from overnight import checkpoint, optim
 from overnight.machine import filesystem_of
 from overnight.model import LanguageModel
-from overnight.recipe import Model, Optim
+from overnight.recipe.schema import Model, Optim
 
 SIDES = ("ours", "save_state")
 KEYS = ("stall", "beside", "total")

@@ -28,8 +28,8 @@ from pathlib import Path
 from overnight.forecast import Point, forecast, worth
 from overnight.law import level_and_slope
 from overnight.outlook import forecast_of_run
-from overnight.recipe import Recipe
-from overnight.recipe_file import load
+from overnight.recipe.load import load
+from overnight.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIQUE = 100_000_000_000  # tokens of the set behind the public curve: more than one epoch is never begun

@@ -73,7 +73,7 @@ def source_files() -> list[Path]:
 
 def ours(text: Path, tokenizer: Path, out: Path, workers: int) -> None:
     from overnight.prepare import Workers, prepare
-    from overnight.recipe import Data
+    from overnight.recipe.schema import Data
 
     data = Data(
         source="files",

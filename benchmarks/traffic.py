@@ -26,7 +26,7 @@ from traffic_count import counted  # the file beside this one
 from overnight import optim
 from overnight.model import LanguageModel
 from overnight.plan import padded_vocabulary
-from overnight.recipe import Model, Optim
+from overnight.recipe.schema import Model, Optim
 
 FACTS = Path(__file__).resolve().parents[1] / "src" / "overnight" / "facts" / "traffic.csv"
 SHAPES = {"40m": (12, 6, 384), "124m": (12, 12, 768)}  # layers, heads, width

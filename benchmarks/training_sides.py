@@ -68,7 +68,7 @@ class Meter:
 
 def model_shape(args: argparse.Namespace):
     """Our model's shape, with heads of 64."""
-    from overnight.recipe import Model
+    from overnight.recipe.schema import Model
 
     return Model(n_layer=args.layers, n_head=args.width // 64, n_embd=args.width, vocab_size=VOCABULARY)
 
@@ -81,7 +81,7 @@ class OurStep:
 
         from overnight import optim
         from overnight.model import LanguageModel
-        from overnight.recipe import Optim
+        from overnight.recipe.schema import Optim
 
         cuda = args.device == "cuda"
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")

@@ -14,7 +14,7 @@ from pathlib import Path
 from overnight.cli import exit_code, without_device
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.extras import require
-from overnight.recipe import QUICK, Evaluation
+from overnight.recipe.schema import QUICK, Evaluation
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from overnight.cli import recipe_command
 from overnight.errors import InputError
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

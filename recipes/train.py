@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from overnight.cli import default_recipe, recipe_command
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.signals import end_with_launcher
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from overnight.errors import InputError
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPOLOGIES = ROOT / "recipes" / "accelerate_configs" / "README.md"

@@ -17,8 +17,8 @@ from started import Started
 
 from overnight import startup
 from overnight.prepare import prepare
-from overnight.recipe import Recipe
-from overnight.recipe_file import load
+from overnight.recipe.load import load
+from overnight.recipe.schema import Recipe
 from overnight.rundir import RunDirectory
 from overnight.startup import Run
 

@@ -14,7 +14,7 @@ from texts import GPT2_VOCABULARY, SILENT, gpt2, paragraphs
 
 from overnight.adopt import adopt
 from overnight.errors import DamagedData, InputError
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.shards import open_shards, verify
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "recipes" / "prepare.py")

@@ -6,7 +6,7 @@ import torch
 from overnight.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
 from overnight.errors import InputError
 from overnight.model import LanguageModel
-from overnight.recipe import Batch, Model, Recipe
+from overnight.recipe.schema import Batch, Model, Recipe
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)
 CPU, FLASH = torch.device("cpu"), "_scaled_dot_product_flash_attention_for_cpu"

@@ -8,7 +8,7 @@ import torch
 
 from overnight.batches import TrainingBatches, permutation, validation_batches
 from overnight.errors import InputError
-from overnight.recipe import Batch
+from overnight.recipe.schema import Batch
 from overnight.shards import ShardWriter, Split
 
 CPU = torch.device("cpu")

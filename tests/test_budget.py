@@ -13,7 +13,7 @@ from runs import ROOT
 from overnight import law
 from overnight.errors import InputError
 from overnight.plan import iterations_in_all
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 
 NIGHT = ROOT / "recipes" / "fineweb_edu_40m.yaml"
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from overnight import checkpoint, layout, optim
 from overnight.model import LanguageModel
-from overnight.recipe import Model, Optim
+from overnight.recipe.schema import Model, Optim
 
 SHAPE = Model(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=50)
 FILES = ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]

@@ -11,7 +11,7 @@ from command_lines import ROOT, of_documents, of_make, ours, started_by, take, t
 
 from overnight import night
 from overnight.evaluation.milestone import Look
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 
 DAY = ROOT / "benchmarks" / "gpu_day"
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")

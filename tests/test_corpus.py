@@ -12,7 +12,7 @@ import pytest
 from overnight.corpus import LONGEST_ROW, NOT_TEXT, TOO_LONG, Row, is_reserved, normalised, rows, text_hash
 from overnight.embedded import embedded_documents
 from overnight.errors import DamagedData, InputError
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.sources import find
 
 TEXTS = ["The first document.\nIt has two lines.", "Naïve café: 日本語 and\ttabs", "", "third"]

@@ -15,8 +15,7 @@ from overnight import train as train_module
 from overnight.deadline import Kept, Night, fitting, next_time
 from overnight.errors import InputError
 from overnight.layout import saved_iterations
-from overnight.optim import lr_at
-from overnight.schedule import branch_point, towards
+from overnight.recipe.schedule import branch_point, lr_at, towards
 
 LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")
 LONG += ("--logging.every", "5", "--validation.prompts", "[]")
@@ -57,7 +56,7 @@ def night_of(seconds: float, recipe, pace, monkeypatch, *, warmup: int = 5) -> t
     ],
 )
 def test_whatever_the_pace_the_model_is_there_in_time_and_the_night_is_used(root, pace, monkeypatch):
-    from overnight.recipe_file import load
+    from overnight.recipe.load import load
 
     recipe = load(root / "recipes" / "fineweb_edu_40m.yaml")
     chosen, over = night_of(36_000, recipe, pace, monkeypatch)
@@ -66,7 +65,7 @@ def test_whatever_the_pace_the_model_is_there_in_time_and_the_night_is_used(root
 
 
 def test_a_night_too_short_for_anything_ends_with_the_shortest_budget(root, monkeypatch):
-    from overnight.recipe_file import load
+    from overnight.recipe.load import load
 
     recipe = load(root / "recipes" / "fineweb_edu_40m.yaml", ["--schedule.warmup_iters", "50"])
     chosen, _ = night_of(60, recipe, lambda i: 4.4, monkeypatch)

@@ -9,8 +9,8 @@ from command_lines import PAGES, ROOT, blocks, of_documents
 
 from overnight import cli
 from overnight.plan import parameter_count
-from overnight.recipe import leaves
-from overnight.recipe_file import load
+from overnight.recipe.load import load
+from overnight.recipe.schema import leaves
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL_RUNS = 4  # each takes seconds; every further command is checked in this process

@@ -302,7 +302,7 @@ def test_data_that_do_not_belong_to_the_model_are_refused(
     script: ModuleType, workplace: Path, gpt2_folder: Path, tmp_path: Path, monkeypatch, capsys
 ):
     from overnight.prepare import prepare
-    from overnight.recipe import Data
+    from overnight.recipe.schema import Data
 
     text = tmp_path / "other.jsonl"
     text.write_text("".join(json.dumps({"text": each}) + "\n" for each in sentences()), encoding="utf-8")

@@ -11,8 +11,8 @@ from overnight.errors import InputError
 from overnight.forecast import Point, brownian, forecast, twice_brownian, usable
 from overnight.law import annealed_loss, block_parameters, constants, cosine_offset
 from overnight.outlook import Outlook
-from overnight.recipe_file import load
-from overnight.schedule import branch_point, decay_iters, ending_now, goals, towards
+from overnight.recipe.load import load
+from overnight.recipe.schedule import branch_point, decay_iters, ending_now, goals, towards
 
 UNIQUE = 3_680_000_000
 

@@ -18,7 +18,7 @@ from texts import paragraphs, write_parquet
 from overnight.fitting import fitting
 from overnight.gpus import gpu_named
 from overnight.plan import memory_gib
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 from overnight.roofline import speed_of
 
 FOLDER = ROOT / "benchmarks" / "gpu_day"

@@ -19,7 +19,7 @@ from overnight.micro_batch import Trial, choose, search
 from overnight.model import LanguageModel
 from overnight.plan import derive, memory_gib, next_divisor
 from overnight.progress import COLD_ITERATIONS, WINDOW, Pace
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 
 TOLERANCE = 1e-5  # of a loss in nats
 

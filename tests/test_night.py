@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from overnight import night
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 from overnight.signals import handled
 
 # Counts the signals that arrive within a second of the first one, and ends as the trainer does.

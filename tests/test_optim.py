@@ -5,14 +5,15 @@ import torch
 
 from overnight import optim
 from overnight.model import LanguageModel
-from overnight.recipe import Model, Optim, Schedule
+from overnight.recipe.schedule import lr_at
+from overnight.recipe.schema import Model, Optim, Schedule
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_linearly_to_zero():
     schedule = Schedule(kind="wsd", max_iters=100, warmup_iters=10, decay_fraction=0.2)
-    rates = [optim.lr_at(iteration, schedule) for iteration in range(101)]
+    rates = [lr_at(iteration, schedule) for iteration in range(101)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(rates[9:81]) == {1.0}
     assert rates[80:] == pytest.approx([1 - i / 20 for i in range(21)])
@@ -21,9 +22,9 @@ def test_the_learning_rate_warms_up_stays_and_falls_linearly_to_zero():
 
 def test_cosine_ends_at_its_floor():
     schedule = Schedule(kind="cosine", max_iters=100, warmup_iters=0, final_lr_fraction=0.1)
-    assert optim.lr_at(0, schedule) == 1.0
-    assert optim.lr_at(50, schedule) == pytest.approx(0.55)
-    assert optim.lr_at(100, schedule) == pytest.approx(0.1)
+    assert lr_at(0, schedule) == 1.0
+    assert lr_at(50, schedule) == pytest.approx(0.55)
+    assert lr_at(100, schedule) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

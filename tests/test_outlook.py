@@ -14,8 +14,8 @@ from overnight import train as train_module
 from overnight.errors import InputError
 from overnight.outlook import to_come
 from overnight.prepare import prepare
-from overnight.recipe_file import load
-from overnight.schedule import towards
+from overnight.recipe.load import load
+from overnight.recipe.schedule import towards
 
 LADDER = ("--schedule.max_iters", "80", "--schedule.milestones", "[50, 60]", "--validation.every", "5")
 STOPS = (*LADDER, "--stop.when_flat", "true", "--stop.min_gain_nats")

@@ -17,7 +17,7 @@ from overnight.encoder import Encoder
 from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
 from overnight.prepare_cost import expected_cost
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.shards import open_shards
 from overnight.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 
@@ -118,7 +118,7 @@ import os, signal, sys
 from pathlib import Path
 from overnight import shards
 from overnight.prepare import prepare
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -16,7 +16,7 @@ from texts import GPT2_VOCABULARY, SILENT, digests, documents_of, paragraphs, sa
 from overnight import encoder
 from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.shards import open_shards
 
 TRAINER_REFUSES = [
@@ -186,7 +186,7 @@ def test_d9_a_run_does_not_go_on_with_reordered_shards(workplace, undisturbed):
 FULL = """
 import resource, sys
 from overnight.prepare import prepare
-from overnight.recipe import Data, InputError
+from overnight.recipe.schema import Data, InputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
     prepare(Data.model_validate_json(sys.argv[1]), 500, report=lambda line: None)

@@ -16,7 +16,7 @@ from texts import GPT2_VOCABULARY, SILENT, digests, paragraphs, sample_data, wri
 
 from overnight.manifest import read_manifest
 from overnight.prepare import prepare
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "recipes" / "prepare.py")

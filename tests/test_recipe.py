@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from overnight.errors import InputError
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 
 ROOT = Path(__file__).parents[1]
 

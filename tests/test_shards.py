@@ -8,7 +8,7 @@ import pytest
 
 from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.shards import ShardWriter, SplitWriter, open_shards, verify
 
 

@@ -119,7 +119,7 @@ def test_a_server_that_is_not_there_is_unreachable_and_a_file_that_is_not_there_
 HUB = """
 import sys
 from overnight import sources
-from overnight.recipe import Data, InputError
+from overnight.recipe.schema import Data, InputError
 sources.BLOCK = 10_000
 data = Data(source="datasets", path="someone/text", files="sample/*.parquet", revision=sys.argv[1] or None)
 try:

@@ -11,9 +11,8 @@ from overnight import ending
 from overnight import train as train_module
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.layout import saved_iterations
-from overnight.optim import lr_at
-from overnight.recipe import Schedule
-from overnight.schedule import branch_points, goals, towards
+from overnight.recipe.schedule import branch_points, goals, lr_at, towards
+from overnight.recipe.schema import Schedule
 
 LADDER = ("--schedule.milestones", "[20, 30]")
 

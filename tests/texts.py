@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from transformers import GPT2Tokenizer
 
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.tokenizer import load_tokenizer
 
 SILENT = {"report": lambda line: None}

@@ -21,7 +21,7 @@ import torch
 
 from overnight import train as trainer
 from overnight.cli import recipe_command
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.startup import Run
 
 HOLD = Path(__file__).with_name("hold.py")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from overnight.fitting import fitting
 from overnight.gpus import Gpu, gpu_named
 from overnight.plan import memory_gib
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.roofline import speed_of, validation_share
 
 TWELVE_GB = "rtx-4070"  # the card that step 3 emulates

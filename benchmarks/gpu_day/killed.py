@@ -19,7 +19,7 @@ from pathlib import Path
 from overnight.cli import recipe_command
 from overnight.layout import folder_name
 from overnight.metrics import Metrics
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 
 TRAIN = Path(__file__).resolve().parents[2] / "recipes" / "train.py"
 

@@ -23,7 +23,7 @@ from overnight import optim
 from overnight.files import write_whole
 from overnight.model import LanguageModel
 from overnight.plan import flops_per_token
-from overnight.recipe import Model, Optim
+from overnight.recipe.schema import Model, Optim
 
 REPEATS, WARM = {"cuda": 20, "cpu": 1}, {"cuda": 3, "cpu": 1}
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)

@@ -21,7 +21,7 @@ from overnight.cli import recipe_command
 from overnight.device import GIB
 from overnight.files import write_whole
 from overnight.probe import probe_run
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.startup import Run, launch
 from overnight.train import train_step
 

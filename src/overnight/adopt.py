@@ -25,7 +25,7 @@ from overnight.manifest import (
     little_endian,
     name_prepared,
 )
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.tokenizer import fingerprint, load_tokenizer
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from overnight.corpus import first_training_key
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 
 DOCUMENT = np.dtype([("high", ">u8"), ("low", ">u8"), ("tokens", "<u4")])
 """A document's key, in two halves that sort as its bytes do, and its tokens, the end of text included."""

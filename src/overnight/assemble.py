@@ -23,7 +23,7 @@ from overnight.manifest import (
     name_prepared,
     ordered_path,
 )
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.staging import DUPLICATE, EMPTY, Job, Stage, read_stage
 

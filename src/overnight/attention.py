@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from overnight.errors import InputError
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 
 KERNEL = r"aten::_scaled_dot_product_(?!.*backward).*"
 FUSED = r"_scaled_dot_product_(flash|cudnn)_attention(_for_cpu)?"

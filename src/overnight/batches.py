@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from overnight.errors import InputError
-from overnight.recipe import Batch
+from overnight.recipe.schema import Batch
 from overnight.shards import Split
 
 

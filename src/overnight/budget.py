@@ -12,7 +12,7 @@ from overnight.fitting import Memory, by_formula
 from overnight.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.machine import data_bytes, run_bytes
 from overnight.plan import derive
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.roofline import validation_share
 
 MILESTONES = (6_000, 10_000, 15_000, 20_000)

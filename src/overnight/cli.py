@@ -18,8 +18,8 @@ from overnight.errors import (
     Unreachable,
     first_line,
 )
-from overnight.recipe import Recipe, leaves
-from overnight.recipe_file import load
+from overnight.recipe.load import load
+from overnight.recipe.schema import Recipe, leaves
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the source of an editable install
 

@@ -20,9 +20,9 @@ from overnight.console import duration
 from overnight.errors import InputError
 from overnight.files import write_whole
 from overnight.layout import saved_iterations
-from overnight.recipe import Recipe
+from overnight.recipe.schedule import branch_point, ending_now, towards
+from overnight.recipe.schema import Recipe
 from overnight.rundir import RunDirectory
-from overnight.schedule import branch_point, ending_now, towards
 
 if TYPE_CHECKING:
     from overnight.progress import Pace

@@ -11,7 +11,7 @@ import torch
 
 from overnight.errors import InputError
 from overnight.gpus import match_gpu
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 
 GIB = 2**30
 MEMORY_SHARE = 0.9  # of a card's free memory; the rest is for NCCL, cuBLAS and the desktop's windows

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from overnight.errors import InputError
 from overnight.machine import Driver, Gpu, Machine, Place, survey
-from overnight.recipe import Recipe
-from overnight.recipe_file import load
+from overnight.recipe.load import load
+from overnight.recipe.schema import Recipe
 
 GIB = 2**30
 OLDEST_PYTHON = (3, 11)

@@ -21,7 +21,7 @@ from overnight.inform import tell
 from overnight.layout import folder_name
 from overnight.model import published
 from overnight.progress import Pace, log_look, log_lost, log_results, log_saved, mean_watts
-from overnight.schedule import branch_point
+from overnight.recipe.schedule import branch_point
 from overnight.signals import ENDING, ORPHANED, handled
 from overnight.startup import Run
 from overnight.state import energy_used, finish_saving

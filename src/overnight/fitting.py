@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from overnight.errors import InputError
 from overnight.gpus import Gpu
 from overnight.plan import derive, memory_gib, next_divisor
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,8 @@ import numpy as np
 
 from overnight import law
 from overnight.errors import InputError
-from overnight.optim import lr_at
-from overnight.recipe import Recipe, Schedule
-from overnight.schedule import branch_point, decay_iters
+from overnight.recipe.schedule import branch_point, decay_iters, lr_at
+from overnight.recipe.schema import Recipe, Schedule
 
 FEWEST = 5  # validations from which a curve can be told
 MOST = 48  # validations that are looked at, the newest

@@ -34,7 +34,7 @@ from overnight.extras import require
 from overnight.files import sha256
 from overnight.layout import recipe_of
 from overnight.parcels import CHECKPOINTS, STATE, Parcel, exact_state, finished_models, newest_weights
-from overnight.recipe import Hub, Recipe
+from overnight.recipe.schema import Hub, Recipe
 from overnight.report import reported
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries; doubled each time, half of it by chance

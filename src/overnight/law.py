@@ -18,7 +18,7 @@ from statistics import NormalDist
 from typing import Any
 
 from overnight.errors import InputError
-from overnight.recipe import Model, Recipe
+from overnight.recipe.schema import Model, Recipe
 
 REUSE = 15.387756  # R of Muennighoff et al.: passes after which a repeated token has lost most of its worth
 INTERVAL = 0.9

@@ -9,7 +9,7 @@ import yaml
 
 from overnight.errors import InputError
 from overnight.metrics import Metrics, Record
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 
 _NAME = re.compile(r"iter-(\d{6,})")
 

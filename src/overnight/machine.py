@@ -15,8 +15,8 @@ from typing import Any
 
 from overnight.nvml import nvml
 from overnight.plan import parameter_count
-from overnight.recipe import Recipe
-from overnight.schedule import branch_points, goals
+from overnight.recipe.schedule import branch_points, goals
+from overnight.recipe.schema import Recipe
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"  # beside the source of an editable install
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from overnight.errors import DamagedData, InputError
 from overnight.files import sync
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 
 MANIFEST = "manifest.json"
 DType = Literal["uint16", "uint32"]

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from overnight.attention import causal_only
 from overnight.loss import summed_loss
 from overnight.plan import padded_vocabulary
-from overnight.recipe import Model
+from overnight.recipe.schema import Model
 
 
 def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Config:

@@ -19,7 +19,7 @@ from overnight.cli import default_recipe, recipe_command
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.layout import folder_name, iteration_of
 from overnight.manifest import MANIFEST, is_prepared
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.rundir import RunDirectory
 from overnight.signals import handled
 

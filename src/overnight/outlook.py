@@ -16,8 +16,8 @@ from overnight.law import INTERVAL, Expected
 from overnight.layout import read_run
 from overnight.metrics import Record
 from overnight.progress import Pace, watts
-from overnight.recipe import Recipe, Schedule
-from overnight.schedule import branch_point, ending_now, fits, goals, towards
+from overnight.recipe.schedule import branch_point, ending_now, fits, goals, towards
+from overnight.recipe.schema import Recipe, Schedule
 
 if TYPE_CHECKING:
     from overnight.startup import Run

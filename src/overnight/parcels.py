@@ -15,7 +15,7 @@ from pathlib import Path
 from overnight.files import write_whole
 from overnight.layout import folder_name, iteration_of, saved_iterations
 from overnight.metrics import Metrics
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.report import CARD, CURVE, METRICS, RECIPE, finished, report, unfinished_card
 
 MODEL_FILES = re.compile(

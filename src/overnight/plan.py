@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from overnight.errors import InputError
-from overnight.recipe import Model, Recipe, Schedule
-from overnight.schedule import decay_iters, goals, towards
+from overnight.recipe.schedule import decay_iters, goals, towards
+from overnight.recipe.schema import Model, Recipe, Schedule
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
 LOSS_CHUNK = {"cpu": 384, "cuda": 8192, "cuda, eager": 2048}  # rows of logits that exist at once; see `loss_chunk`

@@ -16,7 +16,7 @@ from overnight.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
 from overnight.law import inside, offset_of
 from overnight.manifest import is_prepared, read_manifest
 from overnight.plan import derive, derived_rows
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.roofline import speed_of
 
 

@@ -32,7 +32,7 @@ from overnight.files import room_in
 from overnight.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
 from overnight.prepare_cost import require_room
 from overnight.prepare_progress import watched
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.shards import verify
 from overnight.sources import SourceFile
 from overnight.staging import Job, pipeline, raise_left

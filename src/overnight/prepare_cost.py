@@ -11,7 +11,7 @@ import numpy as np
 from overnight.encoder import FastTokenizer
 from overnight.errors import InputError
 from overnight.manifest import dtype_for
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.sources import SourceFile
 
 CHARACTERS_PER_TOKEN = 4.61

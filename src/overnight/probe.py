@@ -16,7 +16,7 @@ from overnight.console import Console, count, duration
 from overnight.manifest import Manifest, dtype_for
 from overnight.plan import derive, memory_gib
 from overnight.progress import Pace
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.rundir import RunDirectory, environment
 from overnight.shards import Shards, Split, SplitWriter
 from overnight.startup import Run, assemble, device_facts, launch

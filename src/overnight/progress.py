@@ -13,7 +13,7 @@ from overnight.console import Console, count, duration, step_line
 from overnight.evaluation.milestone import Look
 from overnight.inform import informs
 from overnight.model import published
-from overnight.optim import lr_at
+from overnight.recipe.schedule import lr_at
 from overnight.rundir import RunDirectory
 from overnight.sampling import Writer
 from overnight.startup import Run

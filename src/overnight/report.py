@@ -24,8 +24,8 @@ from overnight.files import write_whole
 from overnight.gpus import facts as facts_of
 from overnight.layout import ends_in, folder_name, read_run
 from overnight.metrics import Record
-from overnight.recipe import Recipe
-from overnight.schedule import branch_point, towards
+from overnight.recipe.schedule import branch_point, towards
+from overnight.recipe.schema import Recipe
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb", "None")  # None: the embedded corpus

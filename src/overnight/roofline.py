@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from overnight.gpus import Gpu, Speed, facts, known_gpus
 from overnight.plan import padded_vocabulary, parameter_count
-from overnight.recipe import Model, Recipe
+from overnight.recipe.schema import Model, Recipe
 
 # Of the matrix units' peak. The best shapes reach 80 % on an H100, 81 % on an A100 PCIe and 87 % on an A100 SXM, by
 # stas00/ml-engineering, compute/accelerator, "Maximum Achievable Matmul FLOPS".

@@ -21,8 +21,9 @@ from overnight.files import write_whole
 from overnight.layout import ends_in, folder_name, saved_iterations
 from overnight.lock import hold
 from overnight.metrics import Metrics
-from overnight.recipe import Recipe, lasting, meaning
-from overnight.schedule import branch_point, branch_points, goals, towards
+from overnight.recipe.identity import lasting, meaning
+from overnight.recipe.schedule import branch_point, branch_points, goals, towards
+from overnight.recipe.schema import Recipe
 
 RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pydantic")

@@ -24,7 +24,7 @@ from overnight import files
 from overnight.corpus import SUFFIXES
 from overnight.embedded import embedded_documents, embedded_version
 from overnight.errors import DamagedData, InputError, Unreachable
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 
 EMBEDDED = "embedded.jsonl"
 EMBEDDED_BYTES = 11_000_000

@@ -36,7 +36,7 @@ from overnight.corpus import NOT_TEXT, TOO_LONG, rows, text_hash
 from overnight.encoder import encoder_of
 from overnight.errors import DamagedData, InputError, Unreachable
 from overnight.manifest import DType, InputRecord, little_endian
-from overnight.recipe import Data
+from overnight.recipe.schema import Data
 from overnight.signals import die_with_parent
 from overnight.sources import SourceFile
 

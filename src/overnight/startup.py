@@ -31,7 +31,7 @@ from overnight.manifest import Manifest, is_prepared, require_same_request
 from overnight.model import LanguageModel
 from overnight.plan import Derived, derive, derived_rows, iterations_in_all
 from overnight.prepare_cost import expected_cost
-from overnight.recipe import Recipe, Schedule
+from overnight.recipe.schema import Recipe, Schedule
 from overnight.rundir import RunDirectory
 from overnight.shards import Shards, open_shards
 from overnight.tokenizer import load_tokenizer

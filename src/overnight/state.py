@@ -14,9 +14,9 @@ from overnight.errors import InputError
 from overnight.faults import with_room
 from overnight.inform import informs
 from overnight.progress import log_saved
-from overnight.recipe import meaning
+from overnight.recipe.identity import meaning
+from overnight.recipe.schedule import branch_point, branch_points
 from overnight.rundir import differences, told
-from overnight.schedule import branch_point, branch_points
 from overnight.startup import Run, identity
 from overnight.watch import History
 

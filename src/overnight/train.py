@@ -35,9 +35,9 @@ from overnight.progress import (
     log_validation,
     print_finished,
 )
-from overnight.recipe import Recipe
+from overnight.recipe.schedule import goals, lr_at
+from overnight.recipe.schema import Recipe
 from overnight.rundir import RunDirectory
-from overnight.schedule import goals
 from overnight.startup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
 from overnight.unusable_gpu import mind_unusable_gpu
@@ -116,7 +116,7 @@ def finish_each(run: Run, unfinished: list[int]) -> int:
 
 def train_step(run: Run) -> tuple[float, float, bool]:
     """One update on exactly `tokens_per_iter` tokens: (loss in nats a token, gradient norm, was the weight updated)."""
-    optim.set_lr(run.optimizers, optim.lr_at(run.iteration, run.schedule))
+    optim.set_lr(run.optimizers, lr_at(run.iteration, run.schedule))
     while (prepared := prepare_update(run)) is None:  # out of memory: the same tokens again, fewer of them at once
         micro_batch.halve(run)
     loss, grad_norm, changes = prepared

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from overnight.checkpoint import MODEL
 from overnight.manifest import read_manifest
 from overnight.model import LanguageModel, published
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 
 
 def write_model(checkpoint: Path, recipe: Recipe, folder: Path) -> None:

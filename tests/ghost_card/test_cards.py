@@ -17,7 +17,7 @@ from runs import records, slow
 
 from overnight.plan import beside_the_tensors, peak_memory
 from overnight.prepare import prepare
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 
 SHORT = {"max_iters": 2, "warmup_iters": 1, "branches": []}
 FLASH, CUDNN = "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from overnight.model import LanguageModel, published
-from overnight.recipe import Model
+from overnight.recipe.schema import Model
 
 SHAPE = Model(n_layer=2)  # 384 wide, 50,257 columns, 50,304 while training
 BATCH = {"cpu": (1, 128), "cuda": (9, 1024)}  # rows x tokens; CUDA's are more than a chunk of the loss

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from overnight import plan
 from overnight.model import LanguageModel, published
-from overnight.recipe import Model
+from overnight.recipe.schema import Model
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)  # 128 rows while training
 CHUNK = 40  # of the 96 rows of `tokens`: two whole chunks and a part

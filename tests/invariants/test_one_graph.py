@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from overnight import plan
 from overnight.loss import compiled_softmax, summed_loss
 from overnight.model import LanguageModel
-from overnight.recipe import Model
+from overnight.recipe.schema import Model
 
 SHAPE = Model(n_layer=3, n_head=2, n_embd=64, n_positions=32, vocab_size=100)
 HOST_READS = ("item", "tolist", "_local_scalar_dense", "numpy", "nonzero", "all")  # `all` asks whether a mask is needed

@@ -11,7 +11,7 @@ from overnight import train as train_module
 from overnight.device import resolve_precision
 from overnight.errors import EXIT_DIVERGED, InputError
 from overnight.model import LanguageModel
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 from overnight.watch import FEWEST, WINDOW, History, spike
 
 

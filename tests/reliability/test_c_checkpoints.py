@@ -20,7 +20,7 @@ from overnight import train as train_module
 from overnight.errors import InputError
 from overnight.lock import hold
 from overnight.model import LanguageModel
-from overnight.recipe import Model, Optim
+from overnight.recipe.schema import Model, Optim
 
 
 @pytest.fixture

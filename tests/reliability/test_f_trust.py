@@ -12,7 +12,7 @@ from runs import ROOT, final_sums, tiny
 from overnight import train as train_module
 from overnight.console import plain
 from overnight.errors import InputError
-from overnight.recipe_file import load
+from overnight.recipe.load import load
 from overnight.sampling import Writer
 
 CODE = [path for folder in ("src", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -28,7 +28,7 @@ from overnight.batches import TrainingBatches
 from overnight.errors import InputError, first_line
 from overnight.evaluation.scoring import Scorer
 from overnight.model import LanguageModel, published
-from overnight.recipe import Recipe
+from overnight.recipe.schema import Recipe
 from overnight.shards import Shards
 from overnight.tokenizer import fingerprint as tokenizer_fingerprint
 

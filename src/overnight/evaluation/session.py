@@ -29,7 +29,7 @@ from overnight.evaluation.outcome import Comparison, Outcome, Scores
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
-from overnight.recipe import QUICK, Evaluation
+from overnight.recipe.schema import QUICK, Evaluation
 from overnight.shards import Shards, open_shards
 from overnight.startup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
 from overnight.tokenizer import load_tokenizer

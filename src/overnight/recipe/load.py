@@ -17,8 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from overnight.errors import InputError
-from overnight.recipe import Recipe, leaves
-from overnight.schedule import decay_iters, fits
+from overnight.recipe.schedule import decay_iters, fits
+from overnight.recipe.schema import Recipe, leaves
 
 # What other tools call the same thing. The answer to an unknown key is the key, or the habit, that takes its place.
 DIALECTS = {

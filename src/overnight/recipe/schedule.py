@@ -1,11 +1,27 @@
-"""The arithmetic of a schedule with a trunk: where budgets branch off, and which can."""
+"""The learning rate of every iteration, and the arithmetic of a trunk: where budgets branch off, and which can."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from overnight.recipe import Schedule
+    from overnight.recipe.schema import Schedule
+
+
+def lr_at(iteration: int, schedule: Schedule) -> float:
+    """The learning rate of an iteration, counted from 0, as a share of the peak.
+
+    Linear warmup, then for `wsd` constant and linear to zero (Hägele et al. 2024, arXiv 2405.18392), for `cosine` half
+    a cosine down to `final_lr_fraction`.
+    """
+    if iteration < schedule.warmup_iters:
+        return (iteration + 1) / schedule.warmup_iters
+    if schedule.kind == "wsd":
+        return min(1.0, (schedule.max_iters - iteration) / max(1, decay_iters(schedule)))
+    progress = (iteration - schedule.warmup_iters) / max(1, schedule.max_iters - schedule.warmup_iters)
+    floor = schedule.final_lr_fraction
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def decay_iters(schedule: Schedule) -> int:
