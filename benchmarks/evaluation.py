@@ -33,7 +33,7 @@ def score(arm: str, folder: Path, task_name: str, items: int, batch_size: int) -
     from accelerate import Accelerator
     from lm_eval.models.huggingface import HFLM
 
-    from overnight.console import Console
+    from overnight.core.console import Console
     from overnight.evaluation import models
     from overnight.evaluation.harness import SharedContextLM, answer_items
     from overnight.evaluation.journal import Journal

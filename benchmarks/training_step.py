@@ -26,7 +26,7 @@ import torch
 from training_parts import PARTS, Figures  # the scripts beside this one
 from training_sides import SIDES, VOCABULARY, shape_of
 
-from overnight.files import write_whole
+from overnight.core.files import write_whole
 
 SPEED_SHAPES = ("2x1024", "4x256")  # rows x tokens of one step
 MEMORY_SHAPES = ("2x1024", "4x1024")

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 from pretrained import benchmark_items, pretrained_model
 
-from overnight.console import Console
+from overnight.core.console import Console
 from overnight.evaluation import models
 from overnight.evaluation.harness import SharedContextLM, answer_items
 from overnight.evaluation.journal import Journal

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from overnight.cli import exit_code, without_device
+from overnight.core.extras import require
 from overnight.errors import EXIT_INTERRUPTED, InputError
-from overnight.extras import require
 from overnight.recipe.schema import QUICK, Evaluation
 
 

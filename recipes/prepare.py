@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 
 from overnight.cli import recipe_command
+from overnight.core.extras import require
+from overnight.core.processes import handled
 from overnight.errors import EXIT_INTERRUPTED, InputError
-from overnight.extras import require
-from overnight.signals import handled
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

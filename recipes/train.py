@@ -8,8 +8,8 @@ import argparse
 import sys
 
 from overnight.cli import default_recipe, recipe_command
+from overnight.core.processes import end_with_launcher
 from overnight.recipe.schema import Recipe
-from overnight.signals import end_with_launcher
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

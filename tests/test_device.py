@@ -10,7 +10,7 @@ from runs import ROOT, set_up, tiny
 
 from overnight import cli, device, machine, unusable_gpu, warm_up
 from overnight import train as train_module
-from overnight.console import Console
+from overnight.core.console import Console
 from overnight.device import Device
 from overnight.errors import InputError
 from overnight.machine import Driver, Gpu

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from runs import ROOT, records, slow
 
 from overnight import gpus, machine
-from overnight.extras import EXTRAS
+from overnight.core.extras import EXTRAS
 from overnight.machine import normalised
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

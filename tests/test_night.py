@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from overnight import night
+from overnight.core.processes import handled
 from overnight.recipe.load import load
-from overnight.signals import handled
 
 # Counts the signals that arrive within a second of the first one, and ends as the trainer does.
 COUNTS_SIGNALS = """

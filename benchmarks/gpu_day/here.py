@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from overnight.core.files import write_whole
 from overnight.device import Device
-from overnight.files import write_whole
 from overnight.rundir import environment
 
 OTHERS = ("triton", "pyarrow", "tokenizers", "fastokens", "liger-kernel", "lm_eval")

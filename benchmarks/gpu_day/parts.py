@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from overnight import optim
-from overnight.files import write_whole
+from overnight.core.files import write_whole
 from overnight.model import LanguageModel
 from overnight.plan import flops_per_token
 from overnight.recipe.schema import Model, Optim

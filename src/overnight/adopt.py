@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from overnight import files
+from overnight.core import files
 from overnight.errors import DamagedData, InputError
 from overnight.manifest import (
     Counts,

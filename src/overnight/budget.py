@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from overnight import law
-from overnight.console import count, duration
+from overnight.core.console import count, duration
 from overnight.fitting import Memory, by_formula
 from overnight.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.machine import data_bytes, run_bytes

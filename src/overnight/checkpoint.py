@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from overnight.files import forget_cached, sha256, sync
+from overnight.core.files import forget_cached, sha256, sync
 from overnight.layout import saved_iterations
 
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"

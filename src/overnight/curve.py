@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from overnight.budget import gpt2_loss
+from overnight.core.extras import require
 from overnight.errors import InputError
-from overnight.extras import require
 from overnight.law import DATASETS
 from overnight.layout import ends_in, read_run
 from overnight.metrics import Record

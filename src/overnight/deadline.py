@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import psutil
 from accelerate.utils import broadcast_object_list
 
-from overnight.console import duration
+from overnight.core.console import duration
+from overnight.core.files import write_whole
 from overnight.errors import InputError
-from overnight.files import write_whole
 from overnight.layout import saved_iterations
 from overnight.recipe.schedule import branch_point, ending_now, towards
 from overnight.recipe.schema import Recipe

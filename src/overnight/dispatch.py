@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from overnight.beside import beside
 from overnight.checkpoint import damage
-from overnight.console import Console
+from overnight.core.console import Console
+from overnight.core.processes import beside
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
 from overnight.layout import ends_in, folder_name, saved_iterations
 from overnight.metrics import Metrics

@@ -18,8 +18,8 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
+from overnight.core.processes import die_with_parent
 from overnight.errors import InputError
-from overnight.signals import die_with_parent
 
 
 def run_here(pipeline: Callable[[], list[PipelineStep]], tasks: int) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 
+from overnight.core.nvml import nvml
 from overnight.errors import InputError
-from overnight.nvml import nvml
 
 USUAL = "rtx-4070"  # the card that the recipes are written for
 

@@ -29,9 +29,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from pydantic import ValidationError
 
+from overnight.core.extras import require
+from overnight.core.files import sha256
 from overnight.errors import EXIT_INTERRUPTED, InputError, first_line
-from overnight.extras import require
-from overnight.files import sha256
 from overnight.layout import recipe_of
 from overnight.parcels import CHECKPOINTS, STATE, Parcel, exact_state, finished_models, newest_weights
 from overnight.recipe.schema import Hub, Recipe

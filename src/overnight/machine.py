@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overnight.nvml import nvml
+from overnight.core.nvml import nvml
 from overnight.plan import parameter_count
 from overnight.recipe.schedule import branch_points, goals
 from overnight.recipe.schema import Recipe

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from overnight.core.files import sync
 from overnight.errors import DamagedData, InputError
-from overnight.files import sync
 from overnight.recipe.schema import Data
 
 MANIFEST = "manifest.json"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from overnight.files import write_whole
+from overnight.core.files import write_whole
 
 Record = dict[str, Any]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils import broadcast_object_list
 
-from overnight.console import count, duration
+from overnight.core.console import count, duration
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.faults import until_memory_runs_out
 from overnight.plan import memory_gib, next_divisor

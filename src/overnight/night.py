@@ -16,12 +16,12 @@ from pathlib import Path
 
 from overnight import doctor
 from overnight.cli import default_recipe, recipe_command
+from overnight.core.processes import handled
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.layout import folder_name, iteration_of
 from overnight.manifest import MANIFEST, is_prepared
 from overnight.recipe.schema import Recipe
 from overnight.rundir import RunDirectory
-from overnight.signals import handled
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_DOCTOR = 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
-from overnight.console import duration
+from overnight.core.console import duration
 from overnight.forecast import FEWEST, Forecast, Point, forecast, usable
 from overnight.inform import informs
 from overnight.law import INTERVAL, Expected

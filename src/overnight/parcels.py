@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from overnight.files import write_whole
+from overnight.core.files import write_whole
 from overnight.layout import folder_name, iteration_of, saved_iterations
 from overnight.metrics import Metrics
 from overnight.recipe.schema import Recipe

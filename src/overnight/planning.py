@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from overnight.budget import Budget, Losses, Prices, budget, by_law, default_milestones, gpt2_loss, lines
+from overnight.core.extras import require
 from overnight.errors import InputError
-from overnight.extras import require
 from overnight.fitting import Memory, by_formula
 from overnight.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
 from overnight.law import inside, offset_of

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerFast
 
 from overnight import executors, sources
 from overnight.assemble import finish
+from overnight.core.files import room_in
 from overnight.corpus import is_reserved, rows, text_hash
 from overnight.errors import InputError
-from overnight.files import room_in
 from overnight.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
 from overnight.prepare_cost import require_room
 from overnight.prepare_progress import watched

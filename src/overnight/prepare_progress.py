@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from overnight.console import count, duration
+from overnight.core.console import count, duration
 from overnight.errors import Unreachable
 from overnight.staging import Job, read_stage
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from overnight.console import Console, count, duration
+from overnight.core.console import Console, count, duration
 from overnight.manifest import Manifest, dtype_for
 from overnight.plan import derive, memory_gib
 from overnight.progress import Pace

@@ -9,7 +9,7 @@ from typing import Any
 
 from overnight.baselines import ngram_losses, seen_tokens
 from overnight.checkpoint import Saved
-from overnight.console import Console, count, duration, step_line
+from overnight.core.console import Console, count, duration, step_line
 from overnight.evaluation.milestone import Look
 from overnight.inform import informs
 from overnight.model import published

@@ -17,10 +17,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from overnight import law
 from overnight.budget import gpt2_loss
-from overnight.console import count, duration, plain
+from overnight.core.console import count, duration, plain
+from overnight.core.files import write_whole
 from overnight.curve import draw
 from overnight.errors import InputError
-from overnight.files import write_whole
 from overnight.gpus import facts as facts_of
 from overnight.layout import ends_in, folder_name, read_run
 from overnight.metrics import Record

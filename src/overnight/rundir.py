@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from overnight.checkpoint import clear_leftovers
+from overnight.core.files import write_whole
+from overnight.core.lock import hold
 from overnight.errors import InputError
-from overnight.files import write_whole
 from overnight.layout import ends_in, folder_name, saved_iterations
-from overnight.lock import hold
 from overnight.metrics import Metrics
 from overnight.recipe.identity import lasting, meaning
 from overnight.recipe.schedule import branch_point, branch_points, goals, towards

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from overnight.console import plain
+from overnight.core.console import plain
 from overnight.errors import InputError
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from overnight import files
+from overnight.core import files
 from overnight.encoder import json_fingerprint
 from overnight.errors import DamagedData
 from overnight.manifest import DType, FileRecord, Manifest, dtype_for, little_endian, read_manifest

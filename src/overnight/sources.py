@@ -20,7 +20,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from overnight import files
+from overnight.core import files
 from overnight.corpus import SUFFIXES
 from overnight.embedded import embedded_documents, embedded_version
 from overnight.errors import DamagedData, InputError, Unreachable

@@ -30,14 +30,15 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from overnight import files, sources
+from overnight import sources
 from overnight.allot import DOCUMENT, allot
+from overnight.core import files
+from overnight.core.processes import die_with_parent
 from overnight.corpus import NOT_TEXT, TOO_LONG, rows, text_hash
 from overnight.encoder import encoder_of
 from overnight.errors import DamagedData, InputError, Unreachable
 from overnight.manifest import DType, InputRecord, little_endian
 from overnight.recipe.schema import Data
-from overnight.signals import die_with_parent
 from overnight.sources import SourceFile
 
 BATCH_CHARACTERS = 4_000_000

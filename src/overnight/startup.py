@@ -20,12 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from overnight import checkpoint, micro_batch, optim
 from overnight.batches import TrainingBatches
-from overnight.console import Console, estimated_end
+from overnight.core.console import Console, estimated_end
+from overnight.core.extras import require
+from overnight.core.files import room_in
 from overnight.deadline import Night
 from overnight.device import Device, allow_tf32, resolve_precision
 from overnight.errors import InputError
-from overnight.extras import require
-from overnight.files import room_in
 from overnight.inform import informs
 from overnight.manifest import Manifest, is_prepared, require_same_request
 from overnight.model import LanguageModel

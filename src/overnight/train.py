@@ -19,10 +19,10 @@ from torch import nn
 
 from overnight import ending, micro_batch, optim
 from overnight.batches import validation_batches
+from overnight.core.files import room_in
 from overnight.deadline import Night, begin, keep_to_time, tonight
 from overnight.dispatch import fetch_state, sending
 from overnight.faults import until_memory_runs_out
-from overnight.files import room_in
 from overnight.outlook import look_ahead
 from overnight.progress import (
     Pace,

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
-from overnight.console import Console
+from overnight.core.console import Console
 from overnight.doctor import check_gpu, check_torch, is_wsl
 from overnight.errors import InputError
 from overnight.machine import Gpu, driver, gpus_hidden

@@ -14,7 +14,7 @@ import pytest
 from ghost import ON_CARD, ROOT, settings, train_on, train_on_cpu
 from runs import losses, records, train, two_processes
 
-from overnight.lock import hold
+from overnight.core.lock import hold
 
 # In float32 and not compiled the values are the CPU's, at a rate at which AdamW does not magnify the order of a sum.
 SAME = ("tiny.yaml", "--precision", "fp32", "--compile", "false", "--optim.name", "adamw", "--optim.lr", "1e-3")

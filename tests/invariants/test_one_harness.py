@@ -21,7 +21,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from overnight.console import Console
+from overnight.core.console import Console
 from overnight.evaluation.harness import SharedContextLM, answer_items
 from overnight.evaluation.journal import Journal
 from overnight.evaluation.models import Contestant, contestant

@@ -17,8 +17,8 @@ from runs import checkpoint_of, final_sums, losses, records, start, tiny, train,
 
 from overnight import checkpoint, layout, optim
 from overnight import train as train_module
+from overnight.core.lock import hold
 from overnight.errors import InputError
-from overnight.lock import hold
 from overnight.model import LanguageModel
 from overnight.recipe.schema import Model, Optim
 

@@ -10,7 +10,7 @@ import pytest
 from runs import ROOT, final_sums, tiny
 
 from overnight import train as train_module
-from overnight.console import plain
+from overnight.core.console import plain
 from overnight.errors import InputError
 from overnight.recipe.load import load
 from overnight.sampling import Writer

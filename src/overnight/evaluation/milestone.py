@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from overnight.beside import beside
+from overnight.core.processes import beside
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -6,7 +6,7 @@ import time
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from overnight.console import Console, count, duration
+from overnight.core.console import Console, count, duration
 
 SECONDS_BETWEEN_LINES = 10
 

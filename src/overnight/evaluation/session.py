@@ -17,7 +17,7 @@ import transformers
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
-from overnight.console import Console, count, duration
+from overnight.core.console import Console, count, duration
 from overnight.errors import InputError
 from overnight.evaluation import models, outcome
 from overnight.evaluation.compare import SEED, Paired, bootstrap_interval, metric_of, verdicts

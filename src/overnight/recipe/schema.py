@@ -1,4 +1,4 @@
-"""The models of a recipe, which says everything that gives a run its meaning; recipe_file.py reads one."""
+"""The models of a recipe, which says everything that gives a run its meaning; load.py reads one."""
 
 from __future__ import annotations
 

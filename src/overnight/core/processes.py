@@ -1,17 +1,28 @@
-"""The signals that ask a process to end, for as long as it wants to end in its own way."""
+"""Processes: the signals that ask one to end in its own way, and helpers that run beside a training."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ORPHANED = signal.SIGUSR1  # sent by the kernel when the launcher is gone; none of the above, since it never is a second
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what accelerate's launcher and torchrun leave
+OF_THE_GROUP = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # what its launcher told the training about its group
 
 
 @contextmanager
@@ -40,3 +51,16 @@ def end_with_launcher() -> None:
     """
     if any(name in os.environ for name in LAUNCHED):
         die_with_parent(ORPHANED)
+
+
+def beside(*arguments: str, environment: dict[str, str] | None = None, **how: Any) -> subprocess.Popen[str]:
+    """Start Python at low priority, outside of the run's group of processes; all that it says is on its `stdout`."""
+    inherited = {key: value for key, value in os.environ.items() if key not in OF_THE_GROUP}
+    return subprocess.Popen(
+        ["nice", sys.executable, *arguments],
+        env=inherited | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **how,
+    )
