@@ -84,7 +84,7 @@ def iteration(args: argparse.Namespace) -> Figures:
     """One whole iteration of the product with Muon, four micro-batches, and the share of each part of it."""
     from overnight.probe import random_shards
     from overnight.recipe.schema import Batch, Recipe, Schedule
-    from overnight.rundir import RunDirectory
+    from overnight.run_dir.directory import RunDirectory
     from overnight.startup import assemble, launch
     from overnight.train import train_step
 

@@ -49,7 +49,7 @@ def run(recipe, options) -> int:
 def verify(options) -> int | None:
     if options.verify is None:
         return None
-    from overnight.shards import verify
+    from overnight.data.shards import verify
 
     manifest = verify(options.verify)
     print(

@@ -19,7 +19,7 @@ from overnight import startup
 from overnight.prepare import prepare
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
-from overnight.rundir import RunDirectory
+from overnight.run_dir.directory import RunDirectory
 from overnight.startup import Run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,9 +13,9 @@ from datatrove.pipeline.tokens import DocumentTokenizer
 from texts import GPT2_VOCABULARY, SILENT, gpt2, paragraphs
 
 from overnight.adopt import adopt
+from overnight.data.shards import open_shards, verify
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data
-from overnight.shards import open_shards, verify
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "recipes" / "prepare.py")
 TEXTS = paragraphs()[:300]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from overnight.batches import TrainingBatches, permutation, validation_batches
+from overnight.data.batches import TrainingBatches, permutation, validation_batches
+from overnight.data.shards import ShardWriter, Split
 from overnight.errors import InputError
 from overnight.recipe.schema import Batch
-from overnight.shards import ShardWriter, Split
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from overnight import checkpoint, layout, optim
+from overnight import checkpoint, optim
 from overnight.model import LanguageModel
 from overnight.recipe.schema import Model, Optim
+from overnight.run_dir import layout
 
 SHAPE = Model(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=50)
 FILES = ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]

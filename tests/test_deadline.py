@@ -14,8 +14,8 @@ from overnight import deadline
 from overnight import train as train_module
 from overnight.deadline import Kept, Night, fitting, next_time
 from overnight.errors import InputError
-from overnight.layout import saved_iterations
 from overnight.recipe.schedule import branch_point, lr_at, towards
+from overnight.run_dir.layout import saved_iterations
 
 LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")
 LONG += ("--logging.every", "5", "--validation.prompts", "[]")

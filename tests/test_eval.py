@@ -20,10 +20,10 @@ from runs import ROOT, environment, records, train, two_processes
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from overnight.data.tokenizer import load_tokenizer
 from overnight.evaluation import models
 from overnight.evaluation.loss import TokenLoss, bytes_of_tokens, windows_of
 from overnight.evaluation.scoring import Request, Scorer, batches_of
-from overnight.tokenizer import load_tokenizer
 
 EVAL = str(ROOT / "recipes" / "eval.py")
 MODEL = "runs/tiny/models/iter-000040"
@@ -71,9 +71,9 @@ def test_the_validation_loss_is_that_of_the_trainer(workplace: Path, measured: t
 def test_the_unigram_opponent_has_the_loss_of_the_unigrams(workplace: Path, measured: tuple[dict, Path]):
     from runs import tiny
 
-    from overnight.baselines import ngram_losses, seen_tokens
-    from overnight.batches import TrainingBatches
-    from overnight.shards import open_shards
+    from overnight.data.batches import TrainingBatches
+    from overnight.data.ngrams import ngram_losses, seen_tokens
+    from overnight.data.shards import open_shards
 
     recipe, shards = tiny(workplace), open_shards(workplace / "data")
     rows = seen_tokens(TrainingBatches(shards.train, recipe.batch, recipe.seed), recipe.schedule.max_iters)

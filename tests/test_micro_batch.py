@@ -10,9 +10,10 @@ import pytest
 import torch
 from runs import ROOT, losses, records, set_up, tiny, train, two_processes
 
-from overnight import batches, micro_batch, startup, warm_up
+from overnight import micro_batch, startup, warm_up
 from overnight import train as train_module
 from overnight.cli import recipe_command
+from overnight.data import batches
 from overnight.device import Device
 from overnight.errors import EXIT_INPUT, InputError
 from overnight.micro_batch import Trial, choose, search

@@ -13,13 +13,13 @@ import pytest
 from texts import SILENT, digests, documents_of, gpt2
 
 from overnight.corpus import is_reserved, normalised, text_hash
-from overnight.encoder import Encoder
+from overnight.data.encoder import Encoder
+from overnight.data.shards import open_shards
+from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
 from overnight.prepare_cost import expected_cost
 from overnight.recipe.schema import Data
-from overnight.shards import open_shards
-from overnight.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 
 WORDS = [line.strip() for line in Path(__file__).read_text().split() if line.strip().isalpha()]
 VOCAB = 300

@@ -13,11 +13,11 @@ import pytest
 from runs import tiny, train
 from texts import GPT2_VOCABULARY, SILENT, digests, documents_of, paragraphs, sample_data, write_files, write_parquet
 
-from overnight import encoder
+from overnight.data import encoder
+from overnight.data.shards import open_shards
 from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
 from overnight.recipe.schema import Data
-from overnight.shards import open_shards
 
 TRAINER_REFUSES = [
     ("d1_truncated_by_an_even_number_of_bytes", lambda raw: raw[:-2]),

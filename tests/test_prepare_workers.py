@@ -14,7 +14,7 @@ import pytest
 import yaml
 from texts import GPT2_VOCABULARY, SILENT, digests, paragraphs, sample_data, write_files
 
-from overnight.manifest import read_manifest
+from overnight.data.manifest import read_manifest
 from overnight.prepare import prepare
 from overnight.recipe.schema import Data
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy
 import pytest
 
+from overnight.data.shards import ShardWriter, SplitWriter, open_shards, verify
 from overnight.errors import DamagedData, InputError
 from overnight.prepare import prepare
 from overnight.recipe.schema import Data
-from overnight.shards import ShardWriter, SplitWriter, open_shards, verify
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_ids_outside_the_vocabulary_are_refused_and_leave_no_file(tmp_path, ids)
 
 
 def test_a_side_is_cut_at_its_limit_and_split_into_bounded_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("overnight.shards.TOKENS_PER_FILE", 10)
+    monkeypatch.setattr("overnight.data.shards.TOKENS_PER_FILE", 10)
     writer = SplitWriter(tmp_path / "train", 300, limit=25)
     while not writer.full:
         writer.write([1, 2, 3, 0])

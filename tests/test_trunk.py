@@ -10,9 +10,9 @@ from runs import final_sums, losses_by_decay, model_sums, records, start, tiny
 from overnight import ending
 from overnight import train as train_module
 from overnight.errors import EXIT_INTERRUPTED, InputError
-from overnight.layout import saved_iterations
 from overnight.recipe.schedule import branch_points, goals, lr_at, towards
 from overnight.recipe.schema import Schedule
+from overnight.run_dir.layout import saved_iterations
 
 LADDER = ("--schedule.milestones", "[20, 30]")
 

@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 from transformers import GPT2Tokenizer
 
+from overnight.data.tokenizer import load_tokenizer
 from overnight.recipe.schema import Data
-from overnight.tokenizer import load_tokenizer
 
 SILENT = {"report": lambda line: None}
 GPT2_VOCABULARY = 50_257

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from overnight.core.files import write_whole
 from overnight.device import Device
-from overnight.rundir import environment
+from overnight.run_dir.directory import environment
 
 OTHERS = ("triton", "pyarrow", "tokenizers", "fastokens", "liger-kernel", "lm_eval")
 

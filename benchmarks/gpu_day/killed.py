@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from overnight.cli import recipe_command
-from overnight.layout import folder_name
-from overnight.metrics import Metrics
 from overnight.recipe.schema import Recipe
+from overnight.run_dir.layout import folder_name
+from overnight.run_dir.metrics import Metrics
 
 TRAIN = Path(__file__).resolve().parents[2] / "recipes" / "train.py"
 

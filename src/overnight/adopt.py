@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from overnight.core import files
-from overnight.errors import DamagedData, InputError
-from overnight.manifest import (
+from overnight.data.manifest import (
     Counts,
     FileRecord,
     Manifest,
@@ -25,9 +24,10 @@ from overnight.manifest import (
     little_endian,
     name_prepared,
 )
+from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter
+from overnight.data.tokenizer import fingerprint, load_tokenizer
+from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data
-from overnight.shards import TOKENS_AT_ONCE, SplitWriter
-from overnight.tokenizer import fingerprint, load_tokenizer
 
 
 def adopt(

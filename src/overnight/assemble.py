@@ -10,8 +10,7 @@ import numpy as np
 
 from overnight.allot import Allotment, allot
 from overnight.corpus import NOT_TEXT, TOO_LONG
-from overnight.errors import InputError
-from overnight.manifest import (
+from overnight.data.manifest import (
     SOURCE_KEYS,
     SPLIT_KEYS,
     Counts,
@@ -23,8 +22,9 @@ from overnight.manifest import (
     name_prepared,
     ordered_path,
 )
+from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter
+from overnight.errors import InputError
 from overnight.recipe.schema import Data
-from overnight.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.staging import DUPLICATE, EMPTY, Job, Stage, read_stage
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from overnight.core.files import forget_cached, sha256, sync
-from overnight.layout import saved_iterations
+from overnight.run_dir.layout import saved_iterations
 
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 

@@ -11,8 +11,8 @@ from overnight.budget import gpt2_loss
 from overnight.core.extras import require
 from overnight.errors import InputError
 from overnight.law import DATASETS
-from overnight.layout import ends_in, read_run
-from overnight.metrics import Record
+from overnight.run_dir.layout import ends_in, read_run
+from overnight.run_dir.metrics import Record
 
 HIGHEST = 1.2  # nats above the median validation loss that are shown
 

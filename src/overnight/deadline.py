@@ -19,10 +19,10 @@ from accelerate.utils import broadcast_object_list
 from overnight.core.console import duration
 from overnight.core.files import write_whole
 from overnight.errors import InputError
-from overnight.layout import saved_iterations
 from overnight.recipe.schedule import branch_point, ending_now, towards
 from overnight.recipe.schema import Recipe
-from overnight.rundir import RunDirectory
+from overnight.run_dir.directory import RunDirectory
+from overnight.run_dir.layout import saved_iterations
 
 if TYPE_CHECKING:
     from overnight.progress import Pace

@@ -16,10 +16,10 @@ from overnight.checkpoint import damage
 from overnight.core.console import Console
 from overnight.core.processes import beside
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
-from overnight.layout import ends_in, folder_name, saved_iterations
-from overnight.metrics import Metrics
 from overnight.parcels import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
-from overnight.rundir import RunDirectory
+from overnight.run_dir.directory import RunDirectory
+from overnight.run_dir.layout import ends_in, folder_name, saved_iterations
+from overnight.run_dir.metrics import Metrics
 
 FROM_HUB = "hub:"
 FIRST_WORD = 5.0  # seconds in which, before the first iteration, it can be known whether the Hub lets us

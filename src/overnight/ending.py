@@ -19,10 +19,10 @@ from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
 from overnight.export import export
 from overnight.faults import end, told, with_room
 from overnight.inform import tell
-from overnight.layout import folder_name
 from overnight.model import published
 from overnight.progress import Pace, log_look, log_lost, log_results, log_saved, mean_watts
 from overnight.recipe.schedule import branch_point
+from overnight.run_dir.layout import folder_name
 from overnight.startup import Run
 from overnight.state import energy_used, finish_saving
 

@@ -130,7 +130,7 @@ def run_bytes(recipe: Recipe) -> int:
 
 def data_bytes(recipe: Recipe) -> int:
     """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
-    from overnight.manifest import dtype_for, little_endian  # with numpy, which may be missing
+    from overnight.data.manifest import dtype_for, little_endian  # with numpy, which may be missing
 
     if _is_prepared(recipe):
         return 0
@@ -140,7 +140,7 @@ def data_bytes(recipe: Recipe) -> int:
 
 
 def _is_prepared(recipe: Recipe) -> bool:
-    from overnight.manifest import is_prepared  # with numpy, which may be missing
+    from overnight.data.manifest import is_prepared  # with numpy, which may be missing
 
     return is_prepared(Path(recipe.data.dir))
 

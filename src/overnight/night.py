@@ -17,11 +17,11 @@ from pathlib import Path
 from overnight import doctor
 from overnight.cli import default_recipe, recipe_command
 from overnight.core.processes import handled
+from overnight.data.manifest import MANIFEST, is_prepared
 from overnight.errors import EXIT_INTERRUPTED, InputError
-from overnight.layout import folder_name, iteration_of
-from overnight.manifest import MANIFEST, is_prepared
 from overnight.recipe.schema import Recipe
-from overnight.rundir import RunDirectory
+from overnight.run_dir.directory import RunDirectory
+from overnight.run_dir.layout import folder_name, iteration_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_DOCTOR = 1

@@ -13,11 +13,11 @@ from overnight.core.console import duration
 from overnight.forecast import FEWEST, Forecast, Point, forecast, usable
 from overnight.inform import informs
 from overnight.law import INTERVAL, Expected
-from overnight.layout import read_run
-from overnight.metrics import Record
 from overnight.progress import Pace, watts
 from overnight.recipe.schedule import branch_point, ending_now, fits, goals, towards
 from overnight.recipe.schema import Recipe, Schedule
+from overnight.run_dir.layout import read_run
+from overnight.run_dir.metrics import Record
 
 if TYPE_CHECKING:
     from overnight.startup import Run

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from overnight.core.files import write_whole
-from overnight.layout import folder_name, iteration_of, saved_iterations
-from overnight.metrics import Metrics
 from overnight.recipe.schema import Recipe
 from overnight.report import CARD, CURVE, METRICS, RECIPE, finished, report, unfinished_card
+from overnight.run_dir.layout import folder_name, iteration_of, saved_iterations
+from overnight.run_dir.metrics import Metrics
 
 MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"

@@ -28,15 +28,15 @@ from overnight import executors, sources
 from overnight.assemble import finish
 from overnight.core.files import room_in
 from overnight.corpus import is_reserved, rows, text_hash
+from overnight.data.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
+from overnight.data.shards import verify
+from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from overnight.errors import InputError
-from overnight.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
 from overnight.prepare_cost import require_room
 from overnight.prepare_progress import watched
 from overnight.recipe.schema import Data
-from overnight.shards import verify
 from overnight.sources import SourceFile
 from overnight.staging import Job, pipeline, raise_left
-from overnight.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 
 TOKENIZER_CHARACTERS = 50_000_000
 """A tokenizer is trained on the first training documents, up to this much text."""

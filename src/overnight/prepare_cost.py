@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from overnight.encoder import FastTokenizer
+from overnight.data.encoder import FastTokenizer
+from overnight.data.manifest import dtype_for
 from overnight.errors import InputError
-from overnight.manifest import dtype_for
 from overnight.recipe.schema import Data
 from overnight.sources import SourceFile
 

@@ -13,12 +13,12 @@ import numpy as np
 from accelerate import Accelerator
 
 from overnight.core.console import Console, count, duration
-from overnight.manifest import Manifest, dtype_for
+from overnight.data.manifest import Manifest, dtype_for
+from overnight.data.shards import Shards, Split, SplitWriter
 from overnight.plan import derive, memory_gib
 from overnight.progress import Pace
 from overnight.recipe.schema import Recipe
-from overnight.rundir import RunDirectory, environment
-from overnight.shards import Shards, Split, SplitWriter
+from overnight.run_dir.directory import RunDirectory, environment
 from overnight.startup import Run, assemble, device_facts, launch
 from overnight.train import train_step
 

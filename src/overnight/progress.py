@@ -7,14 +7,14 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from overnight.baselines import ngram_losses, seen_tokens
 from overnight.checkpoint import Saved
 from overnight.core.console import Console, count, duration, step_line
+from overnight.data.ngrams import ngram_losses, seen_tokens
 from overnight.evaluation.milestone import Look
 from overnight.inform import informs
 from overnight.model import published
 from overnight.recipe.schedule import lr_at
-from overnight.rundir import RunDirectory
+from overnight.run_dir.directory import RunDirectory
 from overnight.sampling import Writer
 from overnight.startup import Run
 

@@ -22,10 +22,10 @@ from overnight.core.files import write_whole
 from overnight.curve import draw
 from overnight.errors import InputError
 from overnight.gpus import facts as facts_of
-from overnight.layout import ends_in, folder_name, read_run
-from overnight.metrics import Record
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
+from overnight.run_dir.layout import ends_in, folder_name, read_run
+from overnight.run_dir.metrics import Record
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb", "None")  # None: the embedded corpus

@@ -35,9 +35,9 @@ from overnight.allot import DOCUMENT, allot
 from overnight.core import files
 from overnight.core.processes import die_with_parent
 from overnight.corpus import NOT_TEXT, TOO_LONG, rows, text_hash
-from overnight.encoder import encoder_of
+from overnight.data.encoder import encoder_of
+from overnight.data.manifest import DType, InputRecord, little_endian
 from overnight.errors import DamagedData, InputError, Unreachable
-from overnight.manifest import DType, InputRecord, little_endian
 from overnight.recipe.schema import Data
 from overnight.sources import SourceFile
 

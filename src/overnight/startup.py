@@ -19,22 +19,22 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from overnight import checkpoint, micro_batch, optim
-from overnight.batches import TrainingBatches
 from overnight.core.console import Console, estimated_end
 from overnight.core.extras import require
 from overnight.core.files import room_in
+from overnight.data.batches import TrainingBatches
+from overnight.data.manifest import Manifest, is_prepared, require_same_request
+from overnight.data.shards import Shards, open_shards
+from overnight.data.tokenizer import load_tokenizer
 from overnight.deadline import Night
 from overnight.device import Device, allow_tf32, resolve_precision
 from overnight.errors import InputError
 from overnight.inform import informs
-from overnight.manifest import Manifest, is_prepared, require_same_request
 from overnight.model import LanguageModel
 from overnight.plan import Derived, derive, derived_rows, iterations_in_all
 from overnight.prepare_cost import expected_cost
 from overnight.recipe.schema import Recipe, Schedule
-from overnight.rundir import RunDirectory
-from overnight.shards import Shards, open_shards
-from overnight.tokenizer import load_tokenizer
+from overnight.run_dir.directory import RunDirectory
 from overnight.warm_up import device_facts
 from overnight.watch import History
 

@@ -16,7 +16,7 @@ from overnight.inform import informs
 from overnight.progress import log_saved
 from overnight.recipe.identity import meaning
 from overnight.recipe.schedule import branch_point, branch_points
-from overnight.rundir import differences, told
+from overnight.run_dir.directory import differences, told
 from overnight.startup import Run, identity
 from overnight.watch import History
 

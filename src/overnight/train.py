@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from overnight import ending, micro_batch, optim
-from overnight.batches import validation_batches
 from overnight.core.files import room_in
+from overnight.data.batches import validation_batches
 from overnight.deadline import Night, begin, keep_to_time, tonight
 from overnight.dispatch import fetch_state, sending
 from overnight.faults import until_memory_runs_out
@@ -37,7 +37,7 @@ from overnight.progress import (
 )
 from overnight.recipe.schedule import goals, lr_at
 from overnight.recipe.schema import Recipe
-from overnight.rundir import RunDirectory
+from overnight.run_dir.directory import RunDirectory
 from overnight.startup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
 from overnight.unusable_gpu import mind_unusable_gpu

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from overnight.checkpoint import MODEL
-from overnight.manifest import read_manifest
+from overnight.data.manifest import read_manifest
 from overnight.model import LanguageModel, published
 from overnight.recipe.schema import Recipe
 

@@ -22,13 +22,13 @@ from transformers import (
 )
 
 from overnight.core.console import Console
+from overnight.data.tokenizer import load_tokenizer
 from overnight.evaluation.harness import SharedContextLM, answer_items
 from overnight.evaluation.journal import Journal
 from overnight.evaluation.models import Contestant, contestant
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.tasks import index_of, load_benchmarks
-from overnight.tokenizer import load_tokenizer
 
 VOCABULARY, CONTEXT = 500, 96
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -18,7 +18,7 @@ from runs import ROOT, TRAIN, environment, final_sums, losses, records, slow, st
 from overnight import train as train_module
 from overnight.checkpoint import damage
 from overnight.errors import InputError
-from overnight.metrics import Metrics
+from overnight.run_dir.metrics import Metrics
 
 FAULTY = str(ROOT / "tests" / "reliability" / "faulty.py")
 KILL_LOOP = str(ROOT / "tests" / "reliability" / "kill_loop.py")
@@ -201,7 +201,7 @@ def test_a6_a_signal_while_nothing_can_be_saved_says_where_the_run_goes_on(in_pr
 
 def test_a7_a_disk_that_is_full_in_the_log_keeps_the_records_until_there_is_room(tmp_path):
     code = (
-        "import sys, resource; from pathlib import Path; from overnight.metrics import Metrics\n"
+        "import sys, resource; from pathlib import Path; from overnight.run_dir.metrics import Metrics\n"
         "log = Metrics(Path(sys.argv[1])); limit = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
         "log.append({'kind': 'train', 'iteration': 1})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limit[1]))\n"

@@ -1,1 +1,1 @@
-"""What every package may use: console, files, processes, and what is installed beside them. Nothing here knows a run."""
+"""What every package may use: console, files, processes. Nothing here knows of a run."""

@@ -23,14 +23,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from overnight.baselines import seen_tokens, unigram
-from overnight.batches import TrainingBatches
+from overnight.data.batches import TrainingBatches
+from overnight.data.ngrams import seen_tokens, unigram
+from overnight.data.shards import Shards
+from overnight.data.tokenizer import fingerprint as tokenizer_fingerprint
 from overnight.errors import InputError, first_line
 from overnight.evaluation.scoring import Scorer
 from overnight.model import LanguageModel, published
 from overnight.recipe.schema import Recipe
-from overnight.shards import Shards
-from overnight.tokenizer import fingerprint as tokenizer_fingerprint
 
 UNTRAINED, UNIGRAM = "untrained", "unigram"  # names that an opponent may have beside a folder's or the Hub's
 WORTH_TELLING_APART = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a configuration: not these

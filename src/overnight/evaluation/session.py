@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import Console, count, duration
+from overnight.data.shards import Shards, open_shards
+from overnight.data.tokenizer import load_tokenizer
 from overnight.errors import InputError
 from overnight.evaluation import models, outcome
 from overnight.evaluation.compare import SEED, Paired, bootstrap_interval, metric_of, verdicts
@@ -30,9 +32,7 @@ from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
 from overnight.recipe.schema import QUICK, Evaluation
-from overnight.shards import Shards, open_shards
 from overnight.startup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
-from overnight.tokenizer import load_tokenizer
 
 SAMPLE = 16  # items of a task, whose length is measured beforehand
 CHARACTERS_PER_TOKEN = 4.0  # of English, about

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from overnight.data.shards import Split
 from overnight.errors import InputError
 from overnight.recipe.schema import Batch
-from overnight.shards import Split
 
 
 def permutation(seed: int, epoch: int, rows: int) -> np.ndarray:

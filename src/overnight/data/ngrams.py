@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from overnight.batches import TrainingBatches
+from overnight.data.batches import TrainingBatches
 
 
 def seen_tokens(batches: TrainingBatches, max_iters: int) -> list[np.ndarray]:

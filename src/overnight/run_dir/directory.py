@@ -19,11 +19,11 @@ from overnight.checkpoint import clear_leftovers
 from overnight.core.files import write_whole
 from overnight.core.lock import hold
 from overnight.errors import InputError
-from overnight.layout import ends_in, folder_name, saved_iterations
-from overnight.metrics import Metrics
 from overnight.recipe.identity import lasting, meaning
 from overnight.recipe.schedule import branch_point, branch_points, goals, towards
 from overnight.recipe.schema import Recipe
+from overnight.run_dir.layout import ends_in, folder_name, saved_iterations
+from overnight.run_dir.metrics import Metrics
 
 RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pydantic")

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from overnight.core import files
-from overnight.encoder import json_fingerprint
+from overnight.data.encoder import json_fingerprint
+from overnight.data.manifest import DType, FileRecord, Manifest, dtype_for, little_endian, read_manifest
 from overnight.errors import DamagedData
-from overnight.manifest import DType, FileRecord, Manifest, dtype_for, little_endian, read_manifest
 
 TOKENS_PER_FILE = 100_000_000
 TOKENS_AT_ONCE = 16_000_000

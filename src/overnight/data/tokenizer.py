@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from overnight.encoder import json_fingerprint
+from overnight.data.encoder import json_fingerprint
 from overnight.errors import InputError, first_line
 
 END_OF_TEXT = "<|endoftext|>"

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from overnight.errors import InputError
-from overnight.metrics import Metrics, Record
 from overnight.recipe.schema import Recipe
+from overnight.run_dir.metrics import Metrics, Record
 
 _NAME = re.compile(r"iter-(\d{6,})")
 

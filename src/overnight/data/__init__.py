@@ -1,0 +1,1 @@
+"""Token shards: their format, their checksums, and the batches that are cut from them."""
