@@ -41,7 +41,7 @@ def write_text(folder: Path, megabytes: int) -> float:
     import pyarrow
     import pyarrow.parquet
 
-    from overnight.corpus import text_hash
+    from overnight.prepare.documents import text_hash
 
     texts, size, seen = [], 0, set()
     for path in source_files():
@@ -72,7 +72,7 @@ def source_files() -> list[Path]:
 
 
 def ours(text: Path, tokenizer: Path, out: Path, workers: int) -> None:
-    from overnight.prepare import Workers, prepare
+    from overnight.prepare.prepare import Workers, prepare
     from overnight.recipe.schema import Data
 
     data = Data(

@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe, options) -> int:
-    from overnight.prepare_cost import expected_cost
+    from overnight.prepare.cost import expected_cost
 
     given = yaml.safe_load(options.executor_options)
     if not isinstance(given, dict):
@@ -33,14 +33,14 @@ def run(recipe, options) -> int:
     if options.workers < 1:
         raise InputError(f"`--workers` is {options.workers}; 1 would work")
     if options.adopt:
-        from overnight.adopt import adopt
+        from overnight.prepare.adopt import adopt
 
         adopt(options.adopt, recipe.data, recipe.model.vocab_size, dry_run=options.dry_run)
         return 0
     print(f"{recipe.data.dir}: {expected_cost(recipe.data)}", flush=True)
     if not options.dry_run:
         require("prepare", "preparing data")
-        from overnight.prepare import Workers, prepare
+        from overnight.prepare.prepare import Workers, prepare
 
         prepare(recipe.data, recipe.model.vocab_size, workers=Workers(options.executor, options.workers, given))
     return 0

@@ -16,7 +16,7 @@ import yaml
 from started import Started
 
 from overnight import startup
-from overnight.prepare import prepare
+from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory

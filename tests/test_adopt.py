@@ -12,9 +12,9 @@ from datatrove.data import Document
 from datatrove.pipeline.tokens import DocumentTokenizer
 from texts import GPT2_VOCABULARY, SILENT, gpt2, paragraphs
 
-from overnight.adopt import adopt
 from overnight.data.shards import open_shards, verify
 from overnight.errors import DamagedData, InputError
+from overnight.prepare.adopt import adopt
 from overnight.recipe.schema import Data
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "recipes" / "prepare.py")

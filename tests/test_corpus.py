@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from overnight.corpus import LONGEST_ROW, NOT_TEXT, TOO_LONG, Row, is_reserved, normalised, rows, text_hash
-from overnight.embedded import embedded_documents
 from overnight.errors import DamagedData, InputError
+from overnight.prepare.docstrings import embedded_documents
+from overnight.prepare.documents import LONGEST_ROW, NOT_TEXT, TOO_LONG, Row, is_reserved, normalised, rows, text_hash
+from overnight.prepare.sources import find
 from overnight.recipe.schema import Data
-from overnight.sources import find
 
 TEXTS = ["The first document.\nIt has two lines.", "Naïve café: 日本語 and\ttabs", "", "third"]
 
@@ -148,5 +148,5 @@ def test_the_embedded_corpus_is_10_mb_of_unique_documents_and_survives_a_damaged
 def test_the_embedded_corpus_needs_no_writable_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("overnight.embedded._read_packages", lambda roots: ["text"])
+    monkeypatch.setattr("overnight.prepare.docstrings._read_packages", lambda roots: ["text"])
     assert embedded_documents() == ["text"]

@@ -301,7 +301,7 @@ def test_what_is_no_model_is_refused(script: ModuleType, workplace: Path, tmp_pa
 def test_data_that_do_not_belong_to_the_model_are_refused(
     script: ModuleType, workplace: Path, gpt2_folder: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    from overnight.prepare import prepare
+    from overnight.prepare.prepare import prepare
     from overnight.recipe.schema import Data
 
     text = tmp_path / "other.jsonl"

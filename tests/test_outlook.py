@@ -13,7 +13,7 @@ from runs import TINY, finished, model_sums, records, start, tiny
 from overnight import train as train_module
 from overnight.errors import InputError
 from overnight.outlook import to_come
-from overnight.prepare import prepare
+from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
 from overnight.recipe.schedule import towards
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from texts import SILENT, digests, documents_of, gpt2
 
-from overnight.corpus import is_reserved, normalised, text_hash
 from overnight.data.encoder import Encoder
 from overnight.data.shards import open_shards
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from overnight.errors import DamagedData, InputError
-from overnight.prepare import prepare
-from overnight.prepare_cost import expected_cost
+from overnight.prepare.cost import expected_cost
+from overnight.prepare.documents import is_reserved, normalised, text_hash
+from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
 
 WORDS = [line.strip() for line in Path(__file__).read_text().split() if line.strip().isalpha()]
@@ -117,7 +117,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from overnight import shards
-from overnight.prepare import prepare
+from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
 
 def die(*arguments):

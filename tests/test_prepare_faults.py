@@ -16,7 +16,7 @@ from texts import GPT2_VOCABULARY, SILENT, digests, documents_of, paragraphs, sa
 from overnight.data import encoder
 from overnight.data.shards import open_shards
 from overnight.errors import DamagedData, InputError
-from overnight.prepare import prepare
+from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
 
 TRAINER_REFUSES = [
@@ -67,7 +67,7 @@ def test_d4_a_token_outside_the_vocabulary_is_never_written(data, monkeypatch):
             ids, ends = super().__call__(texts)
             return ids + 50_000, ends
 
-    monkeypatch.setattr("overnight.staging.encoder_of", Broken)
+    monkeypatch.setattr("overnight.prepare.tokenize_files.encoder_of", Broken)
     monkeypatch.setattr(encoder.Encoder, "check", lambda *arguments: None)
     with pytest.raises(ValueError, match="has an id outside"):
         prepare(data, GPT2_VOCABULARY, **SILENT)
@@ -185,7 +185,7 @@ def test_d9_a_run_does_not_go_on_with_reordered_shards(workplace, undisturbed):
 
 FULL = """
 import resource, sys
-from overnight.prepare import prepare
+from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data, InputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:

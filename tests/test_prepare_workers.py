@@ -15,7 +15,7 @@ import yaml
 from texts import GPT2_VOCABULARY, SILENT, digests, paragraphs, sample_data, write_files
 
 from overnight.data.manifest import read_manifest
-from overnight.prepare import prepare
+from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
 
 ROOT = Path(__file__).resolve().parents[1]

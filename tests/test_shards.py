@@ -8,7 +8,7 @@ import pytest
 
 from overnight.data.shards import ShardWriter, SplitWriter, open_shards, verify
 from overnight.errors import DamagedData, InputError
-from overnight.prepare import prepare
+from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
 
 

@@ -10,10 +10,10 @@ import pytest
 from file_server import COMMIT, serve
 from texts import SILENT, digests, paragraphs, sample_data, write_files
 
-from overnight import sources
 from overnight.errors import DamagedData, InputError, Unreachable
-from overnight.prepare import prepare
-from overnight.sources import fetch, find
+from overnight.prepare import sources
+from overnight.prepare.prepare import prepare
+from overnight.prepare.sources import fetch, find
 
 FILES = 2
 

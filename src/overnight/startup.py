@@ -32,7 +32,7 @@ from overnight.errors import InputError
 from overnight.inform import informs
 from overnight.model import LanguageModel
 from overnight.plan import Derived, derive, derived_rows, iterations_in_all
-from overnight.prepare_cost import expected_cost
+from overnight.prepare.cost import expected_cost
 from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.directory import RunDirectory
 from overnight.warm_up import device_facts
@@ -185,7 +185,7 @@ def prepare_embedded(recipe: Recipe, console: Console) -> None:
         require_same_request(Path(recipe.data.dir), recipe.data, recipe.model.vocab_size)
         return
     require("prepare", f"`data.dir`: {recipe.data.dir} holds no prepared data; preparing it")
-    from overnight.prepare import prepare
+    from overnight.prepare.prepare import prepare
 
     prepare(recipe.data, recipe.model.vocab_size, report=console.say)
 

@@ -16,7 +16,7 @@ from ghost import CARDS, ROOT, note, train_on
 from runs import records, slow
 
 from overnight.plan import beside_the_tensors, peak_memory
-from overnight.prepare import prepare
+from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
 
 SHORT = {"max_iters": 2, "warmup_iters": 1, "branches": []}

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 from texts import digests, gpt2, write_files  # noqa: E402
 
-from overnight.embedded import embedded_documents  # noqa: E402
+from overnight.prepare.docstrings import embedded_documents  # noqa: E402
 
 FILES = 12
 

@@ -18,12 +18,12 @@ from accelerate.utils import gather_object
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from overnight.corpus import SUFFIXES, rows
 from overnight.data.batches import to_device, validation_batches
 from overnight.data.shards import Split
 from overnight.errors import InputError, first_line
 from overnight.evaluation.models import Contestant
 from overnight.evaluation.progress import Meter
+from overnight.prepare.documents import SUFFIXES, rows
 
 
 class TokenLoss(evaluate.Metric):

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from overnight.core.console import count, duration
 from overnight.errors import Unreachable
-from overnight.staging import Job, read_stage
+from overnight.prepare.tokenize_files import Job, read_stage
 
 SECONDS_BETWEEN_LINES = 10
 SECONDS_BETWEEN_LOOKS = 0.5

@@ -11,8 +11,8 @@ import numpy as np
 from overnight.data.encoder import FastTokenizer
 from overnight.data.manifest import dtype_for
 from overnight.errors import InputError
+from overnight.prepare.sources import SourceFile
 from overnight.recipe.schema import Data
-from overnight.sources import SourceFile
 
 CHARACTERS_PER_TOKEN = 4.61
 """GPT-2's vocabulary on FineWeb-Edu."""

@@ -22,8 +22,8 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from overnight.corpus import text_hash
 from overnight.errors import InputError
+from overnight.prepare.documents import text_hash
 
 READER_VERSION = 1
 """Part of the cache key: raise it whenever the embedded corpus would come out differently."""

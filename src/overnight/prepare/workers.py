@@ -46,7 +46,7 @@ def run_local(pipeline: Callable[[], list[PipelineStep]], tasks: int, workers: i
     logger.remove()
     os.register_at_fork(after_in_child=die_with_parent)  # datatrove's manager would outlive a killed command
     multiprocess.get_context("forkserver").set_forkserver_preload(
-        [__name__, "overnight.staging"]
+        [__name__, "overnight.prepare.tokenize_files"]
     )  # once for all workers
     os.environ["RAYON_NUM_THREADS"] = "1"  # of both tokenizers, in the workers: this process tokenises nothing
     try:

@@ -24,19 +24,19 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 from transformers import PreTrainedTokenizerFast
 
-from overnight import executors, sources
-from overnight.assemble import finish
 from overnight.core.files import room_in
-from overnight.corpus import is_reserved, rows, text_hash
 from overnight.data.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
 from overnight.data.shards import verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from overnight.errors import InputError
-from overnight.prepare_cost import require_room
-from overnight.prepare_progress import watched
+from overnight.prepare import sources
+from overnight.prepare.build_shards import finish
+from overnight.prepare.cost import require_room
+from overnight.prepare.documents import is_reserved, rows, text_hash
+from overnight.prepare.progress import watched
+from overnight.prepare.sources import SourceFile
+from overnight.prepare.tokenize_files import Job, pipeline, raise_left
 from overnight.recipe.schema import Data
-from overnight.sources import SourceFile
-from overnight.staging import Job, pipeline, raise_left
 
 TOKENIZER_CHARACTERS = 50_000_000
 """A tokenizer is trained on the first training documents, up to this much text."""
@@ -175,11 +175,11 @@ def _stage(job: Job, workers: Workers) -> None:
     tasks, logs, options = len(job.files), job.folder / "logs", workers.options or {}
     count = min(workers.count, tasks)
     if workers.executor == "ray":
-        executors.run_ray(lambda: pipeline(job), tasks, count, logs, options)
+        workers.run_ray(lambda: pipeline(job), tasks, count, logs, options)
     elif count > 1:
-        executors.run_local(lambda: pipeline(job), tasks, count, logs, options)
+        workers.run_local(lambda: pipeline(job), tasks, count, logs, options)
     else:
-        executors.run_here(lambda: pipeline(job), tasks)
+        workers.run_here(lambda: pipeline(job), tasks)
 
 
 class Finish(PipelineStep):
@@ -201,4 +201,4 @@ class Finish(PipelineStep):
 def _submit(job: Job, folder: Path, commit: str | None, workers: Workers) -> str:
     options = {"venv_path": f"{sys.prefix}/bin/activate", "workers": workers.count} | (workers.options or {})
     finishing: list[PipelineStep] = [Finish(job, folder.absolute(), commit)]
-    return executors.submit_slurm(pipeline(job), len(job.files), finishing, job.folder / "logs", options)
+    return workers.submit_slurm(pipeline(job), len(job.files), finishing, job.folder / "logs", options)

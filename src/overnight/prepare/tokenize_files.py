@@ -30,16 +30,16 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from overnight import sources
-from overnight.allot import DOCUMENT, allot
 from overnight.core import files
 from overnight.core.processes import die_with_parent
-from overnight.corpus import NOT_TEXT, TOO_LONG, rows, text_hash
 from overnight.data.encoder import encoder_of
 from overnight.data.manifest import DType, InputRecord, little_endian
 from overnight.errors import DamagedData, InputError, Unreachable
+from overnight.prepare import sources
+from overnight.prepare.dedup_split import DOCUMENT, allot
+from overnight.prepare.documents import NOT_TEXT, TOO_LONG, rows, text_hash
+from overnight.prepare.sources import SourceFile
 from overnight.recipe.schema import Data
-from overnight.sources import SourceFile
 
 BATCH_CHARACTERS = 4_000_000
 """Text that is tokenised at once."""

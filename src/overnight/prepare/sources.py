@@ -21,9 +21,9 @@ from fsspec.core import url_to_fs
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from overnight.core import files
-from overnight.corpus import SUFFIXES
-from overnight.embedded import embedded_documents, embedded_version
 from overnight.errors import DamagedData, InputError, Unreachable
+from overnight.prepare.docstrings import embedded_documents, embedded_version
+from overnight.prepare.documents import SUFFIXES
 from overnight.recipe.schema import Data
 
 EMBEDDED = "embedded.jsonl"

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from overnight.allot import Allotment, allot
-from overnight.corpus import NOT_TEXT, TOO_LONG
 from overnight.data.manifest import (
     SOURCE_KEYS,
     SPLIT_KEYS,
@@ -24,8 +22,10 @@ from overnight.data.manifest import (
 )
 from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.errors import InputError
+from overnight.prepare.dedup_split import Allotment, allot
+from overnight.prepare.documents import NOT_TEXT, TOO_LONG
+from overnight.prepare.tokenize_files import DUPLICATE, EMPTY, Job, Stage, read_stage
 from overnight.recipe.schema import Data
-from overnight.staging import DUPLICATE, EMPTY, Job, Stage, read_stage
 
 
 def finish(job: Job, folder: Path, commit: str | None) -> Manifest:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from overnight.corpus import first_training_key
+from overnight.prepare.documents import first_training_key
 from overnight.recipe.schema import Data
 
 DOCUMENT = np.dtype([("high", ">u8"), ("low", ">u8"), ("tokens", "<u4")])
