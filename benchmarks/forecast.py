@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from overnight.forecast import Point, forecast, worth
-from overnight.law import level_and_slope
 from overnight.outlook import forecast_of_run
+from overnight.planning.forecast import Point, forecast, worth
+from overnight.planning.scaling_law import level_and_slope
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
 

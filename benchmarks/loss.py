@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from overnight.plan import padded_vocabulary
+from overnight.planning.model_size import padded_vocabulary
 
 ROWS = {"cpu": 2048, "cuda": 32 * 1024}
 VALUES = 512  # rows of the comparison with float64

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overnight.loss import summed_loss
-from overnight.plan import loss_chunk
+from overnight.planning.model_size import loss_chunk
 
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 OURS, EAGER, WHOLE, COMPILED = "ours", "chunked, eager", "whole logits", "whole logits, compiled"

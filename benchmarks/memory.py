@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from overnight import optim
 from overnight.device import GIB
 from overnight.model import LanguageModel
-from overnight.plan import LOSS_CHUNK, beside_the_tensors, peak_memory
+from overnight.planning.model_size import LOSS_CHUNK, beside_the_tensors, peak_memory
 from overnight.recipe.schema import Model, Optim
 
 LIMIT_GIB = 11.0  # what a 12 GB card has left beside a desktop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from overnight.roofline import Parts, power_bound, public_runs, training
+from overnight.planning.roofline import Parts, power_bound, public_runs, training
 
 COLUMNS = f"{'':<44}{'products':>9}{'attention':>10}{'memory':>8}{'estimate':>11}{'public':>9}{'off':>8}"
 

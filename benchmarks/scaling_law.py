@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from overnight.gpus import facts
-from overnight.law import Expected, annealed_loss, constants, cosine_offset
+from overnight.planning.gpus import facts
+from overnight.planning.scaling_law import Expected, annealed_loss, constants, cosine_offset
 
 LARGEST, FEWEST = 3e8, 4.5e8  # parameters and tokens of the rows that the law was fitted to
 

@@ -25,7 +25,7 @@ from traffic_count import counted  # the file beside this one
 
 from overnight import optim
 from overnight.model import LanguageModel
-from overnight.plan import padded_vocabulary
+from overnight.planning.model_size import padded_vocabulary
 from overnight.recipe.schema import Model, Optim
 
 FACTS = Path(__file__).resolve().parents[1] / "src" / "overnight" / "facts" / "traffic.csv"

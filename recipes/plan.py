@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
-    from overnight.planning import plan
+    from overnight.planning.plan import plan
 
     if chosen.json and chosen.probe:
         raise InputError(

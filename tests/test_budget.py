@@ -10,9 +10,9 @@ import pytest
 from command_lines import blocks
 from runs import ROOT
 
-from overnight import law
 from overnight.errors import InputError
-from overnight.plan import iterations_in_all
+from overnight.planning import scaling_law
+from overnight.planning.model_size import iterations_in_all
 from overnight.recipe.load import load
 
 NIGHT = ROOT / "recipes" / "fineweb_edu_40m.yaml"
@@ -79,11 +79,11 @@ def test_another_width_other_data_and_another_card_move_the_rows_as_the_law_says
 
 
 def test_the_law_is_the_one_that_its_authors_wrote():
-    assert law.annealed_loss(21_233_664, 3.145728e9, 3.68e9, "fineweb-edu") == pytest.approx(3.5048, abs=5e-4)
-    assert law.effective_tokens(2e9, 4e9) == 2e9
+    assert scaling_law.annealed_loss(21_233_664, 3.145728e9, 3.68e9, "fineweb-edu") == pytest.approx(3.5048, abs=5e-4)
+    assert scaling_law.effective_tokens(2e9, 4e9) == 2e9
     # Muennighoff et al., section 5: up to four epochs are almost as good as new data, by 40 they are worth little
-    assert law.effective_tokens(4e9, 1e9) == pytest.approx(3.73e9, rel=0.01)
-    assert law.effective_tokens(100e9, 1e9) < 16.5e9
+    assert scaling_law.effective_tokens(4e9, 1e9) == pytest.approx(3.73e9, rel=0.01)
+    assert scaling_law.effective_tokens(100e9, 1e9) < 16.5e9
 
 
 def test_a_plan_needs_no_torch():
@@ -171,10 +171,10 @@ def test_milestones_a_throughput_of_your_own_and_a_figure(tmp_path):
 
 def test_a_dataset_that_is_not_the_laws_stands_on_fineweb_edu_and_says_so():
     recipe = load(NIGHT, ["--data.path", "someone/else"])
-    assert law.dataset_of(recipe) == "fineweb-edu"
-    assert any("someone/else" in doubt for doubt in law.doubts(recipe, [10_000]))
+    assert scaling_law.dataset_of(recipe) == "fineweb-edu"
+    assert any("someone/else" in doubt for doubt in scaling_law.doubts(recipe, [10_000]))
     with pytest.raises(InputError, match="no column"):
-        law.offset_of([], "x.csv", recipe)
+        scaling_law.offset_of([], "x.csv", recipe)
 
 
 PROBE = {"device": "NVIDIA GeForce RTX 4070", "tokens_per_second": 1e5, "micro_batch": 16, "peak_gib": 3.94}

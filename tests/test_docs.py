@@ -8,7 +8,7 @@ import pytest
 from command_lines import PAGES, ROOT, blocks, of_documents
 
 from overnight import cli
-from overnight.plan import parameter_count
+from overnight.planning.model_size import parameter_count
 from overnight.recipe.load import load
 from overnight.recipe.schema import leaves
 

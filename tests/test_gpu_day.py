@@ -15,11 +15,11 @@ import pytest
 from runs import ROOT
 from texts import paragraphs, write_parquet
 
-from overnight.fitting import fitting
-from overnight.gpus import gpu_named
-from overnight.plan import memory_gib
+from overnight.planning.gpus import gpu_named
+from overnight.planning.memory import fitting
+from overnight.planning.model_size import memory_gib
+from overnight.planning.roofline import speed_of
 from overnight.recipe.load import load
-from overnight.roofline import speed_of
 
 FOLDER = ROOT / "benchmarks" / "gpu_day"
 DAY, REPORT, NIGHT = FOLDER / "day.py", FOLDER / "report.py", ROOT / "recipes" / "fineweb_edu_40m.yaml"

@@ -8,7 +8,7 @@ import torch
 
 from overnight.model import LanguageModel
 from overnight.optim import build
-from overnight.plan import beside_the_tensors, peak_memory
+from overnight.planning.model_size import beside_the_tensors, peak_memory
 from overnight.recipe.schema import Model, Optim
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=128, vocab_size=2000)

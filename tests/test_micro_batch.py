@@ -18,7 +18,7 @@ from overnight.device import Device
 from overnight.errors import EXIT_INPUT, InputError
 from overnight.micro_batch import Trial, choose, search
 from overnight.model import LanguageModel
-from overnight.plan import derive, memory_gib, next_divisor
+from overnight.planning.model_size import derive, memory_gib, next_divisor
 from overnight.progress import COLD_ITERATIONS, WINDOW, Pace
 from overnight.recipe.load import load
 

@@ -14,9 +14,10 @@ import pytest
 from packaging.requirements import Requirement
 from runs import ROOT, records, slow
 
-from overnight import gpus, machine
+from overnight import machine
 from overnight.core.extras import EXTRAS
 from overnight.machine import normalised
+from overnight.planning import gpus
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -9,9 +9,18 @@ import pytest
 import torch
 from runs import ROOT
 
-from overnight.gpus import facts, gpu_named, known_gpus, match_gpu
+from overnight.planning.gpus import facts, gpu_named, known_gpus, match_gpu
+from overnight.planning.roofline import (
+    Work,
+    power_bound,
+    public_runs,
+    speed_of,
+    training,
+    validation,
+    validation_share,
+    work_of,
+)
 from overnight.recipe.load import load
-from overnight.roofline import Work, power_bound, public_runs, speed_of, training, validation, validation_share, work_of
 
 NIGHT = load(ROOT / "recipes" / "fineweb_edu_40m.yaml", [])
 CARD = gpu_named("rtx-4070")

@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from overnight.fitting import fitting
-from overnight.gpus import Gpu, gpu_named
-from overnight.plan import memory_gib
+from overnight.planning.gpus import Gpu, gpu_named
+from overnight.planning.memory import fitting
+from overnight.planning.model_size import memory_gib
+from overnight.planning.roofline import speed_of, validation_share
 from overnight.recipe.schema import Recipe
-from overnight.roofline import speed_of, validation_share
 
 TWELVE_GB = "rtx-4070"  # the card that step 3 emulates
 COLD = 3  # iterations at the start of a session that are in no rate

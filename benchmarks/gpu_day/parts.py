@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from overnight import optim
 from overnight.core.files import write_whole
 from overnight.model import LanguageModel
-from overnight.plan import flops_per_token
+from overnight.planning.model_size import flops_per_token
 from overnight.recipe.schema import Model, Optim
 
 REPEATS, WARM = {"cuda": 20, "cpu": 1}, {"cuda": 3, "cpu": 1}

@@ -16,7 +16,7 @@ from figures import Row, Where, rows_of  # the script beside this one
 
 from overnight.cli import exit_code
 from overnight.errors import InputError
-from overnight.gpus import match_gpu
+from overnight.planning.gpus import match_gpu
 from overnight.recipe.load import load
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from overnight.budget import gpt2_loss
 from overnight.core.extras import require
 from overnight.errors import InputError
-from overnight.law import DATASETS
+from overnight.planning.scaling_law import DATASETS
+from overnight.planning.table import gpt2_loss
 from overnight.run_dir.layout import ends_in, read_run
 from overnight.run_dir.metrics import Record
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from overnight.errors import InputError
-from overnight.gpus import match_gpu
+from overnight.planning.gpus import match_gpu
 from overnight.recipe.schema import Recipe
 
 GIB = 2**30

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from overnight.plan import loss_chunk
+from overnight.planning.model_size import loss_chunk
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, compile: bool = False) -> Tensor:

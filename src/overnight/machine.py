@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.core.nvml import nvml
-from overnight.plan import parameter_count
+from overnight.planning.model_size import parameter_count
 from overnight.recipe.schedule import branch_points, goals
 from overnight.recipe.schema import Recipe
 

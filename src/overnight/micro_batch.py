@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from overnight.core.console import count, duration
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.faults import until_memory_runs_out
-from overnight.plan import memory_gib, next_divisor
+from overnight.planning.model_size import memory_gib, next_divisor
 
 if TYPE_CHECKING:
     from overnight.startup import Run

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from overnight.attention import causal_only
 from overnight.loss import summed_loss
-from overnight.plan import padded_vocabulary
+from overnight.planning.model_size import padded_vocabulary
 from overnight.recipe.schema import Model
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 
 from overnight.core.console import duration
-from overnight.forecast import FEWEST, Forecast, Point, forecast, usable
 from overnight.inform import informs
-from overnight.law import INTERVAL, Expected
+from overnight.planning.forecast import FEWEST, Forecast, Point, forecast, usable
+from overnight.planning.scaling_law import INTERVAL, Expected
 from overnight.progress import Pace, watts
 from overnight.recipe.schedule import branch_point, ending_now, fits, goals, towards
 from overnight.recipe.schema import Recipe, Schedule

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from overnight.core.console import Console, count, duration
 from overnight.data.manifest import Manifest, dtype_for
 from overnight.data.shards import Shards, Split, SplitWriter
-from overnight.plan import derive, memory_gib
+from overnight.planning.model_size import derive, memory_gib
 from overnight.progress import Pace
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory, environment

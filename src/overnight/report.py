@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from overnight import law
-from overnight.budget import gpt2_loss
 from overnight.core.console import count, duration, plain
 from overnight.core.files import write_whole
 from overnight.curve import draw
 from overnight.errors import InputError
-from overnight.gpus import facts as facts_of
+from overnight.planning import scaling_law
+from overnight.planning.gpus import facts as facts_of
+from overnight.planning.table import gpt2_loss
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.layout import ends_in, folder_name, read_run
@@ -195,14 +195,16 @@ def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str
     for budget in sorted(ends):
         tokens = count(budget * recipe.batch.tokens_per_iter)
         before = (
-            interval(*law.expected(recipe, budget, facts["unique_tokens"]).interval()) if law.inside(recipe) else "-"
+            interval(*scaling_law.expected(recipe, budget, facts["unique_tokens"]).interval())
+            if scaling_law.inside(recipe)
+            else "-"
         )
         on_the_way, reached = forecast(recipe, records, budget), f"{ends[budget]['val_loss']:.3f}"
         cells = [f"{budget:,}", tokens, *([claimed.get(budget, "-")] if claimed else []), before, on_the_way, reached]
         lines.append("| " + " | ".join(cells) + " |")
     why = (
         "Predicted by a scaling law of public runs."
-        if law.inside(recipe)
+        if scaling_law.inside(recipe)
         else "Nothing is predicted before the run: it is outside of the data of the scaling law."
     )
     return "\n".join(lines) + (
@@ -306,8 +308,8 @@ def limits(recipe: Recipe) -> str:
         "- It has the biases of its text, and no filter of its own.",
         "- One run on one seed; another seed ends with a slightly different loss.",
     ]
-    if str(recipe.data.path) in law.DATASETS:
-        dataset = law.dataset_of(recipe)
+    if str(recipe.data.path) in scaling_law.DATASETS:
+        dataset = scaling_law.dataset_of(recipe)
         lines.append(
             f"- GPT-2 124M's published {gpt2_loss(dataset):.4f} on {dataset} is of another validation split; only a"
             " loss that was measured beside it on the same tokens compares."

@@ -31,7 +31,7 @@ from overnight.device import Device, allow_tf32, resolve_precision
 from overnight.errors import InputError
 from overnight.inform import informs
 from overnight.model import LanguageModel
-from overnight.plan import Derived, derive, derived_rows, iterations_in_all
+from overnight.planning.model_size import Derived, derive, derived_rows, iterations_in_all
 from overnight.prepare.cost import expected_cost
 from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.directory import RunDirectory

@@ -12,7 +12,7 @@ from overnight.core.console import Console
 from overnight.doctor import check_gpu, check_torch, is_wsl
 from overnight.errors import InputError
 from overnight.machine import Gpu, driver, gpus_hidden
-from overnight.plan import derive
+from overnight.planning.model_size import derive
 from overnight.recipe.schema import Recipe
 
 CPU_FLOPS = 1e11  # a second, about: two cores reach 7e10, sixteen three times that

@@ -10,7 +10,7 @@ import torch
 from overnight import micro_batch
 from overnight.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
 from overnight.faults import until_memory_runs_out
-from overnight.plan import logit_bytes, loss_chunk, padded_vocabulary
+from overnight.planning.model_size import logit_bytes, loss_chunk, padded_vocabulary
 
 if TYPE_CHECKING:
     from overnight.startup import Run

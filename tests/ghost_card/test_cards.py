@@ -15,7 +15,7 @@ import yaml
 from ghost import CARDS, ROOT, note, train_on
 from runs import records, slow
 
-from overnight.plan import beside_the_tensors, peak_memory
+from overnight.planning.model_size import beside_the_tensors, peak_memory
 from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from overnight import plan
 from overnight.model import LanguageModel, published
+from overnight.planning import model_size
 from overnight.recipe.schema import Model
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)  # 128 rows while training
@@ -14,7 +14,7 @@ CHUNK = 40  # of the 96 rows of `tokens`: two whole chunks and a part
 
 @pytest.fixture
 def language_model(monkeypatch, device):
-    monkeypatch.setattr(plan, "LOSS_CHUNK", dict.fromkeys(plan.LOSS_CHUNK, CHUNK))
+    monkeypatch.setattr(model_size, "LOSS_CHUNK", dict.fromkeys(model_size.LOSS_CHUNK, CHUNK))
     return build(device)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from overnight import plan
 from overnight.loss import compiled_softmax, summed_loss
 from overnight.model import LanguageModel
+from overnight.planning import model_size
 from overnight.recipe.schema import Model
 
 SHAPE = Model(n_layer=3, n_head=2, n_embd=64, n_positions=32, vocab_size=100)
@@ -112,7 +112,7 @@ def test_a_graph_break_in_the_body_ends_the_start_instead_of_slowing_the_night(m
 
 
 def test_the_compiled_loss_is_one_graph_for_each_use_however_its_chunks_are_cut(graphs, monkeypatch):
-    monkeypatch.setattr(plan, "LOSS_CHUNK", dict.fromkeys(plan.LOSS_CHUNK, 32))
+    monkeypatch.setattr(model_size, "LOSS_CHUNK", dict.fromkeys(model_size.LOSS_CHUNK, 32))
     weight = torch.randn(128, 8)
     for gradients in (True, False):
         for rows in (64, 32, 40, 16, 7, 63, 31, 2, 5, 1, 33):

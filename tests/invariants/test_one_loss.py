@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from overnight import plan
 from overnight.loss import compiled_softmax, softmax_, summed_loss
+from overnight.planning import model_size
 
 VOCABULARY, PADDED, WIDTH = 65, 128, 48  # nearly half of the columns are padding
 CHUNK = 40
@@ -17,7 +17,7 @@ ROWS = (96, 40, 24)  # two chunks and a part of one, a chunk, a part of one
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(plan, "LOSS_CHUNK", dict.fromkeys(plan.LOSS_CHUNK, CHUNK))
+    monkeypatch.setattr(model_size, "LOSS_CHUNK", dict.fromkeys(model_size.LOSS_CHUNK, CHUNK))
     torch.compiler.reset()
 
 
@@ -137,7 +137,9 @@ def test_a_second_derivative_is_refused_and_not_wrong(device):
 
 @pytest.mark.parametrize(("side", "expected"), [("ours", 4), ("chunked, eager", 24), ("whole logits", 40)])
 def test_the_bf16_logits_are_read_once_and_written_once(side, expected, benchmark, device, monkeypatch):
-    monkeypatch.setattr(plan, "LOSS_CHUNK", dict.fromkeys(plan.LOSS_CHUNK, 10_000))  # all that is counted in one
+    monkeypatch.setattr(
+        model_size, "LOSS_CHUNK", dict.fromkeys(model_size.LOSS_CHUNK, 10_000)
+    )  # all that is counted in one
     args = argparse.Namespace(device=device.type, dtype="bfloat16", vocabulary=VOCABULARY, width=WIDTH)
     loss = benchmark.sides(device.type, torch.bfloat16)[side]
     assert benchmark.bytes_a_logit(args, side, loss) == pytest.approx(expected, rel=0.05)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from overnight.errors import InputError
-from overnight.gpus import Gpu
-from overnight.plan import derive, memory_gib, next_divisor
+from overnight.planning.gpus import Gpu
+from overnight.planning.model_size import derive, memory_gib, next_divisor
 from overnight.recipe.schema import Recipe
 
 

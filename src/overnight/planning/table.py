@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from overnight import law
 from overnight.core.console import count, duration
-from overnight.fitting import Memory, by_formula
-from overnight.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.machine import data_bytes, run_bytes
-from overnight.plan import derive
+from overnight.planning import scaling_law
+from overnight.planning.gpus import USUAL, Gpu, Speed, facts, gpu_named
+from overnight.planning.memory import Memory, by_formula
+from overnight.planning.model_size import derive
+from overnight.planning.roofline import validation_share
 from overnight.recipe.schema import Recipe
-from overnight.roofline import validation_share
 
 MILESTONES = (6_000, 10_000, 15_000, 20_000)
 VISIBLE = 2 * 0.02  # nats: two standard errors of a forecast that was set right on the same validation set
@@ -31,7 +31,7 @@ class Prices:
 class Losses:
     """What budgets are expected to end with."""
 
-    of: Mapping[int, law.Expected]  # by max_iters
+    of: Mapping[int, scaling_law.Expected]  # by max_iters
     source: str
     doubts: list[str]
 
@@ -122,7 +122,7 @@ def budget(
 ) -> Budget:
     """The table. `unique` are the training tokens there are; without `losses` the law's own are expected, and without
     `memory` what the formula says of the card."""
-    dataset = law.dataset_of(recipe)
+    dataset = scaling_law.dataset_of(recipe)
     seconds = recipe.batch.tokens_per_iter / speed.tokens_per_second if speed else None
     losses = losses or by_law(recipe, milestones, unique)
     memory = memory or (by_formula(recipe, gpu) if gpu else None)
@@ -151,10 +151,10 @@ def budget(
 def by_law(recipe: Recipe, milestones: Sequence[int], unique: int | None, offset: float | None = None) -> Losses:
     """What the scaling law expects, shifted by `offset` nats where runs were measured."""
     return Losses(
-        {max_iters: law.expected(recipe, max_iters, unique, offset) for max_iters in milestones},
+        {max_iters: scaling_law.expected(recipe, max_iters, unique, offset) for max_iters in milestones},
         "nats per token, the scaling law of facts/scaling_law.json with 90 % intervals"
         + (f", shifted by {offset:+.3f} as measured" if offset is not None else ""),
-        law.doubts(recipe, list(milestones)),
+        scaling_law.doubts(recipe, list(milestones)),
     )
 
 
@@ -165,7 +165,7 @@ def _row(
     gpu: Gpu | None,
     hours: float | None,
     unique: int | None,
-    expected: law.Expected,
+    expected: scaling_law.Expected,
     prices: Prices,
 ) -> Row:
     tokens = max_iters * recipe.batch.tokens_per_iter
@@ -177,11 +177,11 @@ def _row(
         max_iters=max_iters,
         tokens=tokens,
         epochs=tokens / unique if unique else None,
-        effective_tokens=law.effective_tokens(tokens, unique),
+        effective_tokens=scaling_law.effective_tokens(tokens, unique),
         loss=expected.loss,
         loss_low=low,
         loss_high=high,
-        chance_below_gpt2=expected.chance_below(gpt2_loss(law.dataset_of(recipe))),
+        chance_below_gpt2=expected.chance_below(gpt2_loss(scaling_law.dataset_of(recipe))),
         gain=gain,
         gain_per_hour=gain / longer if gain is not None and longer else None,
         hours=hours,

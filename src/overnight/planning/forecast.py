@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from overnight import law
 from overnight.errors import InputError
+from overnight.planning import scaling_law
 from overnight.recipe.schedule import branch_point, decay_iters, lr_at
 from overnight.recipe.schema import Recipe, Schedule
 
@@ -54,7 +54,7 @@ class Point:
         Under `wsd` the learning rate's share of its peak; of a cosine what facts/scaling_law.json says.
         """
         if self.schedule.kind == "cosine":
-            return law.cosine_offset(self.iteration / self.schedule.max_iters) / law.wsd_offset()
+            return scaling_law.cosine_offset(self.iteration / self.schedule.max_iters) / scaling_law.wsd_offset()
         return 1.0 if self.iteration < self.schedule.warmup_iters else lr_at(self.iteration, self.schedule)
 
     def lack(self, memory: np.ndarray, longest: int) -> np.ndarray:
@@ -80,19 +80,19 @@ class Forecast:
     mean: np.ndarray  # (points,)
     covariance: np.ndarray  # (points, points)
 
-    def at(self, point: int) -> law.Expected:
+    def at(self, point: int) -> scaling_law.Expected:
         """One of them."""
         return self.mix({point: 1.0})
 
-    def gain(self, before: int, after: int) -> law.Expected:
+    def gain(self, before: int, after: int) -> scaling_law.Expected:
         """By how much the loss at one point lies below that at another."""
         return self.mix({before: 1.0, after: -1.0})
 
-    def mix(self, weights: dict[int, float]) -> law.Expected:
+    def mix(self, weights: dict[int, float]) -> scaling_law.Expected:
         """A weighted sum of losses."""
         vector = np.zeros(len(self.mean))
         vector[list(weights)] = list(weights.values())
-        return law.Expected(float(vector @ self.mean), math.sqrt(max(0.0, vector @ self.covariance @ vector)))
+        return scaling_law.Expected(float(vector @ self.mean), math.sqrt(max(0.0, vector @ self.covariance @ vector)))
 
 
 def forecast(
@@ -164,7 +164,7 @@ def worth(recipe: Recipe, point: Point, unique: int | None) -> float:
     lost = warmup / 2 if iteration >= warmup else iteration - iteration**2 / (2 * warmup)
     if point.decayed:
         lost += point.decayed**2 / (2 * decay_iters(point.schedule))
-    return law.effective_tokens((iteration - lost) * recipe.batch.tokens_per_iter, unique)
+    return scaling_law.effective_tokens((iteration - lost) * recipe.batch.tokens_per_iter, unique)
 
 
 @dataclass(frozen=True)
@@ -184,16 +184,16 @@ def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
 
     The gain inside of the law's range is what facts/scaling_law.json says of 124M, as a share of the loss.
     """
-    beta = law.constants()["beta"]
-    early = tokens / law.block_parameters(recipe.model) < law.constants()["valid_range"]["D/N"][0]
-    if early or not law.inside(recipe):
+    beta = scaling_law.constants()["beta"]
+    early = tokens / scaling_law.block_parameters(recipe.model) < scaling_law.constants()["valid_range"]["D/N"][0]
+    if early or not scaling_law.inside(recipe):
         mean, sigma = np.array([loss, 0.5, 0.03 * loss]), np.array([2.0, 2.0, 0.03 * loss])
         beta, spread, wander = (STRAIGHT, 0.0, WANDER) if early else (beta, 0.4, 0.0)
         return Prior(mean, sigma, beta, spread, wander, memories=(30, 100, 300, 1000))
     counted = 1 - recipe.schedule.decay_fraction / 2 if recipe.schedule.kind == "wsd" else 1.0
-    level, slope = law.level_and_slope(recipe, tokens / counted)  # the law counts all tokens of an annealed run
-    gain = law.wsd_offset() / LOSS_AT_124M * level
-    mean, sigma = np.array([level, slope, gain]), law.constants()["sigma_nats"]["uncalibrated"]
+    level, slope = scaling_law.level_and_slope(recipe, tokens / counted)  # the law counts all tokens of an annealed run
+    gain = scaling_law.wsd_offset() / LOSS_AT_124M * level
+    mean, sigma = np.array([level, slope, gain]), scaling_law.constants()["sigma_nats"]["uncalibrated"]
     return Prior(mean, np.array([sigma, 0.2 * slope, 0.2 * gain]), beta, 0.1, 0.0, memories=(1, 1000))
 
 

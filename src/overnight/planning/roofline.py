@@ -11,8 +11,8 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from overnight.gpus import Gpu, Speed, facts, known_gpus
-from overnight.plan import padded_vocabulary, parameter_count
+from overnight.planning.gpus import Gpu, Speed, facts, known_gpus
+from overnight.planning.model_size import padded_vocabulary, parameter_count
 from overnight.recipe.schema import Model, Recipe
 
 # Of the matrix units' peak. The best shapes reach 80 % on an H100, 81 % on an A100 PCIe and 87 % on an A100 SXM, by

@@ -8,16 +8,16 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from overnight.budget import Budget, Losses, Prices, budget, by_law, default_milestones, gpt2_loss, lines
 from overnight.core.extras import require
 from overnight.data.manifest import is_prepared, read_manifest
 from overnight.errors import InputError
-from overnight.fitting import Memory, by_formula
-from overnight.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
-from overnight.law import inside, offset_of
-from overnight.plan import derive, derived_rows
+from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
+from overnight.planning.memory import Memory, by_formula
+from overnight.planning.model_size import derive, derived_rows
+from overnight.planning.roofline import speed_of
+from overnight.planning.scaling_law import inside, offset_of
+from overnight.planning.table import Budget, Losses, Prices, budget, by_law, default_milestones, gpt2_loss, lines
 from overnight.recipe.schema import Recipe
-from overnight.roofline import speed_of
 
 
 def plan(recipe: Recipe, chosen: argparse.Namespace) -> int:

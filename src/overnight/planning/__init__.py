@@ -1,0 +1,1 @@
+"""What a run costs and reaches, before it runs: memory, speed, losses by budget."""
