@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from overnight import checkpoint, optim
 from overnight.machine import filesystem_of
-from overnight.model import LanguageModel
+from overnight.model import checkpoint, optim
+from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.schema import Model, Optim
 
 SIDES = ("ours", "save_state")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight.loss import summed_loss
+from overnight.model.loss import summed_loss
 from overnight.planning.model_size import loss_chunk
 
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]

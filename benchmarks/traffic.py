@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from traffic_count import counted  # the file beside this one
 
-from overnight import optim
-from overnight.model import LanguageModel
+from overnight.model import optim
+from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import padded_vocabulary
 from overnight.recipe.schema import Model, Optim
 

@@ -79,8 +79,8 @@ class OurStep:
     def __init__(self, args: argparse.Namespace, optimizer: str):
         from accelerate import Accelerator
 
-        from overnight import optim
-        from overnight.model import LanguageModel
+        from overnight.model import optim
+        from overnight.model.gpt2 import LanguageModel
         from overnight.recipe.schema import Optim
 
         cuda = args.device == "cuda"

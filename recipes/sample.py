@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1337, help="equal seeds write equal text")
     options = parser.parse_args()
 
-    from overnight.sampling import Writer
+    from overnight.model.generate import Writer
 
     try:
         writer = Writer.load(options.model)

@@ -60,7 +60,7 @@ def in_process(workplace: Path, monkeypatch) -> Path:
     """Lets a test call the trainer in its own process; the finished model's check by another process is left out."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from overnight import export
+    from overnight.model import export
 
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(export, "verify", lambda *arguments: None)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from overnight.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
 from overnight.errors import InputError
-from overnight.model import LanguageModel
+from overnight.model.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
+from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.schema import Batch, Model, Recipe
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)

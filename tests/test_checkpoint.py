@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from overnight import checkpoint, optim
-from overnight.model import LanguageModel
+from overnight.model import checkpoint, optim
+from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.schema import Model, Optim
 from overnight.run_dir import layout
 

@@ -14,7 +14,7 @@ from overnight.core.console import Console
 from overnight.device import Device
 from overnight.errors import InputError
 from overnight.machine import Driver, Gpu
-from overnight.model import LanguageModel
+from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
 
 RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * 2**30, total=12 * 2**30, capability=(8, 9))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.model import LanguageModel
-from overnight.optim import build
+from overnight.model.gpt2 import LanguageModel
+from overnight.model.optim import build
 from overnight.planning.model_size import beside_the_tensors, peak_memory
 from overnight.recipe.schema import Model, Optim
 

@@ -17,7 +17,7 @@ from overnight.data import batches
 from overnight.device import Device
 from overnight.errors import EXIT_INPUT, InputError
 from overnight.micro_batch import Trial, choose, search
-from overnight.model import LanguageModel
+from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import derive, memory_gib, next_divisor
 from overnight.progress import COLD_ITERATIONS, WINDOW, Pace
 from overnight.recipe.load import load
@@ -78,7 +78,7 @@ ONE_OF_TWO = """\
 import os, sys, torch
 from overnight import train, warm_up
 from overnight.cli import recipe_command
-from overnight.model import LanguageModel
+from overnight.model.gpt2 import LanguageModel
 
 warm_up.check_attention = lambda *given: ("not looked at", 0.0)
 real, calls = LanguageModel.forward, []

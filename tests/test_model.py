@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from overnight.model import LanguageModel, published
+from overnight.model.gpt2 import LanguageModel, published
 from overnight.recipe.schema import Model
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from overnight import optim
-from overnight.model import LanguageModel
+from overnight.model import optim
+from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.schedule import lr_at
 from overnight.recipe.schema import Model, Optim, Schedule
 

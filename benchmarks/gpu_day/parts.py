@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from overnight import optim
 from overnight.core.files import write_whole
-from overnight.model import LanguageModel
+from overnight.model import optim
+from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import flops_per_token
 from overnight.recipe.schema import Model, Optim
 

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from overnight.checkpoint import damage
 from overnight.core.console import Console
 from overnight.core.processes import beside
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
+from overnight.model.checkpoint import damage
 from overnight.parcels import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import ends_in, folder_name, saved_iterations

@@ -16,10 +16,10 @@ import torch
 from overnight.core.files import no_room
 from overnight.core.processes import ENDING, ORPHANED, handled
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
-from overnight.export import export
 from overnight.faults import end, told, with_room
 from overnight.inform import tell
-from overnight.model import published
+from overnight.model.export import export
+from overnight.model.gpt2 import published
 from overnight.progress import Pace, log_look, log_lost, log_results, log_saved, mean_watts
 from overnight.recipe.schedule import branch_point
 from overnight.run_dir.layout import folder_name

@@ -88,7 +88,7 @@ def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Parcel | None:
     trunk = saved_iterations(run / "checkpoints")
     if not trunk:
         return None
-    from overnight.unannealed import write_model  # and with it torch, which nothing else here needs
+    from overnight.model.unannealed import write_model  # and with it torch, which nothing else here needs
 
     iteration, checkpoint = max(trunk.items())
     folder = fresh(run / STAGED / CHECKPOINTS)

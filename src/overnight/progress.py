@@ -7,15 +7,15 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from overnight.checkpoint import Saved
 from overnight.core.console import Console, count, duration, step_line
 from overnight.data.ngrams import ngram_losses, seen_tokens
 from overnight.evaluation.milestone import Look
 from overnight.inform import informs
-from overnight.model import published
+from overnight.model.checkpoint import Saved
+from overnight.model.generate import Writer
+from overnight.model.gpt2 import published
 from overnight.recipe.schedule import lr_at
 from overnight.run_dir.directory import RunDirectory
-from overnight.sampling import Writer
 from overnight.startup import Run
 
 COLD_ITERATIONS = 3  # compilation, allocator and caches: in no rate

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from overnight import checkpoint, micro_batch, optim
+from overnight import micro_batch
 from overnight.core.console import Console, estimated_end
 from overnight.core.extras import require
 from overnight.core.files import room_in
@@ -30,7 +30,8 @@ from overnight.deadline import Night
 from overnight.device import Device, allow_tf32, resolve_precision
 from overnight.errors import InputError
 from overnight.inform import informs
-from overnight.model import LanguageModel
+from overnight.model import checkpoint, optim
+from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import Derived, derive, derived_rows, iterations_in_all
 from overnight.prepare.cost import expected_cost
 from overnight.recipe.schema import Recipe, Schedule

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from overnight import checkpoint
 from overnight.errors import InputError
 from overnight.faults import with_room
 from overnight.inform import informs
+from overnight.model import checkpoint
 from overnight.progress import log_saved
 from overnight.recipe.identity import meaning
 from overnight.recipe.schedule import branch_point, branch_points

@@ -38,13 +38,13 @@ FAULTS: dict[str, Callable[[], None]] = {
 PHASES = {
     "trial": ("overnight.micro_batch", "seconds_per_step"),
     "iteration": ("overnight.train", "accumulate"),
-    "forward": ("overnight.model", "LanguageModel.forward"),
+    "forward": ("overnight.model.gpt2", "LanguageModel.forward"),
     "backward": ("accelerate", "Accelerator.backward"),
-    "optimizer": ("overnight.optim", "prepared"),
-    "change": ("overnight.optim", "Muon._change"),
+    "optimizer": ("overnight.model.optim", "prepared"),
+    "change": ("overnight.model.optim", "Muon._change"),
     "validation": ("overnight.train", "validate"),
-    "samples": ("overnight.sampling", "Writer.after"),
-    "checkpoint": ("overnight.checkpoint", "state_tensors"),
+    "samples": ("overnight.model.generate", "Writer.after"),
+    "checkpoint": ("overnight.model.checkpoint", "state_tensors"),
     "export": ("overnight.ending", "export"),
     "evaluation": ("overnight.evaluation.scoring", "Scorer.losses"),
 }

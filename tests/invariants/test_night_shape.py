@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from overnight.model import LanguageModel, published
+from overnight.model.gpt2 import LanguageModel, published
 from overnight.recipe.schema import Model
 
 SHAPE = Model(n_layer=2)  # 384 wide, 50,257 columns, 50,304 while training

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from overnight.model import LanguageModel, published
+from overnight.model.gpt2 import LanguageModel, published
 from overnight.planning import model_size
 from overnight.recipe.schema import Model
 

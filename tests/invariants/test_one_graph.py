@@ -11,8 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from overnight.loss import compiled_softmax, summed_loss
-from overnight.model import LanguageModel
+from overnight.model.gpt2 import LanguageModel
+from overnight.model.loss import compiled_softmax, summed_loss
 from overnight.planning import model_size
 from overnight.recipe.schema import Model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from overnight.loss import compiled_softmax, softmax_, summed_loss
+from overnight.model.loss import compiled_softmax, softmax_, summed_loss
 from overnight.planning import model_size
 
 VOCABULARY, PADDED, WIDTH = 65, 128, 48  # nearly half of the columns are padding

@@ -4,9 +4,9 @@ import torch
 from runs import set_up, tiny
 from transformers import AutoModelForCausalLM
 
-from overnight.export import export
-from overnight.model import published
-from overnight.sampling import Writer
+from overnight.model.export import export
+from overnight.model.generate import Writer
+from overnight.model.gpt2 import published
 from overnight.train import train_step
 
 

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from overnight import checkpoint, ending
+from overnight import ending
+from overnight.model import checkpoint
 from overnight.run_dir import layout
 
 TRAIN = Path(__file__).resolve().parents[2] / "recipes" / "train.py"

@@ -16,8 +16,8 @@ from faulty import STAGES
 from runs import ROOT, TRAIN, environment, final_sums, losses, records, slow, start, tiny
 
 from overnight import train as train_module
-from overnight.checkpoint import damage
 from overnight.errors import InputError
+from overnight.model.checkpoint import damage
 from overnight.run_dir.metrics import Metrics
 
 FAULTY = str(ROOT / "tests" / "reliability" / "faulty.py")

@@ -10,7 +10,7 @@ from overnight import state, warm_up
 from overnight import train as train_module
 from overnight.device import resolve_precision
 from overnight.errors import EXIT_DIVERGED, InputError
-from overnight.model import LanguageModel
+from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
 from overnight.watch import FEWEST, WINDOW, History, spike
 
@@ -121,7 +121,7 @@ def test_b3_a_spike_is_told_and_its_history_survives_a_resume(in_process, quick,
     monkeypatch.chdir(in_process)
     monkeypatch.setattr(warm_up, "check_attention", lambda *given: ("not looked at", 0.0))
     monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
-    monkeypatch.setattr("overnight.export.verify", lambda *arguments: None)
+    monkeypatch.setattr("overnight.model.export.verify", lambda *arguments: None)
     forward_with(monkeypatch, tripled)
     monkeypatch.setattr(train_module, "train_step", stops)
     assert train_module.train(tiny(in_process, "--name", "spikes-again")) == 75

@@ -9,11 +9,12 @@ import torch
 from runs import losses, records, slow, tiny, train, two_processes
 from test_a_interruptions import goes_on_to_the_same_bits
 
-from overnight import checkpoint, ending, optim, sampling
+from overnight import ending
 from overnight import train as train_module
 from overnight.cli import recipe_command
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
-from overnight.model import LanguageModel
+from overnight.model import checkpoint, generate, optim
+from overnight.model.gpt2 import LanguageModel
 
 TOLERANCE = 1e-5  # of a loss in nats
 
@@ -72,7 +73,7 @@ PHASES = {
     "the optimizer": (optim, "prepared", {25}),
     "a change of the weights": (torch.optim.AdamW, "step", {25}),
     "validation": (train_module, "summed_losses", {2}),
-    "samples": (sampling.Writer, "after", {2}),
+    "samples": (generate.Writer, "after", {2}),
     "a checkpoint's copy": (checkpoint.Saver, "_copied", {2}),
     "the decay": (optim, "prepared", {36}),
     "export": (ending, "export", {1, 2}),
@@ -213,7 +214,7 @@ INFORMS = {
     "energy": ("overnight.device.Device.joules", []),
     "trackers": ("accelerate.Accelerator.log", []),
     "the trackers' end": ("accelerate.Accelerator.end_training", []),
-    "samples": ("overnight.sampling.Writer.after", []),
+    "samples": ("overnight.model.generate.Writer.after", []),
     "the forecast": ("overnight.outlook.outlook_of", []),
     "n-gram baselines": ("overnight.progress.ngram_losses", ["--validation.ngram_baselines", "true"]),
     "the line of an iteration": ("overnight.progress.step_line", []),
@@ -251,7 +252,7 @@ def test_g3_a_tracker_that_does_not_begin_is_told_and_the_run_is_trained(in_proc
 
 
 def test_g3_samples_for_which_there_is_no_memory_are_left_out(in_process, monkeypatch, capsys):
-    monkeypatch.setattr(sampling.Writer, "after", Broken(torch.cuda.OutOfMemoryError))
+    monkeypatch.setattr(generate.Writer, "after", Broken(torch.cuda.OutOfMemoryError))
     assert typed(in_process, monkeypatch, "unsampled", "--schedule.max_iters", "10") == 0
     assert capsys.readouterr().out.count("samples: failed (OutOfMemoryError: boom)") == 1
     assert [record["samples"] for record in records(in_process, "unsampled", "val")] == [[], []]

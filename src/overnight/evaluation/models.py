@@ -29,7 +29,7 @@ from overnight.data.shards import Shards
 from overnight.data.tokenizer import fingerprint as tokenizer_fingerprint
 from overnight.errors import InputError, first_line
 from overnight.evaluation.scoring import Scorer
-from overnight.model import LanguageModel, published
+from overnight.model.gpt2 import LanguageModel, published
 from overnight.recipe.schema import Recipe
 
 UNTRAINED, UNIGRAM = "untrained", "unigram"  # names that an opponent may have beside a folder's or the Hub's

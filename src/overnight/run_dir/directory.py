@@ -15,10 +15,10 @@ from typing import IO, Any
 import torch
 import yaml
 
-from overnight.checkpoint import clear_leftovers
 from overnight.core.files import write_whole
 from overnight.core.lock import hold
 from overnight.errors import InputError
+from overnight.model.checkpoint import clear_leftovers
 from overnight.recipe.identity import lasting, meaning
 from overnight.recipe.schedule import branch_point, branch_points, goals, towards
 from overnight.recipe.schema import Recipe

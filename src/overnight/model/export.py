@@ -1,6 +1,6 @@
 """Finished models: written as a plain transformers folder, then loaded in a fresh process and compared.
 
-`python -m overnight.export FOLDER PROBE` is that fresh process.
+`python -m overnight.model.export FOLDER PROBE` is that fresh process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from overnight.checkpoint import publish
+from overnight.model.checkpoint import publish
 
 TOLERANCE = 1e-5  # of the logits, float32 against float32 on the same CPU
 
@@ -47,7 +47,7 @@ def verify(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
         on_cpu = GPT2LMHeadModel(model.config).eval()
         on_cpu.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
         save_file({"ids": probe.cpu().contiguous(), "logits": on_cpu(probe.cpu()).logits.contiguous()}, stored)
-        command = [sys.executable, "-m", "overnight.export", str(folder), str(stored)]
+        command = [sys.executable, "-m", "overnight.model.export", str(folder), str(stored)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{folder} does not load as the model that was trained:\n{result.stdout}{result.stderr}")

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from overnight.checkpoint import MODEL
 from overnight.data.manifest import read_manifest
-from overnight.model import LanguageModel, published
+from overnight.model.checkpoint import MODEL
+from overnight.model.gpt2 import LanguageModel, published
 from overnight.recipe.schema import Recipe
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from overnight.attention import causal_only
-from overnight.loss import summed_loss
+from overnight.model.attention import causal_only
+from overnight.model.loss import summed_loss
 from overnight.planning.model_size import padded_vocabulary
 from overnight.recipe.schema import Model
 
