@@ -23,8 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from overnight.curve import draw
-    from overnight.report import report, reported
+    from overnight.report.curve import draw
+    from overnight.report.model_card import report, reported
 
     if options.curve:
         file = options.out or options.runs[0] / "report" / "curve.png"

@@ -34,7 +34,7 @@ from overnight.core.files import sha256
 from overnight.errors import EXIT_INTERRUPTED, InputError, first_line
 from overnight.parcels import CHECKPOINTS, STATE, Parcel, exact_state, finished_models, newest_weights
 from overnight.recipe.schema import Hub, Recipe
-from overnight.report import reported
+from overnight.report.model_card import reported
 from overnight.run_dir.layout import recipe_of
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries; doubled each time, half of it by chance

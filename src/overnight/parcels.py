@@ -14,7 +14,7 @@ from pathlib import Path
 
 from overnight.core.files import write_whole
 from overnight.recipe.schema import Recipe
-from overnight.report import CARD, CURVE, METRICS, RECIPE, finished, report, unfinished_card
+from overnight.report.model_card import CARD, CURVE, METRICS, RECIPE, finished, report, unfinished_card
 from overnight.run_dir.layout import folder_name, iteration_of, saved_iterations
 from overnight.run_dir.metrics import Metrics
 

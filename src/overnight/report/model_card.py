@@ -17,13 +17,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from overnight.core.console import count, duration, plain
 from overnight.core.files import write_whole
-from overnight.curve import draw
 from overnight.errors import InputError
 from overnight.planning import scaling_law
 from overnight.planning.gpus import facts as facts_of
 from overnight.planning.table import gpt2_loss
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
+from overnight.report.curve import draw
 from overnight.run_dir.layout import ends_in, folder_name, read_run
 from overnight.run_dir.metrics import Record
 

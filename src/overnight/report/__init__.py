@@ -1,0 +1,1 @@
+"""What a finished model is published with: its card and its curve."""
