@@ -25,7 +25,7 @@ def main() -> int:
     add_options(parser)
     options = parser.parse_args()
     try:
-        from overnight.hub import publish
+        from overnight.hub.upload import publish
 
         return publish(options.run, options.repo_id, public=options.public, dry_run=options.dry_run)
     except InputError as error:

@@ -12,7 +12,7 @@ import pytest
 from hub_server import OTHER, READ, WRITE, Hub
 from runs import ROOT, final_sums, start, train, train_in_a_fresh_process
 
-from overnight.parcels import MODEL_FILES, allowed_files
+from overnight.hub.contents import MODEL_FILES, allowed_files
 
 PUBLISH = [sys.executable, str(ROOT / "recipes" / "publish.py")]
 LADDER = ("--schedule.milestones", "[20, 30]", "--validation.prompts", "[]")
@@ -20,7 +20,7 @@ MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 REPORT = {"README.md", "curve.png", "metrics.jsonl", "recipe.yaml"}
 # Pushes without the pauses that a real Hub is given.
 IMPATIENT = (
-    "import sys, overnight.hub as hub; from pathlib import Path; hub.FIRST_WAIT, hub.LONGEST_WAIT = 0.05, 0.1;"
+    "import sys, overnight.hub.upload as hub; from pathlib import Path; hub.FIRST_WAIT, hub.LONGEST_WAIT = 0.05, 0.1;"
     "sys.exit(hub.publish(Path(sys.argv[1]), sys.argv[2], public=False, dry_run=False))"
 )
 

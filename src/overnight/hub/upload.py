@@ -1,6 +1,6 @@
 """Parcels to the Hub: pushed as one commit each, verified by the listing of what arrived, tried again until they do.
 
-`python -m overnight.hub RUN` is the process that a run with `hub.repo_id` starts beside itself, so that no iteration
+`python -m overnight.hub.upload RUN` is the process that a run with `hub.repo_id` starts beside itself, so that no iteration
 waits for a network. What is owed follows from the run directory and the Hub's listing alone: a session that was killed
 in the middle of an upload leaves nothing to repair. It ends when its standard input does.
 """
@@ -32,7 +32,7 @@ from pydantic import ValidationError
 from overnight.core.extras import require
 from overnight.core.files import sha256
 from overnight.errors import EXIT_INTERRUPTED, InputError, first_line
-from overnight.parcels import CHECKPOINTS, STATE, Parcel, exact_state, finished_models, newest_weights
+from overnight.hub.contents import CHECKPOINTS, STATE, Parcel, exact_state, finished_models, newest_weights
 from overnight.recipe.schema import Hub, Recipe
 from overnight.report.model_card import reported
 from overnight.run_dir.layout import recipe_of

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from overnight.core.console import Console
 from overnight.core.processes import beside
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
+from overnight.hub.contents import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
 from overnight.model.checkpoint import damage
-from overnight.parcels import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import ends_in, folder_name, saved_iterations
 from overnight.run_dir.metrics import Metrics
@@ -26,13 +26,13 @@ FIRST_WORD = 5.0  # seconds in which, before the first iteration, it can be know
 
 
 class Dispatch:
-    """`python -m overnight.hub RUN`, at low priority; its lines go to the console. No failure of it reaches a step."""
+    """`python -m overnight.hub.upload RUN`, at low priority; its lines go to the console. No failure of it reaches a step."""
 
     def __init__(self, run: Path, console: Console):
         self.run = run
         self.over = False  # the run: what is owed is still sent
         self.process = beside(
-            *("-m", "overnight.hub", str(run)),
+            *("-m", "overnight.hub.upload", str(run)),
             environment={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             process_group=0,  # Ctrl-C is for the trainer
