@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from overnight.machine import filesystem_of
+from overnight.doctor.machine import filesystem_of
 from overnight.model import checkpoint, optim
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.schema import Model, Optim

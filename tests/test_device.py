@@ -8,12 +8,13 @@ import torch
 from accelerate import Accelerator
 from runs import ROOT, set_up, tiny
 
-from overnight import cli, device, machine, unusable_gpu, warm_up
+from overnight import cli, device, warm_up
 from overnight import train as train_module
 from overnight.core.console import Console
 from overnight.device import Device
+from overnight.doctor import machine, unusable_gpu
+from overnight.doctor.machine import Driver, Gpu
 from overnight.errors import InputError
-from overnight.machine import Driver, Gpu
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
 

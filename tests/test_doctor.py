@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from overnight.doctor import GIB, Check, checks
-from overnight.machine import Driver, Gpu, Machine, Place, filesystem_of, pins
+from overnight.doctor.checks import GIB, Check, checks
+from overnight.doctor.machine import Driver, Gpu, Machine, Place, filesystem_of, pins
 
 RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * GIB, total=12 * GIB, capability=(8, 9))
 GOOD = Machine(
@@ -132,12 +132,20 @@ def test_pins_are_read_with_normalised_names():
 def test_the_doctor_runs_here_and_refuses_a_recipe_that_is_not_there(root: Path):
     recipe = root / "recipes" / "quickstart.yaml"
     here = subprocess.run(
-        [sys.executable, "-m", "overnight.doctor", str(recipe)], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "overnight.doctor.checks", str(recipe)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert here.returncode == 0, here.stdout + here.stderr
     assert all(line[:4].strip() in ("ok", "warn", "") for line in here.stdout.splitlines())
     gone = subprocess.run(
-        [sys.executable, "-m", "overnight.doctor", "gone.yaml"], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "overnight.doctor.checks", "gone.yaml"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert gone.returncode == 2
     assert "gone.yaml" in gone.stderr

@@ -14,9 +14,9 @@ import pytest
 from packaging.requirements import Requirement
 from runs import ROOT, records, slow
 
-from overnight import machine
 from overnight.core.extras import EXTRAS
-from overnight.machine import normalised
+from overnight.doctor import machine
+from overnight.doctor.machine import normalised
 from overnight.planning import gpus
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

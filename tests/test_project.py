@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from overnight.machine import pins
+from overnight.doctor.machine import pins
 
 
 def project(root: Path) -> dict:

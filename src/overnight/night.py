@@ -1,4 +1,4 @@
-"""The whole night in one command: doctor, prepare, train, evaluate, each step skipped when it is done.
+"""The whole night in one command: checks, prepare, train, evaluate, each step skipped when it is done.
 
 The trainer is started as `accelerate launch` would start it, but for two things. Where the configuration names one
 process, that process is started directly: accelerate's launcher turns every exit code into 1, and dies of a signal
@@ -14,10 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from overnight import doctor
 from overnight.cli import default_recipe, recipe_command
 from overnight.core.processes import handled
 from overnight.data.manifest import MANIFEST, is_prepared
+from overnight.doctor import checks
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
@@ -64,7 +64,7 @@ def night(
         print(f"  {number}. {line}", flush=True)
     if dry_run:
         return 0
-    if not doctor.examine(recipe):
+    if not checks.examine(recipe):
         print("The lines that begin with `fail` would stop the training; mend them, then type the same command again.")
         return EXIT_DOCTOR
     child = Child()

@@ -21,6 +21,7 @@ from overnight import ending, micro_batch
 from overnight.core.files import room_in
 from overnight.data.batches import validation_batches
 from overnight.deadline import Night, begin, keep_to_time, tonight
+from overnight.doctor.unusable_gpu import mind_unusable_gpu
 from overnight.faults import until_memory_runs_out
 from overnight.hub.background import fetch_state, sending
 from overnight.model import optim
@@ -41,7 +42,6 @@ from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.startup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
 from overnight.state import finish_saving, resume, save, save_due, save_overdue
-from overnight.unusable_gpu import mind_unusable_gpu
 
 
 def train(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from overnight.core.console import count, duration
-from overnight.machine import data_bytes, run_bytes
+from overnight.doctor.machine import data_bytes, run_bytes
 from overnight.planning import scaling_law
 from overnight.planning.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.planning.memory import Memory, by_formula

@@ -1,4 +1,4 @@
-"""What a machine has and lacks for a run, one line each, with the command that mends it: `python -m overnight.doctor`.
+"""What a machine has and lacks for a run, one line each, with the command that mends it: `python -m overnight.doctor.checks`.
 
 Every check is a pure function of the plain values that machine.py reads off this machine.
 """
@@ -14,8 +14,8 @@ from typing import Literal
 
 from rich.console import Console
 
+from overnight.doctor.machine import Driver, Gpu, Machine, Place, survey
 from overnight.errors import InputError
-from overnight.machine import Driver, Gpu, Machine, Place, survey
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
 
@@ -201,7 +201,7 @@ def examine(recipe: Recipe | None = None) -> bool:
 def main(arguments: list[str]) -> int:
     """Exit code 0, 1 when something would stop training, 2 when the recipe cannot be used."""
     if arguments[:1] in (["--help"], ["-h"]):
-        print("python -m overnight.doctor [RECIPE [--key value ...]]: what this machine has and lacks for a run")
+        print("python -m overnight.doctor.checks [RECIPE [--key value ...]]: what this machine has and lacks for a run")
         return 0
     try:
         recipe = load(Path(arguments[0]), arguments[1:]) if arguments else None

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from overnight.core.console import Console
-from overnight.doctor import check_gpu, check_torch, is_wsl
+from overnight.doctor.checks import check_gpu, check_torch, is_wsl
+from overnight.doctor.machine import Gpu, driver, gpus_hidden
 from overnight.errors import InputError
-from overnight.machine import Gpu, driver, gpus_hidden
 from overnight.planning.model_size import derive
 from overnight.recipe.schema import Recipe
 
