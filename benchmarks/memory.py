@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from overnight.device import GIB
+from overnight.device.device import GIB
 from overnight.model import optim
 from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import LOSS_CHUNK, beside_the_tensors, peak_memory

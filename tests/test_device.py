@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from runs import ROOT, set_up, tiny
 
-from overnight import cli, device, warm_up
+from overnight import cli, warm_up
 from overnight import train as train_module
 from overnight.core.console import Console
-from overnight.device import Device
+from overnight.device import device
+from overnight.device.device import Device
 from overnight.doctor import machine, unusable_gpu
 from overnight.doctor.machine import Driver, Gpu
 from overnight.errors import InputError

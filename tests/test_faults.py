@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from overnight import cli, faults
-from overnight.faults import lost, out_of_memory, until_memory_runs_out
+from overnight import cli
+from overnight.device import faults
+from overnight.device.faults import lost, out_of_memory, until_memory_runs_out
 
 MEMORY = [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),

@@ -14,7 +14,7 @@ from overnight import micro_batch, startup, warm_up
 from overnight import train as train_module
 from overnight.cli import recipe_command
 from overnight.data import batches
-from overnight.device import Device
+from overnight.device.device import Device
 from overnight.errors import EXIT_INPUT, InputError
 from overnight.micro_batch import Trial, choose, search
 from overnight.model.gpt2 import LanguageModel

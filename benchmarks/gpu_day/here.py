@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from overnight.core.files import write_whole
-from overnight.device import Device
+from overnight.device.device import Device
 from overnight.run_dir.directory import environment
 
 OTHERS = ("triton", "pyarrow", "tokenizers", "fastokens", "liger-kernel", "lm_eval")

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 from overnight.cli import recipe_command
 from overnight.core.files import write_whole
-from overnight.device import GIB
+from overnight.device.device import GIB
 from overnight.probe import probe_run
 from overnight.recipe.schema import Recipe
 from overnight.startup import Run, launch

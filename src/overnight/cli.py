@@ -68,7 +68,7 @@ def recipe_command(
 
 def without_device(error: RuntimeError) -> int:
     """75 after one line, where a device was lost or its memory ran out; any other error is raised again."""
-    from overnight import faults  # with torch, which whatever meets such an error has imported
+    from overnight.device import faults  # with torch, which whatever meets such an error has imported
 
     return faults.end(error)
 

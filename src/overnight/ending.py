@@ -15,8 +15,8 @@ import torch
 
 from overnight.core.files import no_room
 from overnight.core.processes import ENDING, ORPHANED, handled
+from overnight.device.faults import end, told, with_room
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
-from overnight.faults import end, told, with_room
 from overnight.inform import tell
 from overnight.model.export import export
 from overnight.model.gpt2 import published

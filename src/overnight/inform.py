@@ -7,8 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
+from overnight.device.faults import lost, with_room
 from overnight.errors import first_line
-from overnight.faults import lost, with_room
 
 if TYPE_CHECKING:
     from overnight.startup import Run

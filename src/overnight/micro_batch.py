@@ -16,8 +16,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from overnight.core.console import count, duration
+from overnight.device.faults import until_memory_runs_out
 from overnight.errors import EXIT_INTERRUPTED, InputError
-from overnight.faults import until_memory_runs_out
 from overnight.planning.model_size import memory_gib, next_divisor
 
 if TYPE_CHECKING:

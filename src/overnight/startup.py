@@ -27,7 +27,7 @@ from overnight.data.manifest import Manifest, is_prepared, require_same_request
 from overnight.data.shards import Shards, open_shards
 from overnight.data.tokenizer import load_tokenizer
 from overnight.deadline import Night
-from overnight.device import Device, allow_tf32, resolve_precision
+from overnight.device.device import Device, allow_tf32, resolve_precision
 from overnight.errors import InputError
 from overnight.inform import informs
 from overnight.model import checkpoint, optim

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
+from overnight.device.faults import with_room
 from overnight.errors import InputError
-from overnight.faults import with_room
 from overnight.inform import informs
 from overnight.model import checkpoint
 from overnight.progress import log_saved

@@ -21,8 +21,8 @@ from overnight import ending, micro_batch
 from overnight.core.files import room_in
 from overnight.data.batches import validation_batches
 from overnight.deadline import Night, begin, keep_to_time, tonight
+from overnight.device.faults import until_memory_runs_out
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
-from overnight.faults import until_memory_runs_out
 from overnight.hub.background import fetch_state, sending
 from overnight.model import optim
 from overnight.outlook import look_ahead

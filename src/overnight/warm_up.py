@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from overnight import micro_batch
-from overnight.faults import until_memory_runs_out
+from overnight.device.faults import until_memory_runs_out
 from overnight.model.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
 from overnight.planning.model_size import logit_bytes, loss_chunk, padded_vocabulary
 

@@ -8,7 +8,7 @@ from runs import ROOT, losses, records, tiny
 
 from overnight import state, warm_up
 from overnight import train as train_module
-from overnight.device import resolve_precision
+from overnight.device.device import resolve_precision
 from overnight.errors import EXIT_DIVERGED, InputError
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load

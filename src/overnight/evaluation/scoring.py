@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from overnight.faults import lost, out_of_memory, until_memory_runs_out
+from overnight.device.faults import lost, out_of_memory, until_memory_runs_out
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # of a forward
 HEAD_ROWS = {"cpu": 128, "cuda": 2048}  # of logits that exist at once

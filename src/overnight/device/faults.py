@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from overnight.device import Device
+from overnight.device.device import Device
 from overnight.errors import EXIT_INTERRUPTED, first_line
 
 T = TypeVar("T")
