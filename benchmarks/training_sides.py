@@ -74,7 +74,7 @@ def model_shape(args: argparse.Namespace):
 
 
 class OurStep:
-    """One micro-batch and its update, as `overnight.train.train_step` does them."""
+    """One micro-batch and its update, as `overnight.training.train.train_step` does them."""
 
     def __init__(self, args: argparse.Namespace, optimizer: str):
         from accelerate import Accelerator

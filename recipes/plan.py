@@ -35,7 +35,7 @@ def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
             "`--json` prints the plan alone; `--probe --probe-file FILE` first, then `--probe-file FILE --json`"
         )
     if chosen.dry_run:
-        from overnight.startup import launch, print_plan  # torch takes seconds to import: a plan needs none
+        from overnight.training.setup import launch, print_plan  # torch takes seconds to import: a plan needs none
 
         print_plan(recipe, *launch(recipe))
         return 0

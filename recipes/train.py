@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
-    from overnight.train import train  # torch and transformers take seconds to import: bad input needs neither
+    from overnight.training.train import train  # torch and transformers take seconds to import: bad input needs neither
 
     return train(
         recipe,

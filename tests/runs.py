@@ -15,12 +15,12 @@ import pytest
 import yaml
 from started import Started
 
-from overnight import startup
 from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
-from overnight.startup import Run
+from overnight.training import setup
+from overnight.training.setup import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "recipes" / "train.py")
@@ -149,6 +149,6 @@ def final_sums(folder: Path, name: str, iteration: int = 40) -> list[str]:
 
 def set_up(recipe: Recipe) -> Run:
     """A run as the trainer sets it up, in this process, before its first iteration."""
-    accelerator, console = startup.launch(recipe)
-    shards = startup.open_data(recipe, accelerator, console)
-    return startup.set_up(recipe, accelerator, console, RunDirectory(recipe), shards)
+    accelerator, console = setup.launch(recipe)
+    shards = setup.open_data(recipe, accelerator, console)
+    return setup.set_up(recipe, accelerator, console, RunDirectory(recipe), shards)

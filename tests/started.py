@@ -18,7 +18,7 @@ from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PRELOADED = ["overnight.train", "overnight.prepare.prepare"]
+PRELOADED = ["overnight.training.train", "overnight.prepare.prepare"]
 
 
 @cache

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 from runs import finished, losses_by_decay, records, start, tiny, train
 
-from overnight import deadline
-from overnight import train as train_module
-from overnight.deadline import Kept, Night, fitting, next_time
 from overnight.errors import InputError
 from overnight.recipe.schedule import branch_point, lr_at, towards
 from overnight.run_dir.layout import saved_iterations
+from overnight.training import time_limit
+from overnight.training import train as train_module
+from overnight.training.time_limit import Kept, Night, fitting, next_time
 
 LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")
 LONG += ("--logging.every", "5", "--validation.prompts", "[]")
@@ -27,7 +27,7 @@ def night_of(seconds: float, recipe, pace, monkeypatch, *, warmup: int = 5) -> t
     `pace` gives the seconds of an iteration at an iteration.
     """
     now = 0.0
-    monkeypatch.setattr(deadline.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time_limit.time, "monotonic", lambda: now)
     night = Night(Kept("", "", seconds), ends=seconds, validation_seconds=0.0, export_seconds=20.0)
     run = SimpleNamespace(recipe=recipe, iteration=0)
     told, spent = SimpleNamespace(all_validations=0.0, validation_seconds=0.0), []
@@ -99,8 +99,8 @@ def test_nights_that_cannot_be_are_refused(in_process, overrides, until, said):
 
 @pytest.mark.slow
 def test_two_nights_make_two_models_from_one_trunk(in_process, monkeypatch, capsys):
-    monkeypatch.setattr(deadline, "EXPORT_SECONDS", 1.0)
-    monkeypatch.setattr(deadline.psutil.Process, "create_time", lambda process: time.time())
+    monkeypatch.setattr(time_limit, "EXPORT_SECONDS", 1.0)
+    monkeypatch.setattr(time_limit.psutil.Process, "create_time", lambda process: time.time())
 
     def night() -> int:
         recipe = tiny(in_process, "--name", "nights", *LONG, "--schedule.hours", str(12 / 3600))

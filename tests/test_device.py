@@ -8,8 +8,7 @@ import torch
 from accelerate import Accelerator
 from runs import ROOT, set_up, tiny
 
-from overnight import cli, warm_up
-from overnight import train as train_module
+from overnight import cli
 from overnight.core.console import Console
 from overnight.device import device
 from overnight.device.device import Device
@@ -18,6 +17,8 @@ from overnight.doctor.machine import Driver, Gpu
 from overnight.errors import InputError
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
+from overnight.training import train as train_module
+from overnight.training import warm_up
 
 RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * 2**30, total=12 * 2**30, capability=(8, 9))
 OLD = Driver("550.54", (12, 4), (RTX_4070,))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from overnight.errors import InputError
-from overnight.outlook import Outlook
 from overnight.planning.forecast import Point, brownian, forecast, twice_brownian, usable
 from overnight.planning.scaling_law import annealed_loss, block_parameters, constants, cosine_offset
 from overnight.recipe.load import load
 from overnight.recipe.schedule import branch_point, decay_iters, ending_now, goals, towards
+from overnight.training.stopping import Outlook
 
 UNIQUE = 3_680_000_000
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from runs import ROOT, losses, records, set_up, tiny, train, two_processes
 
-from overnight import micro_batch, startup, warm_up
-from overnight import train as train_module
 from overnight.cli import recipe_command
 from overnight.data import batches
 from overnight.device.device import Device
 from overnight.errors import EXIT_INPUT, InputError
-from overnight.micro_batch import Trial, choose, search
 from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import derive, memory_gib, next_divisor
-from overnight.progress import COLD_ITERATIONS, WINDOW, Pace
 from overnight.recipe.load import load
+from overnight.training import micro_batch, setup, warm_up
+from overnight.training import train as train_module
+from overnight.training.log import COLD_ITERATIONS, WINDOW, Pace
+from overnight.training.micro_batch import Trial, choose, search
 
 TOLERANCE = 1e-5  # of a loss in nats
 
@@ -260,10 +260,10 @@ def test_a_restart_under_other_circumstances_measures_again(restarted, other, no
 
 
 def test_the_size_of_a_session_stands_in_its_environment_for_the_next(in_process, full_memory, monkeypatch):
-    monkeypatch.setattr(startup, "Device", lambda device: Card())
-    monkeypatch.setattr(startup, "allow_tf32", lambda: None)
+    monkeypatch.setattr(setup, "Device", lambda device: Card())
+    monkeypatch.setattr(setup, "allow_tf32", lambda: None)
     recipe = tiny(in_process, "--name", "remembered", "--compile", "false")
-    monkeypatch.setattr(startup, "resolve_precision", lambda *given, **how: "fp32")
+    monkeypatch.setattr(setup, "resolve_precision", lambda *given, **how: "fp32")
     rows = set_up(recipe).micro_batch
     gc.collect()  # and with the run its lock
     assert full_memory[1]

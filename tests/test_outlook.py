@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from runs import TINY, finished, model_sums, records, start, tiny
 
-from overnight import train as train_module
 from overnight.errors import InputError
-from overnight.outlook import to_come
 from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
 from overnight.recipe.schedule import towards
+from overnight.training import train as train_module
+from overnight.training.stopping import to_come
 
 LADDER = ("--schedule.max_iters", "80", "--schedule.milestones", "[50, 60]", "--validation.every", "5")
 STOPS = (*LADDER, "--stop.when_flat", "true", "--stop.min_gain_nats")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from runs import final_sums, losses_by_decay, model_sums, records, start, tiny
 
-from overnight import ending
-from overnight import train as train_module
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schedule import branch_points, goals, lr_at, towards
 from overnight.recipe.schema import Schedule
 from overnight.run_dir.layout import saved_iterations
+from overnight.training import finish
+from overnight.training import train as train_module
 
 LADDER = ("--schedule.milestones", "[20, 30]")
 
@@ -27,14 +27,14 @@ def losses_of(folder: Path, name: str, cooldown: int | None = None, kind: str = 
 
 def after_each_budget(monkeypatch, act) -> None:
     """Have `act(run)` called when a budget was finished, before the run goes back to its trunk."""
-    real = ending.finish
+    real = finish.finish
 
     def finish(run, pace):
         code = real(run, pace)
         act(run)
         return code
 
-    monkeypatch.setattr(ending, "finish", finish)
+    monkeypatch.setattr(finish, "finish", finish)
 
 
 @pytest.fixture(scope="module")

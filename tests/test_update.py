@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from runs import set_up, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from overnight import train as train_module
-from overnight.train import train_step
+from overnight.training import train as train_module
+from overnight.training.train import train_step
 
 
 class Memory(TorchDispatchMode):

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from overnight import train as trainer
 from overnight.cli import recipe_command
 from overnight.recipe.schema import Recipe
-from overnight.startup import Run
+from overnight.training import train as trainer
+from overnight.training.setup import Run
 
 HOLD = Path(__file__).with_name("hold.py")
 SHARE = 0.7  # of what an iteration or validation needs: all of its rows do not fit, half of them do

@@ -20,10 +20,10 @@ from torch._dynamo.utils import counters
 from overnight.cli import recipe_command
 from overnight.core.files import write_whole
 from overnight.device.device import GIB
-from overnight.probe import probe_run
 from overnight.recipe.schema import Recipe
-from overnight.startup import Run, launch
-from overnight.train import train_step
+from overnight.training.probe import probe_run
+from overnight.training.setup import Run, launch
+from overnight.training.train import train_step
 
 ITERATIONS = 4  # of each size; the first compiles
 

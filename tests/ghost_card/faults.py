@@ -36,16 +36,16 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 # Where each phase begins: a module, and a function in it or a class and its method.
 PHASES = {
-    "trial": ("overnight.micro_batch", "seconds_per_step"),
-    "iteration": ("overnight.train", "accumulate"),
+    "trial": ("overnight.training.micro_batch", "seconds_per_step"),
+    "iteration": ("overnight.training.train", "accumulate"),
     "forward": ("overnight.model.gpt2", "LanguageModel.forward"),
     "backward": ("accelerate", "Accelerator.backward"),
     "optimizer": ("overnight.model.optim", "prepared"),
     "change": ("overnight.model.optim", "Muon._change"),
-    "validation": ("overnight.train", "validate"),
+    "validation": ("overnight.training.train", "validate"),
     "samples": ("overnight.model.generate", "Writer.after"),
     "checkpoint": ("overnight.model.checkpoint", "state_tensors"),
-    "export": ("overnight.ending", "export"),
+    "export": ("overnight.training.finish", "export"),
     "evaluation": ("overnight.evaluation.scoring", "Scorer.losses"),
 }
 

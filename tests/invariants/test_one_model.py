@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from overnight.model.export import export
 from overnight.model.generate import Writer
 from overnight.model.gpt2 import published
-from overnight.train import train_step
+from overnight.training.train import train_step
 
 
 def test_a_greedy_sample_while_training_is_the_one_of_the_reloaded_export(in_process, tmp_path):

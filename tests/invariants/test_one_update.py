@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import losses, records, set_up, tiny, train, two_processes
 
-from overnight.train import accumulate, train_step
+from overnight.training.train import accumulate, train_step
 
 ROWS, ITERATIONS = 8, 20
 

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from overnight import ending
 from overnight.model import checkpoint
 from overnight.run_dir import layout
+from overnight.training import finish
 
 TRAIN = Path(__file__).resolve().parents[2] / "recipes" / "train.py"
 
@@ -45,10 +45,10 @@ def kill_at(stage: str, iteration: str) -> None:
     """Have this process killed when that stage of a save begins."""
     event, ending = STAGES[stage]
     saved = layout.folder_name(int(iteration))
-    ending = ending.format(saved)
+    ending = finish.format(saved)
 
     def hook(name: str, arguments: tuple) -> None:
-        if name != event or not str(arguments[0]).endswith(ending):
+        if name != event or not str(arguments[0]).endswith(finish):
             return
         if "pruning" in stage and not list(Path().glob(f"runs/*/checkpoints/{saved}")):
             return
@@ -92,7 +92,7 @@ def full(size: str, when: str) -> None:
     if when == "always":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return
-    module, name = (ending, "export") if when == "export" else (checkpoint, "write")
+    module, name = (finish, "export") if when == "export" else (checkpoint, "write")
     real = getattr(module, name)
 
     def refused(*arguments):

@@ -15,10 +15,10 @@ import pytest
 from faulty import STAGES
 from runs import ROOT, TRAIN, environment, final_sums, losses, records, slow, start, tiny
 
-from overnight import train as train_module
 from overnight.errors import InputError
 from overnight.model.checkpoint import damage
 from overnight.run_dir.metrics import Metrics
+from overnight.training import train as train_module
 
 FAULTY = str(ROOT / "tests" / "reliability" / "faulty.py")
 KILL_LOOP = str(ROOT / "tests" / "reliability" / "kill_loop.py")

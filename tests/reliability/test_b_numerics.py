@@ -6,13 +6,13 @@ import pytest
 import torch
 from runs import ROOT, losses, records, tiny
 
-from overnight import state, warm_up
-from overnight import train as train_module
 from overnight.device.device import resolve_precision
 from overnight.errors import EXIT_DIVERGED, InputError
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
-from overnight.watch import FEWEST, WINDOW, History, spike
+from overnight.training import resume, warm_up
+from overnight.training import train as train_module
+from overnight.training.history import FEWEST, WINDOW, History, spike
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_b1_a_run_that_does_not_come_back_ends_with_4_and_its_last_good_checkpoi
 
 def test_b1_updates_left_out_in_a_row_are_counted_across_a_resume(in_process, quick, monkeypatch):
     forward_with(monkeypatch, lambda loss, number: loss * (float("inf") if number > 30 else 1.0))
-    real = state.save_due
+    real = resume.save_due
     monkeypatch.setattr(train_module, "save_due", lambda run: run.iteration == 20 or real(run))
     real_step = train_module.train_step
 

@@ -15,13 +15,13 @@ import torch
 import yaml
 from runs import checkpoint_of, final_sums, losses, records, start, tiny, train, two_processes
 
-from overnight import train as train_module
 from overnight.core.lock import hold
 from overnight.errors import InputError
 from overnight.model import checkpoint, optim
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.schema import Model, Optim
 from overnight.run_dir import layout
+from overnight.training import train as train_module
 
 
 @pytest.fixture

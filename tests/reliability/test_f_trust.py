@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from runs import ROOT, final_sums, tiny
 
-from overnight import train as train_module
 from overnight.core.console import plain
 from overnight.errors import InputError
 from overnight.model.generate import Writer
 from overnight.recipe.load import load
+from overnight.training import train as train_module
 
 CODE = [path for folder in ("src", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -9,12 +9,12 @@ import torch
 from runs import losses, records, slow, tiny, train, two_processes
 from test_a_interruptions import goes_on_to_the_same_bits
 
-from overnight import ending
-from overnight import train as train_module
 from overnight.cli import recipe_command
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
 from overnight.model import checkpoint, generate, optim
 from overnight.model.gpt2 import LanguageModel
+from overnight.training import finish
+from overnight.training import train as train_module
 
 TOLERANCE = 1e-5  # of a loss in nats
 
@@ -76,7 +76,7 @@ PHASES = {
     "samples": (generate.Writer, "after", {2}),
     "a checkpoint's copy": (checkpoint.Saver, "_copied", {2}),
     "the decay": (optim, "prepared", {36}),
-    "export": (ending, "export", {1, 2}),
+    "export": (finish, "export", {1, 2}),
 }
 QUICK = ("accumulation", "a checkpoint's copy")
 
@@ -215,11 +215,11 @@ INFORMS = {
     "trackers": ("accelerate.Accelerator.log", []),
     "the trackers' end": ("accelerate.Accelerator.end_training", []),
     "samples": ("overnight.model.generate.Writer.after", []),
-    "the forecast": ("overnight.outlook.outlook_of", []),
-    "n-gram baselines": ("overnight.progress.ngram_losses", ["--validation.ngram_baselines", "true"]),
-    "the line of an iteration": ("overnight.progress.step_line", []),
-    "benchmarks of a milestone": ("overnight.progress.Look", ["--evaluation.at_milestones", "5"]),
-    "the results": ("overnight.progress.print_finished", []),
+    "the forecast": ("overnight.training.stopping.outlook_of", []),
+    "n-gram baselines": ("overnight.training.log.ngram_losses", ["--validation.ngram_baselines", "true"]),
+    "the line of an iteration": ("overnight.training.log.step_line", []),
+    "benchmarks of a milestone": ("overnight.training.log.Look", ["--evaluation.at_milestones", "5"]),
+    "the results": ("overnight.training.log.print_finished", []),
 }
 QUICK_INFORMS = ("power", "the forecast")
 

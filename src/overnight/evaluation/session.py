@@ -32,7 +32,7 @@ from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
 from overnight.recipe.schema import QUICK, Evaluation
-from overnight.startup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
+from overnight.training.setup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
 
 SAMPLE = 16  # items of a task, whose length is measured beforehand
 CHARACTERS_PER_TOKEN = 4.0  # of English, about

@@ -67,7 +67,7 @@ def _losses(recipe: Recipe, milestones: list[int], unique: int | None, measured:
         return by_law(recipe, milestones, unique)
     if not measured.is_dir():
         return by_law(recipe, milestones, unique, _offset(recipe, measured))
-    from overnight.outlook import forecast_of_run  # and with it torch, which takes seconds to import
+    from overnight.training.stopping import forecast_of_run  # and with it torch, which takes seconds to import
 
     found = forecast_of_run(measured, milestones, unique)
     source = f"nats per token, forecast with 90 % intervals from the validations of {measured} so far"
@@ -118,7 +118,7 @@ def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
 
 
 def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None) -> Card:
-    from overnight.probe import probe  # torch and transformers take seconds to import
+    from overnight.training.probe import probe  # torch and transformers take seconds to import
 
     measured = probe(recipe)
     if file:

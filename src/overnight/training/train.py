@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from overnight import ending, micro_batch
 from overnight.core.files import room_in
 from overnight.data.batches import validation_batches
-from overnight.deadline import Night, begin, keep_to_time, tonight
 from overnight.device.faults import until_memory_runs_out
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
 from overnight.hub.background import fetch_state, sending
 from overnight.model import optim
-from overnight.outlook import look_ahead
-from overnight.progress import (
+from overnight.recipe.schedule import goals, lr_at
+from overnight.recipe.schema import Recipe
+from overnight.run_dir.directory import RunDirectory
+from overnight.training import finish, micro_batch
+from overnight.training.log import (
     Pace,
     log_baselines,
     log_not_finite,
@@ -37,11 +38,10 @@ from overnight.progress import (
     log_validation,
     print_finished,
 )
-from overnight.recipe.schedule import goals, lr_at
-from overnight.recipe.schema import Recipe
-from overnight.run_dir.directory import RunDirectory
-from overnight.startup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
-from overnight.state import finish_saving, resume, save, save_due, save_overdue
+from overnight.training.resume import finish_saving, resume, save, save_due, save_overdue
+from overnight.training.setup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
+from overnight.training.stopping import look_ahead
+from overnight.training.time_limit import Night, begin, keep_to_time, tonight
 
 
 def train(
@@ -85,15 +85,15 @@ def train(
     lock(accelerator, directory, create=False)
     run = set_up(recipe, accelerator, console, directory, shards, night)
     try:
-        with sending(accelerator, directory, console) as sent, ending.stop_on_signal(run):
+        with sending(accelerator, directory, console) as sent, finish.stop_on_signal(run):
             sent.first_word()
             code = finish_each(run, unfinished)
             sent.over = code == 0
         return code
     except RuntimeError as error:
-        return ending.without_device(run, error)
+        return finish.without_device(run, error)
     finally:
-        ending.close(run)
+        finish.close(run)
 
 
 def budgets(directory: RunDirectory, night: Night | None) -> list[int]:
@@ -234,8 +234,8 @@ def loop(run: Run) -> int:
         pace.add(time.monotonic() - started)
         run.iteration += 1
         watch(run, loss, grad_norm, finite=finite)
-        if run.history.skipped_in_a_row == ending.SKIPS_BEFORE_GIVING_UP:
-            return ending.give_up(run, f"{ending.SKIPS_BEFORE_GIVING_UP} updates in a row were not finite")
+        if run.history.skipped_in_a_row == finish.SKIPS_BEFORE_GIVING_UP:
+            return finish.give_up(run, f"{finish.SKIPS_BEFORE_GIVING_UP} updates in a row were not finite")
         if run.iteration % run.recipe.logging.every == 0 or run.iteration == run.schedule.max_iters:
             log_step(run, loss, grad_norm, pace)
         if validation_due(run):
@@ -246,9 +246,9 @@ def loop(run: Run) -> int:
         log_saved(run, run.saver.outcome(wait=False))
     finish_saving(run)
     if run.stopping:
-        return ending.interrupted(run)
-    problem = ending.unfit(run)
-    return ending.finish(run, pace) if problem is None else ending.give_up(run, problem)
+        return finish.interrupted(run)
+    problem = finish.unfit(run)
+    return finish.finish(run, pace) if problem is None else finish.give_up(run, problem)
 
 
 def first_look(run: Run, pace: Pace) -> None:

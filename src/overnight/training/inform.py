@@ -11,7 +11,7 @@ from overnight.device.faults import lost, with_room
 from overnight.errors import first_line
 
 if TYPE_CHECKING:
-    from overnight.startup import Run
+    from overnight.training.setup import Run
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.planning.model_size import memory_gib, next_divisor
 
 if TYPE_CHECKING:
-    from overnight.startup import Run
+    from overnight.training.setup import Run
 
 WARM_STEPS, TIMED_STEPS = 2, 5  # the first compiles, the second is the first that has gradients to add to
 TRIALS = 3  # sizes that fit and are compared: compiling one takes longer than timing it

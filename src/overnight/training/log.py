@@ -10,13 +10,13 @@ from typing import Any
 from overnight.core.console import Console, count, duration, step_line
 from overnight.data.ngrams import ngram_losses, seen_tokens
 from overnight.evaluation.milestone import Look
-from overnight.inform import informs
 from overnight.model.checkpoint import Saved
 from overnight.model.generate import Writer
 from overnight.model.gpt2 import published
 from overnight.recipe.schedule import lr_at
 from overnight.run_dir.directory import RunDirectory
-from overnight.startup import Run
+from overnight.training.inform import informs
+from overnight.training.setup import Run
 
 COLD_ITERATIONS = 3  # compilation, allocator and caches: in no rate
 WINDOW = 10  # iterations that a rate is compared over, so that one slow iteration says nothing

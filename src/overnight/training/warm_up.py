@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from overnight import micro_batch
 from overnight.device.faults import until_memory_runs_out
 from overnight.model.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
 from overnight.planning.model_size import logit_bytes, loss_chunk, padded_vocabulary
+from overnight.training import micro_batch
 
 if TYPE_CHECKING:
-    from overnight.startup import Run
+    from overnight.training.setup import Run
 
 
 def device_facts(run: Run) -> tuple[dict[str, str], float]:

@@ -17,14 +17,14 @@ from overnight.core.files import no_room
 from overnight.core.processes import ENDING, ORPHANED, handled
 from overnight.device.faults import end, told, with_room
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
-from overnight.inform import tell
 from overnight.model.export import export
 from overnight.model.gpt2 import published
-from overnight.progress import Pace, log_look, log_lost, log_results, log_saved, mean_watts
 from overnight.recipe.schedule import branch_point
 from overnight.run_dir.layout import folder_name
-from overnight.startup import Run
-from overnight.state import energy_used, finish_saving
+from overnight.training.inform import tell
+from overnight.training.log import Pace, log_look, log_lost, log_results, log_saved, mean_watts
+from overnight.training.resume import energy_used, finish_saving
+from overnight.training.setup import Run
 
 SKIPS_BEFORE_GIVING_UP = 10
 

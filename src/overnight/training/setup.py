@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from overnight import micro_batch
 from overnight.core.console import Console, estimated_end
 from overnight.core.extras import require
 from overnight.core.files import room_in
@@ -26,18 +25,19 @@ from overnight.data.batches import TrainingBatches
 from overnight.data.manifest import Manifest, is_prepared, require_same_request
 from overnight.data.shards import Shards, open_shards
 from overnight.data.tokenizer import load_tokenizer
-from overnight.deadline import Night
 from overnight.device.device import Device, allow_tf32, resolve_precision
 from overnight.errors import InputError
-from overnight.inform import informs
 from overnight.model import checkpoint, optim
 from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import Derived, derive, derived_rows, iterations_in_all
 from overnight.prepare.cost import expected_cost
 from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.directory import RunDirectory
-from overnight.warm_up import device_facts
-from overnight.watch import History
+from overnight.training import micro_batch
+from overnight.training.history import History
+from overnight.training.inform import informs
+from overnight.training.time_limit import Night
+from overnight.training.warm_up import device_facts
 
 
 @dataclass

@@ -25,8 +25,8 @@ from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import saved_iterations
 
 if TYPE_CHECKING:
-    from overnight.progress import Pace
-    from overnight.startup import Run
+    from overnight.training.log import Pace
+    from overnight.training.setup import Run
 
 FILE = "night.json"
 PROBE = 10  # iterations from which the pace is known

@@ -16,11 +16,11 @@ from overnight.core.console import Console, count, duration
 from overnight.data.manifest import Manifest, dtype_for
 from overnight.data.shards import Shards, Split, SplitWriter
 from overnight.planning.model_size import derive, memory_gib
-from overnight.progress import Pace
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory, environment
-from overnight.startup import Run, assemble, device_facts, launch
-from overnight.train import train_step
+from overnight.training.log import Pace
+from overnight.training.setup import Run, assemble, device_facts, launch
+from overnight.training.train import train_step
 
 ITERATIONS = 20
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 
 from overnight.core.console import duration
-from overnight.inform import informs
 from overnight.planning.forecast import FEWEST, Forecast, Point, forecast, usable
 from overnight.planning.scaling_law import INTERVAL, Expected
-from overnight.progress import Pace, watts
 from overnight.recipe.schedule import branch_point, ending_now, fits, goals, towards
 from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.layout import read_run
 from overnight.run_dir.metrics import Record
+from overnight.training.inform import informs
+from overnight.training.log import Pace, watts
 
 if TYPE_CHECKING:
-    from overnight.startup import Run
+    from overnight.training.setup import Run
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from accelerate.utils import broadcast_object_list
 
 from overnight.device.faults import with_room
 from overnight.errors import InputError
-from overnight.inform import informs
 from overnight.model import checkpoint
-from overnight.progress import log_saved
 from overnight.recipe.identity import meaning
 from overnight.recipe.schedule import branch_point, branch_points
 from overnight.run_dir.directory import differences, told
-from overnight.startup import Run, identity
-from overnight.watch import History
+from overnight.training.history import History
+from overnight.training.inform import informs
+from overnight.training.log import log_saved
+from overnight.training.setup import Run, identity
 
 
 def save_due(run: Run) -> bool:

@@ -1,0 +1,1 @@
+"""One training: set up, its steps, its log, how it stops and ends."""
