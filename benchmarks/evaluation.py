@@ -35,8 +35,8 @@ def score(arm: str, folder: Path, task_name: str, items: int, batch_size: int) -
 
     from overnight.core.console import Console
     from overnight.evaluation import models
-    from overnight.evaluation.harness import SharedContextLM, answer_items
-    from overnight.evaluation.journal import Journal
+    from overnight.evaluation.cache import Journal
+    from overnight.evaluation.lm import SharedContextLM, answer_items
     from overnight.evaluation.progress import Meter
     from overnight.evaluation.tasks import index_of, load_benchmarks
 

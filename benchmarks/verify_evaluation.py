@@ -18,8 +18,8 @@ from pretrained import benchmark_items, pretrained_model
 
 from overnight.core.console import Console
 from overnight.evaluation import models
-from overnight.evaluation.harness import SharedContextLM, answer_items
-from overnight.evaluation.journal import Journal
+from overnight.evaluation.cache import Journal
+from overnight.evaluation.lm import SharedContextLM, answer_items
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.tasks import index_of, load_benchmarks
 

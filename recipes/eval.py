@@ -49,7 +49,7 @@ def wishes_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
 def run(options: argparse.Namespace) -> int:
     require("eval", "an evaluation")
     from overnight.evaluation.models import origin_of
-    from overnight.evaluation.outcome import safe
+    from overnight.evaluation.results import safe
 
     origin = origin_of(options.model)
     wishes = wishes_of(options, origin.recipe.evaluation if origin else Evaluation())
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"tasks: {', '.join(wishes.tasks) or 'none'}, {wishes.limit or 'all'} items of each")
         print(f"texts: {', '.join(wishes.texts) or 'none'}")
         return 0
-    from overnight.evaluation.session import Plan, Session, launch
+    from overnight.evaluation.evaluate import Plan, Session, launch
 
     shards = options.shards or (origin.recipe.data.dir if origin else "none")
     plan = Plan(

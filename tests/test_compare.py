@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from overnight.evaluation.compare import (
+from overnight.evaluation.results import implausible, published
+from overnight.evaluation.statistics import (
     ALPHA,
     Paired,
     bootstrap_interval,
@@ -16,7 +17,6 @@ from overnight.evaluation.compare import (
     metric_of,
     verdicts,
 )
-from overnight.evaluation.outcome import implausible, published
 
 ITEMS = (10_042, 2_376, 1_172, 1_838, 1_267, 500, 1_000, 5_153, 67_000)  # of the default tasks
 

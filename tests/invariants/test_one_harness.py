@@ -23,8 +23,8 @@ from transformers import (
 
 from overnight.core.console import Console
 from overnight.data.tokenizer import load_tokenizer
-from overnight.evaluation.harness import SharedContextLM, answer_items
-from overnight.evaluation.journal import Journal
+from overnight.evaluation.cache import Journal
+from overnight.evaluation.lm import SharedContextLM, answer_items
 from overnight.evaluation.models import Contestant, contestant
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.core.files import write_whole
-from overnight.evaluation.compare import ALPHA, LEVEL, RESAMPLES, Verdict, headline
+from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, headline
 
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
 STANDARD_ERRORS = 3  # from the published figure, beyond which our measurement of GPT-2 is worth a warning

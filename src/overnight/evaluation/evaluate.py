@@ -21,15 +21,15 @@ from overnight.core.console import Console, count, duration
 from overnight.data.shards import Shards, open_shards
 from overnight.data.tokenizer import load_tokenizer
 from overnight.errors import InputError
-from overnight.evaluation import models, outcome
-from overnight.evaluation.compare import SEED, Paired, bootstrap_interval, metric_of, verdicts
-from overnight.evaluation.harness import SharedContextLM, answer_items
-from overnight.evaluation.journal import Journal, cache_folder
+from overnight.evaluation import models, results
+from overnight.evaluation.cache import Journal, cache_folder
+from overnight.evaluation.lm import SharedContextLM, answer_items
 from overnight.evaluation.loss import Losses, losses_over, read_texts, text_rows, validation_rows
 from overnight.evaluation.models import UNIGRAM, UNTRAINED, Contestant, Origin
-from overnight.evaluation.outcome import Comparison, Outcome, Scores
 from overnight.evaluation.progress import Meter
+from overnight.evaluation.results import Comparison, Outcome, Scores
 from overnight.evaluation.scoring import Request, batches_of
+from overnight.evaluation.statistics import SEED, Paired, bootstrap_interval, metric_of, verdicts
 from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
 from overnight.recipe.schema import QUICK, Evaluation
 from overnight.training.setup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
@@ -163,21 +163,21 @@ class Session:
         for theirs in others:
             pairs = [pair for b in self.benchmarks if (pair := paired(b.name, ours, theirs)) is not None]
             found, name = verdicts(pairs), theirs.scores.facts["name"]
-            warnings = [said for verdict in found if (said := outcome.implausible(name, verdict))]
+            warnings = [said for verdict in found if (said := results.implausible(name, verdict))]
             comparisons.append(Comparison(name, found, difference(ours.losses, theirs.losses), warnings))
         settings = self.plan.settings
         home = None
         if self.shards is not None:
             source = self.shards.manifest.source
             home = "the embedded documentation" if source.source == "embedded" else str(source.path)
-        notes = outcome.notes(settings, home)
+        notes = results.notes(settings, home)
         result = Outcome(settings, [each.scores for each in measured], comparisons, notes)
-        outcome.write(result, by_item(measured), self.plan.out)
+        results.write(result, by_item(measured), self.plan.out)
         for comparison in comparisons:
             self.console.say(f"\nagainst {comparison.opponent}")
-            for line in outcome.verdict_lines(comparison):
+            for line in results.verdict_lines(comparison):
                 self.console.say(line.replace("**", ""))
-        for line in outcome.loss_lines(result):
+        for line in results.loss_lines(result):
             self.console.say(line)
         self.console.say(f"\nwritten: {self.plan.out}/comparison.md")
 

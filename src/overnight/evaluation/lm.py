@@ -15,7 +15,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from overnight.errors import InputError
-from overnight.evaluation.journal import Journal, key_of
+from overnight.evaluation.cache import Journal, key_of
 from overnight.evaluation.models import Contestant
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Answer, Request, batches_of
