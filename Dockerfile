@@ -9,7 +9,7 @@
 # Other commands take the entry point's place:
 #
 #   docker run ... --entrypoint python overnight recipes/prepare.py recipes/fineweb_edu_40m.yaml
-#   docker run ... --entrypoint python overnight -m overnight.night recipes/fineweb_edu_40m.yaml
+#   docker run ... --entrypoint python overnight -m overnight.pipeline recipes/fineweb_edu_40m.yaml
 #   docker run ... --entrypoint accelerate overnight launch --multi_gpu recipes/train.py recipes/fineweb_edu_40m.yaml
 #
 # `docker stop -t 60 CONTAINER` lets the trainer finish its iteration and save; the same `docker run` again goes on.

@@ -51,7 +51,7 @@ quickstart: ## the whole pipeline on the embedded corpus, minutes on two CPU cor
 overnight: ## the whole night in one command: RECIPE=recipes/fineweb_edu_40m.yaml ARGS="--schedule.max_iters 10000"
 
 quickstart overnight: $(BASE)
-	@exec $(RUN) -m overnight.night $(RECIPE) $(if $(CONFIG_FILE),--config_file $(CONFIG_FILE)) $(ARGS)
+	@exec $(RUN) -m overnight.pipeline $(RECIPE) $(if $(CONFIG_FILE),--config_file $(CONFIG_FILE)) $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
 test: $(VENV)/.installed-test ## one test of each promise

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_lines import ROOT, of_documents, of_make, ours, started_by, take, targets
 
-from overnight import night
+from overnight import pipeline
 from overnight.evaluation.milestone import Look
 from overnight.recipe.load import load
 
@@ -43,7 +43,7 @@ def of_gpu_day() -> list[list[str]]:
     return found
 
 
-class Recorder(night.Child):
+class Recorder(pipeline.Child):
     """Collects the commands of a night."""
 
     def __init__(self):
@@ -60,10 +60,10 @@ def of_night() -> list[list[str]]:
     recipe = load(Path(QUICKSTART), ["--hub.repo_id", "alice/small", "--name", "never-run"])
     given, child = [QUICKSTART, "--name", "never-run", "--until", "07:30"], Recorder()
     for file in ("accelerate_config.yaml", "recipes/accelerate_configs/multi_gpu.yaml"):
-        night.train(recipe, given, ROOT / file, child)
-        night.evaluate(Path("runs/never-run/models/iter-000320"), ROOT / file, child)
-    night.prepare(given[:-2], child)
-    night.publish(recipe, child)
+        pipeline.train(recipe, given, ROOT / file, child)
+        pipeline.evaluate(Path("runs/never-run/models/iter-000320"), ROOT / file, child)
+    pipeline.prepare(given[:-2], child)
+    pipeline.publish(recipe, child)
     return child.commands
 
 

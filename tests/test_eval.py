@@ -232,7 +232,7 @@ def test_a_night_ends_with_the_comparison_and_does_not_repeat_it(
 ):
     overrides = ["--evaluation.against", "[untrained]", "--evaluation.tasks", "[on_pairs]", "--evaluation.texts", "[]"]
     overrides += ["--evaluation.tasks_dir", str(tasks), "--evaluation.at_milestones", "8", "--name", "compared"]
-    command = [sys.executable, "-m", "overnight.night", "tiny.yaml", *overrides]
+    command = [sys.executable, "-m", "overnight.pipeline", "tiny.yaml", *overrides]
     how = {"cwd": workplace, "env": environment(XDG_CACHE_HOME=str(tmp_path / "cache"), PATH=os.environ["PATH"])}
     first = subprocess.run(command, capture_output=True, text=True, timeout=300, **how)
     page = workplace / "runs" / "compared" / "evaluation" / "iter-000040" / "comparison.md"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight import night
+from overnight import pipeline
 from overnight.core.processes import handled
 from overnight.recipe.load import load
 
@@ -29,7 +29,7 @@ sys.exit(75 if len(seen) == 1 else 1)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_the_running_step_once_and_its_exit_code_comes_back(number: signal.Signals):
-    child = night.Child()
+    child = pipeline.Child()
     with handled(child.pass_on):
         threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
         assert child.run([sys.executable, "-c", COUNTS_SIGNALS], dict(os.environ)) == 75
@@ -38,25 +38,25 @@ def test_a_signal_reaches_the_running_step_once_and_its_exit_code_comes_back(num
 
 
 def test_the_trainer_is_started_again_only_after_progress_and_not_without_end():
-    assert night.goes_on(75, True, progressed=True, restarts=0)
-    assert night.goes_on(-9, True, progressed=True, restarts=0)
-    assert not night.goes_on(75, True, progressed=False, restarts=0)
-    assert not night.goes_on(75, True, progressed=True, restarts=night.MAX_RESTARTS)
+    assert pipeline.goes_on(75, True, progressed=True, restarts=0)
+    assert pipeline.goes_on(-9, True, progressed=True, restarts=0)
+    assert not pipeline.goes_on(75, True, progressed=False, restarts=0)
+    assert not pipeline.goes_on(75, True, progressed=True, restarts=pipeline.MAX_RESTARTS)
     for code in (0, 1, 2, 3, 4):
-        assert not night.goes_on(code, True, progressed=True, restarts=0)
-    assert night.goes_on(1, False, progressed=True, restarts=0)  # the launcher of several processes says 1 for all
+        assert not pipeline.goes_on(code, True, progressed=True, restarts=0)
+    assert pipeline.goes_on(1, False, progressed=True, restarts=0)  # the launcher of several processes says 1 for all
 
 
 @pytest.mark.parametrize(("codes", "result"), [([75, 75, 0], 0), ([75, 3, 0], 3), ([75] * 20, 75)])
 def test_preparing_is_started_again_when_the_network_stayed_away(codes, result, monkeypatch):
-    child, runs = night.Child(), []
+    child, runs = pipeline.Child(), []
     monkeypatch.setattr(child, "run", lambda command, environment: runs.append(command) or codes[len(runs) - 1])
-    assert night.prepare(["a.yaml"], child) == result
-    assert len(runs) == min(codes.index(result) + 1 if result != 75 else len(codes), night.MAX_RESTARTS + 1)
+    assert pipeline.prepare(["a.yaml"], child) == result
+    assert len(runs) == min(codes.index(result) + 1 if result != 75 else len(codes), pipeline.MAX_RESTARTS + 1)
 
 
 def test_one_process_is_started_directly_and_several_through_the_launcher(root: Path, tmp_path: Path):
-    command, environment, one_process = night.launched(
+    command, environment, one_process = pipeline.launched(
         root / "accelerate_config.yaml", "train.py", ["a.yaml", "--optim.lr", "1"]
     )
     assert one_process
@@ -67,7 +67,7 @@ def test_one_process_is_started_directly_and_several_through_the_launcher(root: 
     several.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
     )
-    command, _, one_process = night.launched(several, "train.py", ["a.yaml"])
+    command, _, one_process = pipeline.launched(several, "train.py", ["a.yaml"])
     assert not one_process
     assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(several)]
 
@@ -75,7 +75,7 @@ def test_one_process_is_started_directly_and_several_through_the_launcher(root: 
 def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     recipe = load(root / "recipes" / "fineweb_edu_40m.yaml")
-    _, prepare, train, compare, publish = night.plan(recipe)
+    _, prepare, train, compare, publish = pipeline.plan(recipe)
     assert publish == "publish  skipped: no `hub.repo_id`"
     assert "recipes/prepare.py" in prepare
     assert "20,000 iterations" in train
@@ -86,21 +86,21 @@ def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: py
     (shards / "manifest.json").write_text("{}")
     run = tmp_path / "runs" / recipe.name
     (run / "checkpoints" / "iter-000500").mkdir(parents=True)
-    _, prepare, train, *_ = night.plan(recipe)
+    _, prepare, train, *_ = pipeline.plan(recipe)
     assert prepare.startswith("prepare  skipped")
     assert "goes on at iteration 500 of 20,000" in train
 
     (run / "models" / "iter-020000").mkdir(parents=True)
-    assert "done" in night.plan(recipe)[2]
-    assert "recipes/eval.py" in night.plan(recipe)[3]
+    assert "done" in pipeline.plan(recipe)[2]
+    assert "recipes/eval.py" in pipeline.plan(recipe)[3]
     (run / "evaluation" / "iter-020000").mkdir(parents=True)
     (run / "evaluation" / "iter-020000" / "comparison.md").write_text("")
-    assert "skipped" in night.plan(recipe)[3]
+    assert "skipped" in pipeline.plan(recipe)[3]
 
 
 @pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_bad_input_ends_with_2(root: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "overnight.night"]
+    command = [sys.executable, "-m", "overnight.pipeline"]
     recipe = str(root / "recipes" / "quickstart.yaml")
     planned = subprocess.run([*command, recipe, "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert planned.returncode == 0, planned.stderr
