@@ -43,7 +43,7 @@ endif
 	$(HOW_TO_ACTIVATE)
 
 doctor: $(BASE) ## what this machine has and lacks for a run, one line each, with the command that mends it
-	@$(RUN) -m overnight.doctor.checks $(RECIPE) $(ARGS)
+	@$(RUN) -m overnight.doctor $(RECIPE) $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
 quickstart: RECIPE := recipes/quickstart.yaml

@@ -132,7 +132,7 @@ def test_pins_are_read_with_normalised_names():
 def test_the_doctor_runs_here_and_refuses_a_recipe_that_is_not_there(root: Path):
     recipe = root / "recipes" / "quickstart.yaml"
     here = subprocess.run(
-        [sys.executable, "-m", "overnight.doctor.checks", str(recipe)],
+        [sys.executable, "-m", "overnight.doctor", str(recipe)],
         cwd=root,
         capture_output=True,
         text=True,
@@ -141,7 +141,7 @@ def test_the_doctor_runs_here_and_refuses_a_recipe_that_is_not_there(root: Path)
     assert here.returncode == 0, here.stdout + here.stderr
     assert all(line[:4].strip() in ("ok", "warn", "") for line in here.stdout.splitlines())
     gone = subprocess.run(
-        [sys.executable, "-m", "overnight.doctor.checks", "gone.yaml"],
+        [sys.executable, "-m", "overnight.doctor", "gone.yaml"],
         cwd=root,
         capture_output=True,
         text=True,

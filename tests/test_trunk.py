@@ -29,12 +29,12 @@ def after_each_budget(monkeypatch, act) -> None:
     """Have `act(run)` called when a budget was finished, before the run goes back to its trunk."""
     real = finish.finish
 
-    def finish(run, pace):
+    def finish_and_act(run, pace):
         code = real(run, pace)
         act(run)
         return code
 
-    monkeypatch.setattr(finish, "finish", finish)
+    monkeypatch.setattr(finish, "finish", finish_and_act)
 
 
 @pytest.fixture(scope="module")

@@ -45,10 +45,10 @@ def kill_at(stage: str, iteration: str) -> None:
     """Have this process killed when that stage of a save begins."""
     event, ending = STAGES[stage]
     saved = layout.folder_name(int(iteration))
-    ending = finish.format(saved)
+    ending = ending.format(saved)
 
     def hook(name: str, arguments: tuple) -> None:
-        if name != event or not str(arguments[0]).endswith(finish):
+        if name != event or not str(arguments[0]).endswith(ending):
             return
         if "pruning" in stage and not list(Path().glob(f"runs/*/checkpoints/{saved}")):
             return

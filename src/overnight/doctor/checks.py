@@ -1,4 +1,4 @@
-"""What a machine has and lacks for a run, one line each, with the command that mends it: `python -m overnight.doctor.checks`.
+"""What a machine has and lacks for a run, one line each, with the command that mends it.
 
 Every check is a pure function of the plain values that machine.py reads off this machine.
 """
@@ -6,17 +6,13 @@ Every check is a pure function of the plain values that machine.py reads off thi
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
 from overnight.doctor.machine import Driver, Gpu, Machine, Place, survey
-from overnight.errors import InputError
-from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
 
 GIB = 2**30
@@ -196,20 +192,3 @@ def examine(recipe: Recipe | None = None) -> bool:
     found = checks(survey(recipe))
     show(found, Console())
     return all(check.status != "fail" for check in found)
-
-
-def main(arguments: list[str]) -> int:
-    """Exit code 0, 1 when something would stop training, 2 when the recipe cannot be used."""
-    if arguments[:1] in (["--help"], ["-h"]):
-        print("python -m overnight.doctor.checks [RECIPE [--key value ...]]: what this machine has and lacks for a run")
-        return 0
-    try:
-        recipe = load(Path(arguments[0]), arguments[1:]) if arguments else None
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0 if examine(recipe) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

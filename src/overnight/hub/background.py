@@ -26,7 +26,7 @@ FIRST_WORD = 5.0  # seconds in which, before the first iteration, it can be know
 
 
 class Dispatch:
-    """`python -m overnight.hub.upload RUN`, at low priority; its lines go to the console. No failure of it reaches a step."""
+    """`python -m overnight.hub.upload RUN`, at low priority; its lines go to the console; no step sees it fail."""
 
     def __init__(self, run: Path, console: Console):
         self.run = run

@@ -1,8 +1,8 @@
 """Parcels to the Hub: pushed as one commit each, verified by the listing of what arrived, tried again until they do.
 
-`python -m overnight.hub.upload RUN` is the process that a run with `hub.repo_id` starts beside itself, so that no iteration
-waits for a network. What is owed follows from the run directory and the Hub's listing alone: a session that was killed
-in the middle of an upload leaves nothing to repair. It ends when its standard input does.
+`python -m overnight.hub.upload RUN` is the process that a run with `hub.repo_id` starts beside itself, so that no
+iteration waits for a network. What is owed follows from the run directory and the Hub's listing alone: a session
+that was killed in the middle of an upload leaves nothing to repair. It ends when its standard input does.
 """
 
 from __future__ import annotations

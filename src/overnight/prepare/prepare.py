@@ -36,6 +36,7 @@ from overnight.prepare.documents import is_reserved, rows, text_hash
 from overnight.prepare.progress import watched
 from overnight.prepare.sources import SourceFile
 from overnight.prepare.tokenize_files import Job, pipeline, raise_left
+from overnight.prepare.workers import run_here, run_local, run_ray, submit_slurm
 from overnight.recipe.schema import Data
 
 TOKENIZER_CHARACTERS = 50_000_000
@@ -175,11 +176,11 @@ def _stage(job: Job, workers: Workers) -> None:
     tasks, logs, options = len(job.files), job.folder / "logs", workers.options or {}
     count = min(workers.count, tasks)
     if workers.executor == "ray":
-        workers.run_ray(lambda: pipeline(job), tasks, count, logs, options)
+        run_ray(lambda: pipeline(job), tasks, count, logs, options)
     elif count > 1:
-        workers.run_local(lambda: pipeline(job), tasks, count, logs, options)
+        run_local(lambda: pipeline(job), tasks, count, logs, options)
     else:
-        workers.run_here(lambda: pipeline(job), tasks)
+        run_here(lambda: pipeline(job), tasks)
 
 
 class Finish(PipelineStep):
@@ -201,4 +202,4 @@ class Finish(PipelineStep):
 def _submit(job: Job, folder: Path, commit: str | None, workers: Workers) -> str:
     options = {"venv_path": f"{sys.prefix}/bin/activate", "workers": workers.count} | (workers.options or {})
     finishing: list[PipelineStep] = [Finish(job, folder.absolute(), commit)]
-    return workers.submit_slurm(pipeline(job), len(job.files), finishing, job.folder / "logs", options)
+    return submit_slurm(pipeline(job), len(job.files), finishing, job.folder / "logs", options)

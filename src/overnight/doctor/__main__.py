@@ -1,0 +1,27 @@
+"""`python -m overnight.doctor`: what this machine has and lacks for a run, before one begins."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from overnight.doctor.checks import examine
+from overnight.errors import InputError
+from overnight.recipe.load import load
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0, 1 when something would stop training, 2 when the recipe cannot be used."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        print("python -m overnight.doctor [RECIPE [--key value ...]]: what this machine has and lacks for a run")
+        return 0
+    try:
+        recipe = load(Path(arguments[0]), arguments[1:]) if arguments else None
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if examine(recipe) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
