@@ -8,6 +8,7 @@ the device at hand, so that neither data nor a run is needed, and the hours foll
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from overnight.cli import recipe_command
 from overnight.errors import InputError
@@ -27,6 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss against hours into a .png or .svg")
 
 
+def probe(recipe: Recipe) -> dict[str, Any]:
+    """What this device reaches with the recipe."""
+    from overnight.training.probe import probe  # torch and transformers take seconds to import
+
+    return probe(recipe)
+
+
 def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
     from overnight.planning.plan import plan
 
@@ -35,11 +43,12 @@ def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
             "`--json` prints the plan alone; `--probe --probe-file FILE` first, then `--probe-file FILE --json`"
         )
     if chosen.dry_run:
-        from overnight.training.setup import launch, print_plan  # torch takes seconds to import: a plan needs none
+        from overnight.device.launch import launch
+        from overnight.training.setup import print_plan  # torch takes seconds to import: a plan needs none
 
         print_plan(recipe, *launch(recipe))
         return 0
-    return plan(recipe, chosen)
+    return plan(recipe, chosen, probe)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import pytest
 from command_lines import ROOT, of_documents, of_make, ours, started_by, take, targets
 
 from overnight import pipeline
-from overnight.evaluation.milestone import Look
 from overnight.recipe.load import load
+from overnight.training.quick_eval import QuickEval
 
 DAY = ROOT / "benchmarks" / "gpu_day"
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -85,7 +85,7 @@ def of_scripts(folder: Path) -> list[list[str]]:
     words += [started_by(lambda name=name: step["child"](args, name, "32x1024")) for name in (*step["SIDES"], "muon")]
     again = [sys.executable, str(killed["TRAIN"]), QUICKSTART, "--name", "killed"]
     words.append(started_by(lambda: killed["kill_behind"](again, None, 4, 2)))
-    return [*words, started_by(lambda: Look(Path("runs/a/models/iter-000010"), 5))]
+    return [*words, started_by(lambda: QuickEval(Path("runs/a/models/iter-000010"), 5))]
 
 
 def check(given: list[str]) -> None:

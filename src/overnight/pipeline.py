@@ -133,7 +133,7 @@ def comparison(model: Path) -> Path:
 
 def newest_checkpoint(recipe: Recipe) -> int | None:
     """The iteration of the newest checkpoint that the run can go on from, None without one."""
-    return max(map(iteration_of, RunDirectory(recipe).resumable()), default=None)
+    return max(map(iteration_of, RunDirectory(recipe).resumable(recipe.schedule)), default=None)
 
 
 def checkpoints(recipe: Recipe) -> set[Path]:

@@ -12,7 +12,7 @@ from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
 from overnight.training import resume, warm_up
 from overnight.training import train as train_module
-from overnight.training.history import FEWEST, WINDOW, History, spike
+from overnight.training.state import FEWEST, WINDOW, History, spike
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ INFORMS = {
     "the forecast": ("overnight.training.stopping.outlook_of", []),
     "n-gram baselines": ("overnight.training.log.ngram_losses", ["--validation.ngram_baselines", "true"]),
     "the line of an iteration": ("overnight.training.log.step_line", []),
-    "benchmarks of a milestone": ("overnight.training.log.Look", ["--evaluation.at_milestones", "5"]),
+    "benchmarks of a milestone": ("overnight.training.finish.QuickEval", ["--evaluation.at_milestones", "5"]),
     "the results": ("overnight.training.log.print_finished", []),
 }
 QUICK_INFORMS = ("power", "the forecast")

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from overnight.core.nvml import nvml
-from overnight.planning.model_size import parameter_count
-from overnight.recipe.schedule import branch_points, goals
+from overnight.planning.model_size import data_bytes, is_ready, run_bytes
 from overnight.recipe.schema import Recipe
 
-CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"  # beside the source of an editable install
+CONSTRAINTS = Path(__file__).resolve().parents[3] / "constraints.txt"  # beside the source of an editable install
+RECORDED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pydantic")
+"""Packages whose versions decide what a run computes."""
 
 
 @dataclass(frozen=True)
@@ -119,32 +121,6 @@ def filesystem_of(path: Path, mounts: str) -> str:
     return kind
 
 
-def run_bytes(recipe: Recipe) -> int:
-    """What a run folder holds in the end: checkpoints of trunk, branch points and decays, a new one, the models."""
-    parameters = parameter_count(recipe.model, recipe.model.vocab_size)
-    moments = 8  # AdamW's two in float32; Muon keeps one
-    budgets, keep = len(goals(recipe.schedule)), recipe.checkpoint.keep
-    checkpoints = keep + len(branch_points(recipe.schedule)) + keep * budgets + 1
-    return checkpoints * parameters * (4 + moments) + budgets * 4 * parameters
-
-
-def data_bytes(recipe: Recipe) -> int:
-    """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
-    from overnight.data.manifest import dtype_for, little_endian  # with numpy, which may be missing
-
-    if _is_prepared(recipe):
-        return 0
-    tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
-    token_bytes = little_endian(dtype_for(recipe.model.vocab_size)).itemsize
-    return 2 * tokens * token_bytes + int((recipe.data.download_gb or 0) * 1e9)
-
-
-def _is_prepared(recipe: Recipe) -> bool:
-    from overnight.data.manifest import is_prepared  # with numpy, which may be missing
-
-    return is_prepared(Path(recipe.data.dir))
-
-
 def normalised(name: str) -> str:
     """A distribution's name as the package index compares it: `PyYAML` and `pyyaml` are one."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -152,7 +128,7 @@ def normalised(name: str) -> str:
 
 def _installed(recipe: Recipe | None) -> dict[str, str | None]:
     """The version of every direct dependency, None where it is missing; of what prepares data where that is to come."""
-    extras = ["gpu", *(["prepare"] if recipe and not _is_prepared(recipe) else [])]
+    extras = ["gpu", *(["prepare"] if recipe and not is_ready(recipe) else [])]
     try:
         required = importlib.metadata.requires("overnight") or []
     except importlib.metadata.PackageNotFoundError:
@@ -218,3 +194,27 @@ def _hub_token() -> bool:
     from huggingface_hub import get_token
 
     return get_token() is not None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, command line and threads, for environment.json."""
+    import torch
+
+    source = Path(__file__).parent
+    return {
+        "command": sys.argv,
+        "commit": _output("git", "-C", str(source), "rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in RECORDED},
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from overnight.core.console import Console, count, duration
 from overnight.data.shards import Shards, open_shards
 from overnight.data.tokenizer import load_tokenizer
+from overnight.device.launch import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
 from overnight.errors import InputError
 from overnight.evaluation import models, results
 from overnight.evaluation.cache import Journal, cache_folder
@@ -32,7 +33,6 @@ from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.statistics import SEED, Paired, bootstrap_interval, metric_of, verdicts
 from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
 from overnight.recipe.schema import QUICK, Evaluation
-from overnight.training.setup import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
 
 SAMPLE = 16  # items of a task, whose length is measured beforehand
 CHARACTERS_PER_TOKEN = 4.0  # of English, about

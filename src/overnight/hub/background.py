@@ -107,7 +107,7 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
     repo_id = source.removeprefix(FROM_HUB)
     if repo_id == source:
         raise InputError(f"`--resume {source}`: hub:OWNER/NAME would work")
-    if directory.resumable():
+    if directory.resumable(directory.recipe.schedule):
         raise InputError(
             f"{directory.path} holds a run already: without `--resume` it goes on; `--name NAME` starts beside it"
         )

@@ -181,13 +181,6 @@ def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
     return None, said
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what a save that was killed has left: half-written and half-deleted folders."""
-    for pattern in (".iter-*.partial", ".iter-*.discarded"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """The `state.json` of a verified checkpoint."""
     return json.loads((path / STATE).read_text(encoding="utf-8"))

@@ -20,13 +20,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from overnight.errors import InputError
 from overnight.planning import scaling_law
-from overnight.recipe.schedule import branch_point, decay_iters, lr_at
+from overnight.recipe.schedule import branch_point, decay_iters, lr_at, towards
 from overnight.recipe.schema import Recipe, Schedule
+from overnight.run_dir.layout import read_run
+from overnight.run_dir.metrics import Record
 
 FEWEST = 5  # validations from which a curve can be told
 MOST = 48  # validations that are looked at, the newest
@@ -238,3 +241,21 @@ def twice_brownian(time: np.ndarray) -> np.ndarray:
         return shorter**2 * (3 * longer - shorter) / 6
 
     return one_side(np.maximum(-time, 0)) + one_side(np.maximum(time, 0))
+
+
+def validations(schedule: Schedule, records: list[Record]) -> list[tuple[Point, float]]:
+    """The curve that a run's records of kind "val" are, of its trunk and of its decays."""
+    return [
+        (Point(r["iteration"], towards(schedule, r["cooldown"]) if "cooldown" in r else schedule), r["loss"])
+        for r in records
+    ]
+
+
+def forecast_of_run(folder: Path, budgets: list[int], unique: int | None) -> Forecast:
+    """What the budgets of a run will end with, in their order; `unique` are its training tokens.
+
+    Raises `InputError` where `folder` is no run, or its curve is too short.
+    """
+    recipe, records = read_run(folder)
+    seen = validations(recipe.schedule, [record for record in records if record["kind"] == "val"])
+    return forecast(recipe, unique, seen, [Point(budget, towards(recipe.schedule, budget)) for budget in budgets])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from overnight.errors import InputError
-from overnight.recipe.schedule import decay_iters, goals, towards
+from overnight.recipe.schedule import branch_points, decay_iters, goals, towards
 from overnight.recipe.schema import Model, Recipe, Schedule
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
@@ -209,3 +210,30 @@ def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
             f"{derived.flops_per_token / 1e6:.1f} MFLOP a token, {derived.flops_per_token * derived.tokens:.3g} in all",
         ),
     ]
+
+
+def run_bytes(recipe: Recipe) -> int:
+    """What a run folder holds in the end: checkpoints of trunk, branch points and decays, a new one, the models."""
+    parameters = parameter_count(recipe.model, recipe.model.vocab_size)
+    moments = 8  # AdamW's two in float32; Muon keeps one
+    budgets, keep = len(goals(recipe.schedule)), recipe.checkpoint.keep
+    checkpoints = keep + len(branch_points(recipe.schedule)) + keep * budgets + 1
+    return checkpoints * parameters * (4 + moments) + budgets * 4 * parameters
+
+
+def data_bytes(recipe: Recipe) -> int:
+    """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
+    from overnight.data.manifest import dtype_for, little_endian  # with numpy, which may be missing
+
+    if is_ready(recipe):
+        return 0
+    tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
+    token_bytes = little_endian(dtype_for(recipe.model.vocab_size)).itemsize
+    return 2 * tokens * token_bytes + int((recipe.data.download_gb or 0) * 1e9)
+
+
+def is_ready(recipe: Recipe) -> bool:
+    """Whether the recipe's shards are prepared."""
+    from overnight.data.manifest import is_prepared  # with numpy, which may be missing
+
+    return is_prepared(Path(recipe.data.dir))

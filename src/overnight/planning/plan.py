@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from overnight.core.extras import require
 from overnight.data.manifest import is_prepared, read_manifest
 from overnight.errors import InputError
+from overnight.planning.forecast import forecast_of_run
 from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
 from overnight.planning.memory import Memory, by_formula
 from overnight.planning.model_size import derive, derived_rows
@@ -20,8 +22,8 @@ from overnight.planning.table import Budget, Losses, Prices, budget, by_law, def
 from overnight.recipe.schema import Recipe
 
 
-def plan(recipe: Recipe, chosen: argparse.Namespace) -> int:
-    """Print the plan that the command line asks for; returns the exit code."""
+def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], dict[str, Any]]) -> int:
+    """Print the plan that the command line asks for; returns the exit code. `probe` measures the device at hand."""
     milestones = _milestones(recipe, chosen.milestones)
     prices = Prices(chosen.hours_per_night, chosen.price_kwh)
     unique = unique_tokens(recipe)
@@ -30,7 +32,7 @@ def plan(recipe: Recipe, chosen: argparse.Namespace) -> int:
         budget(
             recipe, milestones, card.gpu, card.speed, unique=unique, losses=losses, prices=prices, memory=card.memory
         )
-        for card in _cards(recipe, chosen)
+        for card in _cards(recipe, chosen, probe)
     ]
     if chosen.json:
         print(json.dumps(budgets[0].as_json() if len(budgets) == 1 else [each.as_json() for each in budgets], indent=1))
@@ -67,8 +69,6 @@ def _losses(recipe: Recipe, milestones: list[int], unique: int | None, measured:
         return by_law(recipe, milestones, unique)
     if not measured.is_dir():
         return by_law(recipe, milestones, unique, _offset(recipe, measured))
-    from overnight.training.stopping import forecast_of_run  # and with it torch, which takes seconds to import
-
     found = forecast_of_run(measured, milestones, unique)
     source = f"nats per token, forecast with 90 % intervals from the validations of {measured} so far"
     doubts = [] if inside(recipe) else ["GPT-2's loss is of other text or other tokens, or the model of another size"]
@@ -91,7 +91,7 @@ class Card(NamedTuple):
     memory: Memory | None = None
 
 
-def _cards(recipe: Recipe, chosen: argparse.Namespace) -> list[Card]:
+def _cards(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], dict[str, Any]]) -> list[Card]:
     """The cards to plan for."""
     if chosen.gpu == "all":
         return [_estimated(recipe, gpu) for gpu in known_gpus().values()]
@@ -105,7 +105,7 @@ def _cards(recipe: Recipe, chosen: argparse.Namespace) -> list[Card]:
             raise InputError(f"`--throughput {chosen.throughput:g}`: tokens a second; 119500 would work")
         return [Card(gpu, Speed(chosen.throughput, "as you say"))]
     if chosen.probe or (here and gpu is None and not chosen.probe_file):  # a card that no table knows is measured
-        return [_probed(recipe, gpu, chosen.probe_file)]
+        return [_probed(recipe, gpu, chosen.probe_file, probe)]
     if chosen.probe_file:
         return [_probe_of(chosen.probe_file, gpu)]
     assert gpu is not None
@@ -117,9 +117,7 @@ def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
     return Card(gpu, speed_of(recipe, gpu, memory.micro_batch), memory)
 
 
-def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None) -> Card:
-    from overnight.training.probe import probe  # torch and transformers take seconds to import
-
+def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None, probe: Callable[[Recipe], dict[str, Any]]) -> Card:
     measured = probe(recipe)
     if file:
         file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from overnight.core.console import count, duration
-from overnight.doctor.machine import data_bytes, run_bytes
 from overnight.planning import scaling_law
 from overnight.planning.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.planning.memory import Memory, by_formula
-from overnight.planning.model_size import derive
+from overnight.planning.model_size import data_bytes, derive, run_bytes
 from overnight.planning.roofline import validation_share
 from overnight.recipe.schema import Recipe
 

@@ -33,3 +33,25 @@ def flat(nested: dict, prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """What differs between two meanings: `{"key", "before", "now"}` each."""
+    return [
+        {"key": key, "before": before.get(key), "now": now.get(key)}
+        for key in now | before
+        if now.get(key) != before.get(key)
+    ]
+
+
+def told(differing: list[dict[str, Any]]) -> str:
+    """Each difference on a line of its own."""
+    return "\n".join(f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in differing)
+
+
+def grown(differing: list[dict[str, Any]]) -> bool:
+    """Whether the run became longer, and the share of its decay stayed: then its trunk is the same."""
+    changed = {change["key"]: change for change in differing}
+    length = changed.get("schedule.max_iters")
+    same_trunk = not changed.keys() & {"schedule.kind", "schedule.decay_fraction"}
+    return length is not None and length["now"] > length["before"] and same_trunk

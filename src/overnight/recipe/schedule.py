@@ -34,6 +34,11 @@ def branch_point(schedule: Schedule) -> int:
     return schedule.max_iters - decay_iters(schedule)
 
 
+def decaying(schedule: Schedule, iteration: int) -> bool:
+    """Whether the update that gave this iteration was made at a learning rate on its way to zero."""
+    return iteration > branch_point(schedule)
+
+
 def towards(schedule: Schedule, milestone: int) -> Schedule:
     """The same schedule of a run that ends at `milestone`: up to its branch point it is the one of any longer run."""
     return schedule.model_copy(update={"max_iters": milestone})

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import re
-import subprocess
-import sys
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 import yaml
 
 from overnight.core.files import write_whole
 from overnight.core.lock import hold
 from overnight.errors import InputError
-from overnight.model.checkpoint import clear_leftovers
-from overnight.recipe.identity import lasting, meaning
-from overnight.recipe.schedule import branch_point, branch_points, goals, towards
-from overnight.recipe.schema import Recipe
+from overnight.recipe.identity import differences, grown, lasting, meaning, told
+from overnight.recipe.schedule import branch_point, branch_points, decaying, goals, towards
+from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.layout import ends_in, folder_name, saved_iterations
 from overnight.run_dir.metrics import Metrics
 
 RUNS = Path("runs")
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pydantic")
 
 
 class RunDirectory:
@@ -36,20 +30,10 @@ class RunDirectory:
         self.path = runs / recipe.name
         self.recipe = recipe
         self.checkpoints = self.path / "checkpoints"
-        self.schedule = recipe.schedule  # towards the budget that is being finished; see `aim`
         self.models = self.path / "models"
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self.changes: list[dict[str, Any]] = []  # of the run's meaning since it began: {"key", "before", "now"}
         self._lock: IO[str] | None = None
-
-    def aim(self, goal: int) -> None:
-        """From now on, checkpoints and records are those of a run on its way to the end of budget `goal`."""
-        self.schedule = towards(self.recipe.schedule, goal)
-
-    @property
-    def cooldown(self) -> Path:
-        """The checkpoints of the decay towards the budget that is being finished."""
-        return self.cooldown_of(self.schedule.max_iters)
 
     def cooldown_of(self, goal: int) -> Path:
         """The checkpoints of the decay towards a budget."""
@@ -60,15 +44,15 @@ class RunDirectory:
 
         With `now` the trunk must have been there already.
         """
-        if now and self.schedule.kind != "wsd":
+        schedule = self.recipe.schedule
+        if now and schedule.kind != "wsd":
             raise InputError(f"`--cooldown {goal}` needs `schedule.kind: wsd`, whose trunk it branches off")
-        self.aim(goal)
-        trunk, point = saved_iterations(self.checkpoints), branch_point(self.schedule)
-        if point in trunk or saved_iterations(self.cooldown) or not (now or any(i > point for i in trunk)):
+        trunk, point = saved_iterations(self.checkpoints), branch_point(towards(schedule, goal))
+        if point in trunk or saved_iterations(self.cooldown_of(goal)) or not (now or any(i > point for i in trunk)):
             return
-        share = 1 - self.schedule.decay_fraction
+        share = 1 - schedule.decay_fraction
         near = [round(i / share) for i in trunk if share]
-        can = [m for m in near if branch_point(towards(self.schedule, m)) in trunk]
+        can = [m for m in near if branch_point(towards(schedule, m)) in trunk]
         way = (
             f"from those that are kept, {', '.join(map(str, can))} can" if can else "there is no checkpoint of a trunk"
         )
@@ -77,12 +61,12 @@ class RunDirectory:
             f" that decay begins; {way}"
         )
 
-    def kept_for_ever(self) -> set[int]:
+    def kept_for_ever(self, schedule: Schedule) -> set[int]:
         """Iterations of the trunk that are never pruned: there a budget that is wanted, or finished, branches off."""
         folders = [re.fullmatch(r"cooldown-(\d+)", path.name) for path in self.checkpoints.glob("cooldown-*")]
         finished = [int(match[1]) for match in folders if match]
-        wanted = branch_points(self.recipe.schedule) | {branch_point(self.schedule)}
-        return wanted | {branch_point(towards(self.schedule, m)) for m in finished}
+        wanted = branch_points(self.recipe.schedule) | {branch_point(schedule)}
+        return wanted | {branch_point(towards(schedule, m)) for m in finished}
 
     def refuse_another_run(self, found: dict[str, Any], allowed: Collection[str] = ()) -> None:
         """Raise `InputError` with every difference when this directory holds a run of another meaning.
@@ -121,12 +105,16 @@ class RunDirectory:
             number += 1
         return f"{self.recipe.name}-{number}"
 
-    def lock(self, *, create: bool) -> None:
-        """Let no other process work here until this one ends; `InputError` when one does, or nothing can be written.
+    def lock(self) -> None:
+        """Let no other process work here until this one ends; a directory that is not there yet is left to `claim`.
 
-        Without `create`, a directory that is not there yet is left for later.
+        Raises `InputError` when one does, or nothing can be written.
         """
-        if self._lock or not (create or self.path.exists()):
+        if self.path.exists():
+            self._hold()
+
+    def _hold(self) -> None:
+        if self._lock:
             return
         try:
             self.models.mkdir(parents=True, exist_ok=True)
@@ -137,41 +125,40 @@ class RunDirectory:
                 " another folder and type the same command there"
             ) from error
 
-    def claim(self, found: dict[str, Any], facts: dict[str, Any]) -> None:
+    def claim(self, found: dict[str, Any], environment: dict[str, Any]) -> None:
         """Lock the directory and write what runs here: the recipe of this session, and its environment.
 
         A changed meaning is written down with what it was before.
         """
-        self.lock(create=True)
+        self._hold()
         now = {"meaning": meaning(self.recipe) | found, "changes": self.changes, "recipe": self.recipe.model_dump()}
         write_whole(self.path / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
-        write_whole(self.path / "environment.json", json.dumps(environment() | facts, indent=1))
+        write_whole(self.path / "environment.json", json.dumps(environment, indent=1))
 
-    def checkpoint(self, iteration: int) -> Path:
-        """Where the state after `iteration` belongs: to the trunk, or to the decay towards the budget's end."""
-        folder = self.cooldown if self.cooling(iteration) else self.checkpoints
+    def checkpoint(self, iteration: int, schedule: Schedule) -> Path:
+        """Where the state after `iteration` belongs: to the trunk, or to the decay towards the schedule's end."""
+        folder = self.cooldown_of(schedule.max_iters) if decaying(schedule, iteration) else self.checkpoints
         return folder / folder_name(iteration)
 
-    def cooling(self, iteration: int) -> bool:
-        """Whether the update that gave this iteration was made at a learning rate on its way to zero."""
-        return iteration > branch_point(self.schedule)
-
-    def resumable(self) -> list[Path]:
-        """The checkpoints that this run can go on from, newest first: none of another cooldown than its own."""
-        trunk = {i: path for i, path in saved_iterations(self.checkpoints).items() if not self.cooling(i)}
-        return [*reversed(saved_iterations(self.cooldown).values()), *reversed(trunk.values())]
+    def resumable(self, schedule: Schedule) -> list[Path]:
+        """The checkpoints that a schedule can go on from, newest first: none of another decay than its own."""
+        trunk = {i: path for i, path in saved_iterations(self.checkpoints).items() if not decaying(schedule, i)}
+        own = saved_iterations(self.cooldown_of(schedule.max_iters))
+        return [*reversed(own.values()), *reversed(trunk.values())]
 
     def clear_leftovers(self) -> None:
-        """Remove what killed saves have left."""
+        """Remove what killed saves have left: half-written and half-deleted folders."""
         for folder in (self.checkpoints, *self.checkpoints.glob("cooldown-*")):
-            clear_leftovers(folder)
+            for pattern in (".iter-*.partial", ".iter-*.discarded"):
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path)
 
-    def append(self, kind: str, iteration: int, **values: Any) -> dict[str, Any]:
-        """Add one record to metrics.jsonl and return it."""
+    def append(self, kind: str, iteration: int, *, cooldown: int | None = None, **values: Any) -> dict[str, Any]:
+        """Add one record to metrics.jsonl and return it; `cooldown` is the milestone of the decay that it is of."""
         tokens = iteration * self.recipe.batch.tokens_per_iter
         record = {"kind": kind, "iteration": iteration, "tokens": tokens, **values}
-        if self.cooling(iteration):
-            record["cooldown"] = self.schedule.max_iters
+        if cooldown is not None:
+            record["cooldown"] = cooldown
         self.metrics.append(record)
         return record
 
@@ -198,59 +185,15 @@ class RunDirectory:
         same = flat[-1]["min_gain_nats"] == stop.min_gain_nats and flat[-1]["longer"] in goals(self.recipe.schedule)
         return flat[-1]["budget"] if same else None
 
-    def forget_after(self, iteration: int) -> None:
-        """Drop what was measured after `iteration` on the way to this budget: a resumed run measures it again.
+    def forget_after(self, iteration: int, target: int) -> None:
+        """Drop what was measured after `iteration` on the way to `target`: a resumed run measures it again.
 
         Records of other decays stay, and those of the trunk as far as its checkpoints reach.
         """
-        goal, trunk = self.schedule.max_iters, max([iteration, *saved_iterations(self.checkpoints)])
+        trunk = max([iteration, *saved_iterations(self.checkpoints)])
 
         def wanted(record: dict[str, Any]) -> bool:
-            reach = {None: trunk, goal: iteration}.get(record.get("cooldown"))
+            reach = {None: trunk, target: iteration}.get(record.get("cooldown"))
             return reach is None or record["iteration"] <= reach
 
         self.metrics.keep(wanted)
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
-    """What differs between two meanings: `{"key", "before", "now"}` each."""
-    return [
-        {"key": key, "before": before.get(key), "now": now.get(key)}
-        for key in now | before
-        if now.get(key) != before.get(key)
-    ]
-
-
-def told(differing: list[dict[str, Any]]) -> str:
-    """Each difference on a line of its own."""
-    return "\n".join(f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in differing)
-
-
-def grown(differing: list[dict[str, Any]]) -> bool:
-    """Whether the run became longer, and the share of its decay stayed: then its trunk is the same."""
-    changed = {change["key"]: change for change in differing}
-    length = changed.get("schedule.max_iters")
-    same_trunk = not changed.keys() & {"schedule.kind", "schedule.decay_fraction"}
-    return length is not None and length["now"] > length["before"] and same_trunk
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit, command line and threads, for environment.json."""
-    source = Path(__file__).parent
-    return {
-        "command": sys.argv,
-        "commit": _output("git", "-C", str(source), "rev-parse", "HEAD"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints, or None where it cannot be run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

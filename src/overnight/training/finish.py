@@ -21,10 +21,17 @@ from overnight.model.export import export
 from overnight.model.gpt2 import published
 from overnight.recipe.schedule import branch_point
 from overnight.run_dir.layout import folder_name
-from overnight.training.inform import tell
-from overnight.training.log import Pace, log_look, log_lost, log_results, log_saved, mean_watts
+from overnight.training.log import (
+    informs,
+    log_lost,
+    log_results,
+    log_saved,
+    mean_watts,
+    tell,
+)
+from overnight.training.quick_eval import QuickEval
 from overnight.training.resume import energy_used, finish_saving
-from overnight.training.setup import Run
+from overnight.training.state import Run
 
 SKIPS_BEFORE_GIVING_UP = 10
 
@@ -60,14 +67,14 @@ def unfit(run: Run) -> str | None:
 def give_up(run: Run, problem: str) -> int:
     """End a run that does not come back from what is not finite, without a model; the last checkpoint stays."""
     finish_saving(run)
-    saved = run.directory.resumable()
+    saved = run.directory.resumable(run.schedule)
     where = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
     run.console.say(
         f"{problem}: the run has diverged; {where}."
         f" A lower `--optim.lr` (now {run.recipe.optim.lr:g}) under another `--name` is the usual cure"
     )
     if run.accelerator.is_main_process:
-        run.directory.append("event", run.iteration, event="diverged", problem=problem)
+        run.record("event", event="diverged", problem=problem)
     return EXIT_DIVERGED
 
 
@@ -80,7 +87,7 @@ def without_device(run: Run, error: RuntimeError) -> int:
     problem = told(error)
     log_saved(run, run.saver.outcome(wait=True))
     if run.accelerator.is_main_process:
-        run.directory.append("event", run.iteration, event="device failed", problem=problem)
+        run.record("event", event="device failed", problem=problem)
     run.console.stop()
     return end(error, f"stopped after iteration {run.iteration} {goes_on(run)}{command(run)}")
 
@@ -97,7 +104,7 @@ def close(run: Run) -> None:
 def interrupted(run: Run) -> int:
     """Record that the run stopped early, and say how it goes on."""
     if run.accelerator.is_main_process:
-        run.directory.append("event", run.iteration, event="interrupted")
+        run.record("event", event="interrupted")
         log_lost(run)
     run.console.say(f"interrupted after iteration {run.iteration} {goes_on(run)}{command(run)}")
     return EXIT_INTERRUPTED
@@ -105,7 +112,7 @@ def interrupted(run: Run) -> int:
 
 def goes_on(run: Run) -> str:
     """Whether the iteration at hand was saved, and where the same command goes on."""
-    saved = run.directory.resumable()
+    saved = run.directory.resumable(run.schedule)
     if saved and saved[0].name == folder_name(run.iteration):
         return "and saved; the same command again goes on from there"
     if saved:
@@ -118,7 +125,7 @@ def command(run: Run) -> str:
     return f":\n  {shlex.join(['python', *sys.argv])}" if run.accelerator.num_processes == 1 else ""
 
 
-def finish(run: Run, pace: Pace) -> int:
+def finish(run: Run) -> int:
     """Export the finished model, verified by a fresh process, and close with the results; returns the exit code."""
     code = 0
     if run.accelerator.is_main_process:
@@ -134,20 +141,16 @@ def finish(run: Run, pace: Pace) -> int:
             run.console.say(f"{folder} is not written: {error}; make room, and the same command again writes it")
             code = EXIT_INTERRUPTED
         else:
-            conclude(run, pace, folder, time.monotonic() - started)
+            conclude(run, folder, time.monotonic() - started)
     run.accelerator.wait_for_everyone()
     return code
 
 
-def conclude(run: Run, pace: Pace, folder: Path, export_seconds: float) -> None:
-    """Score the finished model where the recipe asks for it, record the end of the run, and print its results."""
-    if run.recipe.evaluation.at_milestones:
-        run.device.release()
-        log_look(run, folder)
-    joules, seconds = energy_used(run), pace.per_iteration()
-    run.directory.append(
+def conclude(run: Run, folder: Path, export_seconds: float) -> None:
+    """Record the end of the way to this target, print its results, and begin to score the model if that is asked."""
+    joules, seconds = energy_used(run), run.throughput.per_iteration()
+    run.record(
         "event",
-        run.iteration,
         event="finished",
         model=str(folder),
         val_loss=run.history.validations[-1][1],
@@ -158,7 +161,15 @@ def conclude(run: Run, pace: Pace, folder: Path, export_seconds: float) -> None:
         export_seconds=export_seconds,
     )
     log_results(run)
-    if run.night and run.iteration < run.recipe.schedule.max_iters:
+    if run.recipe.evaluation.at_milestones:
+        begin_quick_eval(run, folder)
+    if run.time_limit and run.iteration < run.recipe.schedule.max_iters:
         point = branch_point(run.schedule)
         run.console.say(f"      the same command, another night: goes on from the trunk at iteration {point:,}")
     log_lost(run)
+
+
+@informs("benchmarks of a milestone")
+def begin_quick_eval(run: Run, folder: Path) -> None:
+    """Start scoring a finished model; the run goes on meanwhile."""
+    run.quick_evals.append(QuickEval(folder, run.recipe.evaluation.at_milestones))

@@ -1,75 +1,70 @@
-"""What a run tells while it goes on: lines on the screen, records in metrics.jsonl, numbers for the trackers."""
+"""What a run tells while it goes on: lines on the screen, records in metrics.jsonl, numbers for the trackers.
+
+Nothing here ends a run: one guard, `informs`, stands around all that only informs.
+"""
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
-from pathlib import Path
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from overnight.core.console import Console, count, duration, step_line
 from overnight.data.ngrams import ngram_losses, seen_tokens
-from overnight.evaluation.milestone import Look
+from overnight.device.faults import lost, with_room
+from overnight.errors import first_line
 from overnight.model.checkpoint import Saved
 from overnight.model.generate import Writer
 from overnight.model.gpt2 import published
 from overnight.recipe.schedule import lr_at
 from overnight.run_dir.directory import RunDirectory
-from overnight.training.inform import informs
-from overnight.training.setup import Run
+from overnight.run_dir.layout import iteration_of
+from overnight.training.quick_eval import QuickEval
+from overnight.training.state import RATE_WINDOW, Run
 
-COLD_ITERATIONS = 3  # compilation, allocator and caches: in no rate
-WINDOW = 10  # iterations that a rate is compared over, so that one slow iteration says nothing
-FALL = 0.3  # of the warm rate: a fall that is worth a word
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class Pace:
-    """Seconds of the iterations, without the cold ones at the start, and of the last validation."""
+def informs(what: str) -> Callable[[Callable[Concatenate[Run, P], T]], Callable[Concatenate[Run, P], T | None]]:
+    """Mark a function of a run whose failure must not end it: it then returns None, and that is told once.
 
-    def __init__(self) -> None:
-        self.cold = COLD_ITERATIONS
-        self.seconds = self.recent_seconds = 0.0
-        self.validation_seconds = self.all_validations = 0.0  # of the last one with all that goes with it; of all
-        self.iterations = self.recent_iterations = 0
-        self.window: deque[float] = deque(maxlen=WINDOW)
-        self.usual: float | None = None  # seconds of an iteration when the run had just become warm
-        self.warned = False
+    Out of memory it is tried once more. A device that is lost is raised: without it there is no run.
+    """
 
-    def add(self, seconds: float) -> None:
-        """Count one iteration."""
-        if self.cold:
-            self.cold -= 1
-            return
-        self.seconds += seconds
-        self.recent_seconds += seconds
-        self.iterations += 1
-        self.recent_iterations += 1
-        self.window.append(seconds)
-        if self.iterations == WINDOW:
-            self.usual = statistics.median(self.window)
+    def marked(act: Callable[Concatenate[Run, P], T]) -> Callable[Concatenate[Run, P], T | None]:
+        @functools.wraps(act)
+        def guarded(run: Run, *args: P.args, **kwargs: P.kwargs) -> T | None:
+            try:
+                return with_room(run.device, lambda: act(run, *args, **kwargs))
+            except Exception as error:
+                if lost(error):
+                    raise
+                tell(run, what, error)
+                return None
 
-    def add_validation(self, seconds: float) -> None:
-        """Count one validation, with samples and forecast."""
-        self.validation_seconds = seconds
-        self.all_validations += seconds
+        return guarded
 
-    def fell_by(self) -> float | None:
-        """The share by which the rate has fallen below the warm one, told once, when it is 30 % or more."""
-        if self.usual is None or self.warned:
-            return None
-        fall = 1 - self.usual / statistics.median(self.window)
-        self.warned = fall >= FALL
-        return fall if self.warned else None
+    return marked
 
-    def per_iteration(self) -> float | None:
-        """Mean seconds over all warm iterations; None before the first."""
-        return self.seconds / self.iterations if self.iterations else None
 
-    def since_last_line(self) -> float | None:
-        """Mean seconds of the warm iterations since the last call; None when there was none."""
-        mean = self.recent_seconds / self.recent_iterations if self.recent_iterations else None
-        self.recent_seconds, self.recent_iterations = 0.0, 0
-        return mean
+def tell(run: Run, what: str, error: Exception) -> None:
+    """Say and record why something failed, the first time that it does."""
+    if what in run.failed:
+        return
+    run.failed.add(what)
+    problem = f"{type(error).__name__}: {first_line(error)}"
+    with contextlib.suppress(Exception):  # it may be the screen itself, or the log
+        if run.accelerator.is_main_process:
+            run.record("event", event="failed", what=what, problem=problem)
+        run.console.say(f"{what}: failed ({problem}); the run goes on without, and this is said once")
+
+
+@informs("trackers")
+def begin_tracking(run: Run) -> None:
+    """Let the trackers that the recipe names begin."""
+    run.accelerator.init_trackers(run.recipe.name)
 
 
 @informs("power")
@@ -91,16 +86,15 @@ def used_gib(run: Run) -> float:
 
 
 @informs("the line of an iteration")
-def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
+def log_step(run: Run, loss: float, grad_norm: float) -> None:
     """One line on the screen, one record in metrics.jsonl, the same numbers to the trackers."""
     if not run.accelerator.is_main_process:
         return
     batch, schedule = run.recipe.batch, run.schedule
-    seconds = pace.since_last_line()
+    seconds = run.throughput.since_last_line()
     rate = batch.tokens_per_iter / seconds if seconds else None
-    record = run.directory.append(
+    record = run.record(
         "train",
-        run.iteration,
         epoch=run.iteration * batch.tokens_per_iter / run.shards.train.tokens,
         loss=loss,
         grad_norm=grad_norm,
@@ -110,13 +104,14 @@ def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
         gib=used_gib(run),
         watts=watts(run),
     )
-    left = seconds and remaining_seconds(run, seconds, pace.validation_seconds)
+    left = seconds and remaining_seconds(run, seconds, run.throughput.validation_seconds)
     shown = record | {"val": run.history.last_val, "gib_total": run.device.total_gib, "eta_seconds": left}
     run.console.say(step_line(shown, schedule.max_iters))
     log_trouble(run)
-    if (fall := pace.fell_by()) is not None:
+    if (fall := run.throughput.fell_by()) is not None:
         log_slow(run, fall)
     run.console.progress(run.iteration, schedule.max_iters)
+    log_quick_evals(run, wait=False)
     track(
         run, {f"train/{key}": record[key] for key in ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "watts")}
     )
@@ -124,10 +119,10 @@ def log_step(run: Run, loss: float, grad_norm: float, pace: Pace) -> None:
 
 def log_slow(run: Run, fall: float) -> None:
     """Say and record that the run became slower than it was."""
-    run.directory.append("event", run.iteration, event="slower", fall=fall)
+    run.record("event", event="slower", fall=fall)
     run.console.say(
-        f"the rate is {fall:.0%} below that of the first {WINDOW} warm iterations: another program on the device, heat,"
-        " or on WSL memory that spilled to the host; said once"
+        f"the rate is {fall:.0%} below that of the first {RATE_WINDOW} warm iterations: another program on the device,"
+        " heat, or on WSL memory that spilled to the host; said once"
     )
 
 
@@ -144,7 +139,7 @@ def log_validation(run: Run, loss: float, seconds: float) -> None:
     if not run.accelerator.is_main_process:
         return
     found = samples(run) or []
-    run.directory.append("val", run.iteration, loss=loss, seconds=seconds, samples=found)
+    run.record("val", loss=loss, seconds=seconds, samples=found)
     tokens = f"{run.shards.val.tokens:,} tokens in {duration(seconds)}"
     run.console.say(f"validation loss {loss:.4f} at iteration {run.iteration} ({tokens})")
     for prompt, text in zip(run.recipe.validation.prompts, found, strict=False):
@@ -166,14 +161,14 @@ def log_not_finite(run: Run, loss: float) -> None:
     """Say and record that a validation gave no number."""
     run.console.say(f"validation loss {loss} at iteration {run.iteration}: not finite, and none to finish with")
     if run.accelerator.is_main_process:
-        run.directory.append("event", run.iteration, event="validation not finite", loss=str(loss))
+        run.record("event", event="validation not finite", loss=str(loss))
 
 
 @informs("n-gram baselines")
 def log_baselines(run: Run) -> None:
     """What unigram and bigram models of the same training tokens reach, to set the scale."""
     losses = ngram_losses(seen_tokens(run.batches, run.recipe.schedule.max_iters), run.shards.val.read_all())
-    run.directory.append("event", 0, event="ngram baselines", **losses)
+    run.record_at(0, "event", event="ngram baselines", **losses)
     run.console.say(f"for scale, models of the same training tokens: {baseline_line(losses)} nats per token")
 
 
@@ -192,7 +187,7 @@ def log_skip(run: Run, loss: float, grad_norm: float) -> None:
     if run.accelerator.is_main_process:
         values = {"loss": str(loss), "grad_norm": str(grad_norm)}  # JSON has no NaN
         places = run.batches.places(run.iteration - 1)
-        run.directory.append("event", run.iteration, event="skipped", **values, rows=places)
+        run.record("event", event="skipped", **values, rows=places)
 
 
 @informs("the line of a spike")
@@ -201,7 +196,7 @@ def log_spike(run: Run, loss: float, rise: float) -> None:
     run.console.say(f"iteration {run.iteration}: loss {loss:.4f}, {rise:.2f} above its median: a spike begins")
     if run.accelerator.is_main_process:
         places = run.batches.places(run.iteration - 1)
-        run.directory.append("event", run.iteration, event="spike", loss=loss, rise=rise, rows=places)
+        run.record("event", event="spike", loss=loss, rise=rise, rows=places)
 
 
 def log_saved(run: Run, saved: Saved | None) -> None:
@@ -211,10 +206,10 @@ def log_saved(run: Run, saved: Saved | None) -> None:
     values = {"checkpoint": saved.path.name, "held_seconds": saved.held, "seconds": saved.seconds}
     if saved.problem is None:
         run.console.say(f"saved {saved.path} in {saved.seconds:.1f}s, {saved.held:.2f}s of it before going on")
-        run.directory.append("event", run.iteration, event="saved", **values)
+        run.record("event", event="saved", **values)
         return
     run.console.say(f"{saved.path} is not saved: {saved.problem}; older checkpoints stay, and the run goes on")
-    run.directory.append("event", run.iteration, event="not saved", **values, problem=saved.problem)
+    run.record("event", event="not saved", **values, problem=saved.problem)
 
 
 def log_trouble(run: Run) -> None:
@@ -234,12 +229,21 @@ def log_lost(run: Run) -> None:
 
 
 @informs("benchmarks of a milestone")
-def log_look(run: Run, folder: Path) -> None:
-    """What the finished model in `folder` scores on the first items of each task, once they are scored."""
-    scores, problem = Look(folder, run.recipe.evaluation.at_milestones).scores()
-    run.directory.append("event", run.iteration, event="scores", items=run.recipe.evaluation.at_milestones, **scores)
+def log_quick_evals(run: Run, *, wait: bool) -> None:
+    """What finished models score on the first items of each task, of those that are scored, or of all."""
+    done = [each for each in run.quick_evals if wait or each.over]
+    run.quick_evals = [each for each in run.quick_evals if each not in done]
+    for each in done:
+        log_quick_eval(run, each)
+
+
+def log_quick_eval(run: Run, quick_eval: QuickEval) -> None:
+    """One finished model's scores."""
+    milestone, items = iteration_of(quick_eval.folder), quick_eval.items
+    scores, problem = quick_eval.scores()
+    run.directory.append("event", milestone, cooldown=milestone, event="scores", items=items, **scores)
     shown = ", ".join(f"{task} {score:.1%}" for task, score in scores.items())
-    run.console.say(f"first {run.recipe.evaluation.at_milestones} items: {shown or f'not scored: {problem}'}")
+    run.console.say(f"{quick_eval.folder.name}, first {items} items: {shown or f'not scored: {problem}'}")
     track(run, {f"benchmark/{task}": score for task, score in scores.items()})
 
 
@@ -251,13 +255,13 @@ def baseline_line(losses: dict[str, float]) -> str:
 @informs("the results")
 def log_results(run: Run) -> None:
     """The box at the end."""
-    print_finished(run.directory, run.console)
+    print_finished(run.directory, run.console, run.target_iters)
 
 
-def print_finished(directory: RunDirectory, console: Console) -> None:
+def print_finished(directory: RunDirectory, console: Console, target: int) -> None:
     """The box at the end, from metrics.jsonl alone: a finished run prints it again."""
     events = {record["event"]: record for record in directory.records("event")}
-    done, baselines = directory.finished(directory.schedule.max_iters), events.get("ngram baselines")
+    done, baselines = directory.finished(target), events.get("ngram baselines")
     assert done is not None
     rate, kwh = done["tokens_per_second"], done["kwh"]
     lines = [

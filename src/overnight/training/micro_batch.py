@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -19,9 +19,7 @@ from overnight.core.console import count, duration
 from overnight.device.faults import until_memory_runs_out
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.planning.model_size import memory_gib, next_divisor
-
-if TYPE_CHECKING:
-    from overnight.training.setup import Run
+from overnight.training.state import Run
 
 WARM_STEPS, TIMED_STEPS = 2, 5  # the first compiles, the second is the first that has gradients to add to
 TRIALS = 3  # sizes that fit and are compared: compiling one takes longer than timing it
@@ -219,7 +217,7 @@ def halve(run: Run, *, validating: bool = False) -> None:
     run.device.release()
     iteration, before, after = run.iteration + (not validating), run.micro_batch, next_size(run)
     if run.accelerator.is_main_process:
-        run.directory.append("event", iteration, event="out of memory", micro_batch=before, next_micro_batch=after)
+        run.record_at(iteration, "event", event="out of memory", micro_batch=before, next_micro_batch=after)
     if not after:
         raise too_small(run)
     run.micro_batch = after

@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from overnight.core.console import Console, count, duration
 from overnight.data.manifest import Manifest, dtype_for
 from overnight.data.shards import Shards, Split, SplitWriter
+from overnight.device.launch import launch
+from overnight.doctor.machine import environment
 from overnight.planning.model_size import derive, memory_gib
 from overnight.recipe.schema import Recipe
-from overnight.run_dir.directory import RunDirectory, environment
-from overnight.training.log import Pace
-from overnight.training.setup import Run, assemble, device_facts, launch
+from overnight.run_dir.directory import RunDirectory
+from overnight.training.setup import assemble, device_facts
+from overnight.training.state import Run
 from overnight.training.train import train_step
 
 ITERATIONS = 20
@@ -75,22 +77,21 @@ def probe(recipe: Recipe, iterations: int = ITERATIONS) -> dict:
         console.table("this machine", list(facts.items()))
         tokens = f"{run.recipe.batch.tokens_per_iter:,} random tokens"
         console.say(f"{iterations} iterations of {tokens}, {duration(seconds * run.grad_accum * iterations)}")
-        pace = Pace()
         for _ in range(iterations):
             started = time.monotonic()
             train_step(run)
-            pace.add(time.monotonic() - started)
+            run.throughput.add(time.monotonic() - started)
             run.iteration += 1
             console.progress(run.iteration, iterations)
         console.stop()
-        measured = evaluate(run, facts, pace, recipe)
+        measured = evaluate(run, facts, recipe)
     console.table("probe", measured.report())
     return asdict(measured) | {"environment": environment()}
 
 
-def evaluate(run: Run, facts: dict[str, str], pace: Pace, recipe: Recipe) -> Probe:
+def evaluate(run: Run, facts: dict[str, str], recipe: Recipe) -> Probe:
     """The figures of a run that has just been timed; `recipe` is the whole one."""
-    seconds, batch = pace.per_iteration(), run.recipe.batch
+    seconds, batch = run.throughput.per_iteration(), run.recipe.batch
     assert seconds is not None, "fewer iterations than are thrown away as cold"
     rate = batch.tokens_per_iter / seconds
     return Probe(

@@ -12,13 +12,11 @@ from accelerate.utils import broadcast_object_list
 from overnight.device.faults import with_room
 from overnight.errors import InputError
 from overnight.model import checkpoint
-from overnight.recipe.identity import meaning
+from overnight.recipe.identity import differences, meaning, told
 from overnight.recipe.schedule import branch_point, branch_points
-from overnight.run_dir.directory import differences, told
-from overnight.training.history import History
-from overnight.training.inform import informs
-from overnight.training.log import log_saved
-from overnight.training.setup import Run, identity
+from overnight.training.log import informs, log_saved
+from overnight.training.setup import identity
+from overnight.training.state import LossHistory, Run
 
 
 def save_due(run: Run) -> bool:
@@ -40,7 +38,8 @@ def save(run: Run) -> None:
     if run.accelerator.is_main_process:
         log_saved(run, run.saver.outcome(wait=True))
         tensors = checkpoint.state_tensors(run.model, run.optimizers)
-        path, state, kept = run.directory.checkpoint(run.iteration), state_of(run), run.directory.kept_for_ever()
+        path = run.directory.checkpoint(run.iteration, run.schedule)
+        state, kept = state_of(run), run.directory.kept_for_ever(run.schedule)
         with_room(run.device, lambda: run.saver.start(path, tensors, state, kept_for_ever=kept))
 
 
@@ -76,26 +75,28 @@ def resume(run: Run) -> None:
     """
     if run.accelerator.is_main_process:
         run.directory.clear_leftovers()
-    chosen = [checkpoint.newest_whole(run.directory.resumable()) if run.accelerator.is_main_process else None]
-    found, said = broadcast_object_list(chosen)[0]
+    chosen = None
+    if run.accelerator.is_main_process:
+        chosen = checkpoint.newest_whole(run.directory.resumable(run.schedule))
+    found, said = broadcast_object_list([chosen])[0]
     for line in said:
         run.console.say(line)
     if found is None:
         if run.iteration:  # a budget was finished, and the weights at hand are those of its decay
             raise InputError(f"{run.directory.checkpoints} has no whole checkpoint of the trunk to go back to")
         if run.accelerator.is_main_process:
-            run.directory.forget_after(-1)
+            run.directory.forget_after(-1, run.target_iters)
         return
     state = checkpoint.read_state(found)
     refuse_foreign(run, found, state)
     checkpoint.load(found, run.model, run.optimizers)
     run.iteration, run.joules = state["iteration"], state["joules"]
-    run.history = History.from_json(state["history"])
+    run.history = LossHistory.from_json(state["history"])
     if run.accelerator.is_main_process:
-        run.directory.forget_after(run.iteration)
-        run.directory.append("event", run.iteration, event="resumed", checkpoint=found.name)
+        run.directory.forget_after(run.iteration, run.target_iters)
+        run.record("event", event="resumed", checkpoint=found.name)
         for change in run.directory.changes[len(state["changes"]) :]:
-            run.directory.append("event", run.iteration, event="changed", **change)
+            run.record("event", event="changed", **change)
     for change in run.directory.changes[len(state["changes"]) :]:
         run.console.say(f"`{change['key']}` was {change['before']!r} and is {change['now']!r} from here on")
     if state["threads"] != (threads := torch.get_num_threads()):

@@ -1,22 +1,15 @@
-"""Everything before the first step: the environment, the data, the model on its device, the directory."""
+"""Everything before the first step: the data, the model on its device, what the device can do, the directory."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from accelerate.utils import set_seed
 
 from overnight.core.console import Console, estimated_end
 from overnight.core.extras import require
@@ -24,134 +17,29 @@ from overnight.core.files import room_in
 from overnight.data.batches import TrainingBatches
 from overnight.data.manifest import Manifest, is_prepared, require_same_request
 from overnight.data.shards import Shards, open_shards
-from overnight.data.tokenizer import load_tokenizer
-from overnight.device.device import Device, allow_tf32, resolve_precision
+from overnight.device.device import Device, allow_tf32
+from overnight.device.faults import until_memory_runs_out
+from overnight.device.launch import on_main
+from overnight.doctor.machine import environment
 from overnight.errors import InputError
-from overnight.model import checkpoint, optim
+from overnight.model import optim
+from overnight.model.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
+from overnight.model.checkpoint import Saver
 from overnight.model.gpt2 import LanguageModel
-from overnight.planning.model_size import Derived, derive, derived_rows, iterations_in_all
+from overnight.planning.model_size import (
+    derive,
+    derived_rows,
+    iterations_in_all,
+    logit_bytes,
+    loss_chunk,
+    padded_vocabulary,
+)
 from overnight.prepare.cost import expected_cost
-from overnight.recipe.schema import Recipe, Schedule
+from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.training import micro_batch
-from overnight.training.history import History
-from overnight.training.inform import informs
-from overnight.training.time_limit import Night
-from overnight.training.warm_up import device_facts
-
-
-@dataclass
-class Run:
-    """What the loop touches."""
-
-    recipe: Recipe
-    derived: Derived
-    accelerator: Accelerator
-    device: Device
-    console: Console
-    directory: RunDirectory
-    shards: Shards
-    batches: TrainingBatches
-    prepared: nn.Module  # what accelerate made of the model: autocast and DDP happen in its forward
-    model: LanguageModel
-    compiled: bool  # the model's body, in training
-    optimizers: list[torch.optim.Optimizer]
-    micro_batch: int  # rows at once, now: it changes when memory runs out
-    saver: checkpoint.Saver
-    iteration: int = 0  # updates done
-    history: History = field(default_factory=History)
-    joules: float | None = None  # of the sessions before this one, where the device measures energy
-    saved_at: float = field(default_factory=time.monotonic)  # when the last save began, or the session
-    signalled: bool = False  # this process was asked to stop
-    stopping: bool = False  # all processes know of it
-    cannot_log: bool = False  # metrics.jsonl refuses records, which the user knows
-    overdue: bool = False  # all processes know that `checkpoint.every_minutes` are over
-    night: Night | None = None  # what the run was given to end in
-    failed: set[str] = field(default_factory=set)  # of what only informs: told, and gone on without
-
-    @property
-    def schedule(self) -> Schedule:
-        """The recipe's, ending with the budget that is being finished."""
-        return self.directory.schedule
-
-    @property
-    def grad_accum(self) -> int:
-        """Micro-batches of one iteration on each process."""
-        return self.derived.rows_per_process // self.micro_batch
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one that lies beside the shards."""
-        return load_tokenizer(str(self.shards.folder / "tokenizer"))
-
-
-def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
-    """The Accelerator in the recipe's precision, on whatever topology it was launched with, and the process's console.
-
-    Raises `InputError` when the recipe asks by name for what the device does not have.
-    """
-    disable_progress_bar()  # transformers' own, which break the lines of a log
-    overruled = take_over_environment(os.environ)
-    require_what_is_asked_for(recipe)
-    cuda = cuda_wanted()
-    precision = resolve_precision(
-        recipe, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    accelerator = Accelerator(
-        cpu=not cuda,  # without it two CPU processes each believe they are alone
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        log_with=list(recipe.logging.trackers) or None,
-        project_dir=str(RunDirectory(recipe).path),
-    )
-    refuse_lone_processes(accelerator)
-    set_threads(recipe.threads)
-    console = Console(quiet=not accelerator.is_main_process)
-    for line in overruled:
-        console.say(line)
-    return accelerator, console
-
-
-def cuda_wanted() -> bool:
-    """Whether there is a CUDA device and accelerate's configuration does not say `use_cpu: true`."""
-    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-
-
-def refuse_lone_processes(accelerator: Accelerator) -> None:
-    """Make sure that the processes that were launched know of each other."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    assert accelerator.num_processes == world, f"accelerate sees {accelerator.num_processes} of {world} processes"
-
-
-def take_over_environment(environ: MutableMapping[str, str]) -> list[str]:
-    """Remove what an accelerate configuration says about precision, compilation, accumulation: the recipe owns these.
-
-    Returns one line that names what was overruled, or none.
-    """
-    harmless = {"no", "false", "0", "1", "default"}
-    owned = [k for k in environ if k.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION"))]
-    owned += [
-        k for k in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if k in environ
-    ]
-    values = {key: environ.pop(key) for key in owned}
-    said = [f"{k.removeprefix('ACCELERATE_').lower()} {v}" for k, v in values.items() if v.lower() not in harmless]
-    return [f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins"] if said else []
-
-
-def require_what_is_asked_for(recipe: Recipe) -> None:
-    """Raise `InputError` for what the recipe asks for and is not installed, before a night is spent towards it."""
-    for tracker in recipe.logging.trackers:
-        require(tracker, "`logging.trackers`")  # accelerate would only warn, and log nothing
-    if recipe.hub.repo_id:
-        require("figures", "`hub.repo_id`, for the curve on its card,")
-    if recipe.evaluation.at_milestones:
-        require("eval", "`evaluation.at_milestones`")
-
-
-def set_threads(threads: int | Literal["auto"]) -> None:
-    """Give each process of this machine its share of the cores; accelerate's launcher would leave it one thread."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = max(1, len(os.sched_getaffinity(0)) // here) if threads == "auto" else threads
-    torch.set_num_threads(count)
+from overnight.training.log import begin_tracking
+from overnight.training.state import Run, TimeLimit
 
 
 def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
@@ -202,11 +90,11 @@ def set_up(
     console: Console,
     directory: RunDirectory,
     shards: Shards,
-    night: Night | None = None,
+    time_limit: TimeLimit | None = None,
 ) -> Run:
     """Model, optimizers and data on the device, the facts on the screen, and the run directory ours."""
     run = assemble(recipe, accelerator, console, directory, shards)
-    run.night = night
+    run.time_limit = time_limit
     console.table(f"{directory.path} on {run.device.name}", derived_rows(recipe, run.derived))
     facts, seconds = device_facts(run)
     end = estimated_end(seconds * run.grad_accum * iterations_in_all(recipe.schedule))
@@ -215,26 +103,30 @@ def set_up(
         **text_facts(shards.manifest),
         "free disk": f"{free_gib(Path()):.0f} GiB",
         "estimated end": (
-            night.kept.until if night else f"{end}, from the time of one micro-batch; the lines below measure it"
+            time_limit.kept.until
+            if time_limit
+            else f"{end}, from the time of one micro-batch; the lines below measure it"
         ),
     }
     console.table("this machine", list(facts.items()))
-    lock(accelerator, directory, create=True)
-    if accelerator.is_main_process:
-        with room_in(directory.path, "name"):
-            counted = {"unique_tokens": shards.train.tokens, "validation_tokens": shards.val.tokens}
-            counted["parameters"] = run.derived.parameters
-            directory.claim(identity(accelerator, shards), facts | counted | {"measured": micro_batch.measured(run)})
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: claim(run, facts))
     if recipe.logging.trackers:
         begin_tracking(run)
     return run
 
 
-@informs("trackers")
-def begin_tracking(run: Run) -> None:
-    """Let the trackers that the recipe names begin."""
-    run.accelerator.init_trackers(run.recipe.name)
+def claim(run: Run, facts: dict[str, str]) -> None:
+    """Make the run directory ours, and write what runs here and on what."""
+    found = {
+        **environment(),
+        **facts,
+        "unique_tokens": run.shards.train.tokens,
+        "validation_tokens": run.shards.val.tokens,
+        "parameters": run.derived.parameters,
+        "measured": micro_batch.measured(run),
+    }
+    with room_in(run.directory.path, "name"):
+        run.directory.claim(identity(run.accelerator, run.shards), found)
 
 
 def text_facts(manifest: Manifest) -> dict[str, str]:
@@ -274,7 +166,8 @@ def assemble(
         compiled=compiled,
         optimizers=optim.build(model, recipe.optim),
         micro_batch=derived.first_micro_batch,
-        saver=checkpoint.Saver(recipe.checkpoint.keep),
+        saver=Saver(recipe.checkpoint.keep),
+        target_iters=recipe.schedule.max_iters,
     )
 
 
@@ -284,19 +177,58 @@ def free_gib(path: Path) -> float:
     return stats.f_bavail * stats.f_frsize / 2**30
 
 
-def lock(accelerator: Accelerator, directory: RunDirectory, *, create: bool) -> None:
-    """Lock the run directory, on the main process."""
-    on_main(accelerator, lambda: directory.lock(create=create))
+def device_facts(run: Run) -> tuple[dict[str, str], float]:
+    """What was found out about the device, for the screen and for environment.json; the seconds of a micro-batch.
+
+    Raises `InputError` where the device cannot run the recipe: if it can be known, before anything is compiled.
+    """
+    bf16 = run.accelerator.mixed_precision == "bf16"
+    of_device = kernel_of_device(run.recipe, run.device.torch, torch.bfloat16 if bf16 else torch.float32)
+    chosen = micro_batch.measure(run)
+    kernel, seconds = check_attention(run, of_device)
+    precision = "bf16 autocast" if bf16 else "float32"
+    how = "compiled" if run.compiled else "eager"
+    chunk = loss_chunk(run.accelerator.device.type, compiled=run.compiled)
+    logits = min(chunk, run.micro_batch * run.recipe.batch.sequence_length)
+    logits *= padded_vocabulary(run.recipe.model.vocab_size)
+    facts = {
+        "device": run.device.name,
+        "precision": f"{precision}, {how}, {torch.get_num_threads()} threads",
+        "micro-batch": chosen,
+        "attention": kernel,
+        "loss memory": f"{logits * logit_bytes(bf16=bf16, compiled=run.compiled) / 2**20:.0f} MiB of logits at once",
+    }
+    return facts, seconds
 
 
-def on_main(accelerator: Accelerator, act: Callable[[], None]) -> None:
-    """Do `act` on the main process; all processes wait for it, and raise its `InputError`."""
-    problem: list[InputError | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            act()
-        except InputError as error:
-            problem = [error]
-    (refusal,) = broadcast_object_list(problem)
-    if refusal:
-        raise refusal
+def check_attention(run: Run, of_device: AttentionReport) -> tuple[str, float]:
+    """Run micro-batches as training will: which SDPA kernel was dispatched, and the seconds of one, once warm.
+
+    Raises `InputError` when that is no fused kernel, or one with a mask, and the device by itself can do better.
+    """
+    while (found := first_steps(run)) is None:
+        micro_batch.halve(run)
+    report, seconds = found
+    refuse_another(report, of_device)
+    return str(report), seconds
+
+
+def first_steps(run: Run) -> tuple[AttentionReport, float] | None:
+    """What SDPA ran in a micro-batch, and the seconds of one; None when the memory of a process ran out.
+
+    A size that was taken from an earlier session has not been tried in this one.
+    """
+    found = None
+    with until_memory_runs_out():
+        ids, targets = next(run.batches.micro_batches(0, run.micro_batch, run.device.torch))
+        run.prepared.train()
+        with run.accelerator.no_sync(run.prepared):  # no process waits for another here
+            run.prepared(ids, targets).backward()  # compiles, if there is anything to compile
+            report = attention_report(lambda: run.prepared(ids, targets))
+            run.device.synchronize()
+            started = time.monotonic()
+            run.prepared(ids, targets).backward()
+            run.device.synchronize()
+        found = report, time.monotonic() - started
+    run.model.zero_grad(set_to_none=True)
+    return None if micro_batch.ran_out_anywhere(run, found is None) else found

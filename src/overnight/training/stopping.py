@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
 from overnight.core.console import duration
-from overnight.planning.forecast import FEWEST, Forecast, Point, forecast, usable
+from overnight.planning.forecast import FEWEST, Forecast, Point, forecast, usable, validations
 from overnight.planning.scaling_law import INTERVAL, Expected
 from overnight.recipe.schedule import branch_point, ending_now, fits, goals, towards
 from overnight.recipe.schema import Recipe, Schedule
-from overnight.run_dir.layout import read_run
-from overnight.run_dir.metrics import Record
-from overnight.training.inform import informs
-from overnight.training.log import Pace, watts
-
-if TYPE_CHECKING:
-    from overnight.training.setup import Run
+from overnight.training.log import informs, watts
+from overnight.training.state import Run
 
 
 @dataclass(frozen=True)
@@ -54,24 +48,31 @@ class Outlook:
         return longer if self.gain(now, longer).chance_below(least * part) >= INTERVAL else None
 
 
-def look_ahead(run: Run, pace: Pace) -> None:
-    """Tell and record the forecast that the validations so far allow; end the trunk where the recipe wants that."""
-    end = forecast_ends(run, pace) if run.accelerator.is_main_process else None
-    if run.recipe.stop.when_flat:
-        (end,) = broadcast_object_list([end])
-        if end is not None:
-            cool_down(run, *end)
+def target_of_flat_curve(run: Run) -> int | None:
+    """Early stopping: tell and record the forecast that the validations so far allow.
+
+    Returns the target to end with where the recipe wants that and the curve is flat.
+    """
+    end = forecast_ends(run) if run.accelerator.is_main_process else None
+    if not run.recipe.stop.when_flat:
+        return None
+    (end,) = broadcast_object_list([end])
+    if end is None:
+        return None
+    target, longer = end
+    tell_flat(run, target, longer)
+    return target
 
 
 @informs("the forecast")
-def forecast_ends(run: Run, pace: Pace) -> tuple[int, int] | None:
+def forecast_ends(run: Run) -> tuple[int, int] | None:
     """Tell and record the forecast; of a flat curve, the budget to end with, and the one not worth going on to."""
     started = time.monotonic()
     outlook = outlook_of(run)
     if outlook is None:
         return None
     longer = outlook.flat(goals(run.recipe.schedule), run.recipe.stop.min_gain_nats)
-    tell(run, outlook, pace, longer, started)
+    tell(run, outlook, longer, started)
     return None if longer is None else (outlook.budgets[0], longer)
 
 
@@ -80,7 +81,7 @@ def outlook_of(run: Run) -> Outlook | None:
     schedule, directory = run.recipe.schedule, run.directory
     finished = directory.ends().keys()
     seen = validations(schedule, directory.records("val"))
-    now = None if directory.cooling(run.iteration) else ending_now(schedule, run.iteration)
+    now = None if run.decaying else ending_now(schedule, run.iteration)
     if now is not None and branch_point(towards(schedule, now)) < schedule.warmup_iters:
         now = None
     budgets = to_come(run.recipe, run.schedule, run.iteration) - finished
@@ -92,24 +93,6 @@ def outlook_of(run: Run) -> Outlook | None:
     return Outlook(ascending, now is not None, found)
 
 
-def validations(schedule: Schedule, records: list[Record]) -> list[tuple[Point, float]]:
-    """The curve that a run's records of kind "val" are, of its trunk and of its decays."""
-    return [
-        (Point(r["iteration"], towards(schedule, r["cooldown"]) if "cooldown" in r else schedule), r["loss"])
-        for r in records
-    ]
-
-
-def forecast_of_run(folder: Path, budgets: list[int], unique: int | None) -> Forecast:
-    """What the budgets of a run will end with, in their order; `unique` are its training tokens.
-
-    Raises `InputError` where `folder` is no run, or its curve is too short.
-    """
-    recipe, records = read_run(folder)
-    seen = validations(recipe.schedule, [record for record in records if record["kind"] == "val"])
-    return forecast(recipe, unique, seen, [Point(budget, towards(recipe.schedule, budget)) for budget in budgets])
-
-
 def to_come(recipe: Recipe, aimed: Schedule, iteration: int) -> set[int]:
     """The budgets that a run at `iteration`, on its way to the end of `aimed`, ends with there or branches off to."""
     schedule, trunk = recipe.schedule, min(iteration, branch_point(aimed))
@@ -118,9 +101,9 @@ def to_come(recipe: Recipe, aimed: Schedule, iteration: int) -> set[int]:
     return {budget for budget in ahead if budget > iteration}
 
 
-def tell(run: Run, outlook: Outlook, pace: Pace, flat: int | None, started: float) -> None:
+def tell(run: Run, outlook: Outlook, flat: int | None, started: float) -> None:
     """One line on the screen, one record in metrics.jsonl."""
-    seconds, power = pace.per_iteration(), watts(run)
+    seconds, power = run.throughput.per_iteration(), watts(run)
     told: list[str] = []
     record: list[dict[str, Any]] = []
     for at, budget in enumerate(outlook.budgets):
@@ -145,21 +128,18 @@ def tell(run: Run, outlook: Outlook, pace: Pace, flat: int | None, started: floa
             words = f"ending now {words}"
         record.append(row)
         told.append(words)
-    run.directory.append(
-        "forecast", run.iteration, budgets=record, flat=flat is not None, seconds=time.monotonic() - started
-    )
+    run.record("forecast", budgets=record, flat=flat is not None, seconds=time.monotonic() - started)
     surely = f"; flat, {INTERVAL:.0%} sure: not worth going on to {flat:,}" if flat else ""
     run.console.say(f"forecast {' | '.join(told)}{surely}")
 
 
-def cool_down(run: Run, budget: int, longer: int) -> None:
-    """Let the learning rate fall from here on, and end with a finished model."""
-    least = run.recipe.stop.min_gain_nats
+def tell_flat(run: Run, target: int, longer: int) -> None:
+    """Say and record that the learning rate falls from here on, to end with a finished model at `target`."""
     if run.accelerator.is_main_process:
-        run.directory.append("event", run.iteration, event="flat", budget=budget, longer=longer, min_gain_nats=least)
+        least = run.recipe.stop.min_gain_nats
+        run.record("event", event="flat", budget=target, longer=longer, min_gain_nats=least)
         run.console.say(
             f"flat: what is left of the way to {longer:,} iterations would gain less than its part of"
             f" `stop.min_gain_nats` {least:g}, {INTERVAL:.0%} sure; the learning rate falls from here on, to end at"
-            f" {budget:,}"
+            f" {target:,}"
         )
-    run.directory.aim(budget)

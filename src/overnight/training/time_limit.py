@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
 
 import psutil
 from accelerate.utils import broadcast_object_list
@@ -23,10 +22,7 @@ from overnight.recipe.schedule import branch_point, ending_now, towards
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import saved_iterations
-
-if TYPE_CHECKING:
-    from overnight.training.log import Pace
-    from overnight.training.setup import Run
+from overnight.training.state import KeptLimit, Run, TimeLimit
 
 FILE = "night.json"
 PROBE = 10  # iterations from which the pace is known
@@ -36,37 +32,7 @@ LATE, EARLY = 0.02, 0.05  # of the night: by how much a budget may miss its end 
 EXPORT_SECONDS = 30.0  # of writing a finished model and loading it in a fresh process, until one was measured
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A night as `night.json` has it."""
-
-    asked: str  # as the user said it
-    until: str  # in local time, ISO 8601
-    seconds: float  # from the start of the process that began it
-    budget: int | None = None  # iterations, once chosen
-
-
-@dataclass
-class Night:
-    """A night in the session that goes through it."""
-
-    kept: Kept
-    ends: float  # on the monotonic clock, which no one sets
-    validation_seconds: float  # of an earlier session, until this one has had its own
-    export_seconds: float
-    marks: list[tuple[float, int]] = field(default_factory=list)  # (seconds without validations, iteration), recent
-
-    @property
-    def budget(self) -> int | None:
-        """The iterations that were chosen."""
-        return self.kept.budget
-
-    def left(self) -> float:
-        """Seconds."""
-        return self.ends - time.monotonic()
-
-
-def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> Night | None:
+def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> TimeLimit | None:
     """The night that is still going on where this session continues one, a new one otherwise; None without hours.
 
     Raises `InputError` for a time of day that is none, and when both it and `schedule.hours` are given.
@@ -86,10 +52,10 @@ def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> Night
     kept = going_on(directory, asked, now)
     if kept is None:
         end = next_time(until, now) if until else began + timedelta(hours=hours or 0)
-        kept = Kept(asked, end.isoformat(timespec="seconds"), (end - began).total_seconds())
+        kept = KeptLimit(asked, end.isoformat(timespec="seconds"), (end - began).total_seconds())
     left = (datetime.fromisoformat(kept.until) - now).total_seconds()
     validations, ends = directory.records("val"), [*directory.ends().values()]
-    return Night(
+    return TimeLimit(
         kept,
         ends=time.monotonic() + left,
         validation_seconds=validations[-1]["seconds"] if validations else 0.0,
@@ -97,7 +63,7 @@ def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> Night
     )
 
 
-def going_on(directory: RunDirectory, asked: str, now: datetime) -> Kept | None:
+def going_on(directory: RunDirectory, asked: str, now: datetime) -> KeptLimit | None:
     """The night of an earlier session that asked for the same and is not over.
 
     It is over when its budget is finished, or when its time is, unless the decay has begun.
@@ -105,10 +71,10 @@ def going_on(directory: RunDirectory, asked: str, now: datetime) -> Kept | None:
     path = directory.path / FILE
     if not path.exists():
         return None
-    kept = Kept(**json.loads(path.read_text(encoding="utf-8")))
-    if kept.asked != asked or (kept.budget and directory.finished(kept.budget)):
+    kept = KeptLimit(**json.loads(path.read_text(encoding="utf-8")))
+    if kept.asked != asked or (kept.target_iters and directory.finished(kept.target_iters)):
         return None
-    decaying = kept.budget is not None and bool(saved_iterations(directory.cooldown_of(kept.budget)))
+    decaying = kept.target_iters is not None and bool(saved_iterations(directory.cooldown_of(kept.target_iters)))
     return kept if decaying or now < datetime.fromisoformat(kept.until) else None
 
 
@@ -123,65 +89,68 @@ def next_time(clock: str, now: datetime) -> datetime:
 
 
 def begin(run: Run) -> None:
-    """Keep the night for the session after an interruption, and say when it ends."""
-    if run.night is not None and run.accelerator.is_main_process:
-        keep(run, run.night)
-        chosen = f", {run.night.budget:,} iterations" if run.night.budget else "; what fits is chosen by the first ones"
-        run.console.say(f"the night ends at {run.night.kept.until}, in {duration(run.night.left())}{chosen}")
+    """Keep the time limit for the session after an interruption, and say when it ends."""
+    if run.time_limit is not None and run.accelerator.is_main_process:
+        limit = run.time_limit
+        keep(run, limit)
+        chosen = (
+            f", {limit.target_iters:,} iterations" if limit.target_iters else "; what fits is chosen by the first ones"
+        )
+        run.console.say(f"the night ends at {limit.kept.until}, in {duration(limit.left())}{chosen}")
 
 
-def keep(run: Run, night: Night) -> None:
+def keep(run: Run, limit: TimeLimit) -> None:
     """Write `night.json`."""
-    write_whole(run.directory.path / FILE, json.dumps(asdict(night.kept), indent=1))
+    write_whole(run.directory.path / FILE, json.dumps(asdict(limit.kept), indent=1))
 
 
-def keep_to_time(run: Run, pace: Pace) -> None:
-    """Choose the budget that fits once the pace is known, and another one when it no longer does."""
-    night = run.night
-    if night is None or run.iteration % run.recipe.logging.every or run.directory.cooling(run.iteration):
-        return
-    chosen = [fitting(run, night, pace) if run.accelerator.is_main_process else None]
-    (budget,) = broadcast_object_list(chosen)
-    if budget is None:
-        return
+def target_in_time(run: Run) -> int | None:
+    """The target that fits, where one is to be chosen: once the pace is known, and when the old one no longer fits."""
+    limit = run.time_limit
+    if limit is None or run.iteration % run.recipe.logging.every or run.decaying:
+        return None
+    chosen = [fitting(run, limit) if run.accelerator.is_main_process else None]
+    (target,) = broadcast_object_list(chosen)
+    if target is None:
+        return None
+    before, limit.kept = limit.target_iters, replace(limit.kept, target_iters=target)
     if run.accelerator.is_main_process:
-        tell(run, night, budget)
-    night.kept = replace(night.kept, budget=budget)
-    if run.accelerator.is_main_process:
-        keep(run, night)
-    run.directory.aim(budget)
+        tell(run, limit, before)
+        keep(run, limit)
+    return target
 
 
-def fitting(run: Run, night: Night, pace: Pace) -> int | None:
-    """The longest budget that is finished in time; None where the pace is not known, or the one chosen fits."""
-    now = time.monotonic() - pace.all_validations
-    night.marks.append((now, run.iteration))
-    while len(night.marks) > 2 and now - night.marks[1][0] > RECENT * night.kept.seconds:
-        del night.marks[0]
-    began, first = night.marks[0]
+def fitting(run: Run, limit: TimeLimit) -> int | None:
+    """The longest target that is finished in time; None where the pace is not known, or the one chosen fits."""
+    now = time.monotonic() - run.throughput.all_validations
+    limit.marks.append((now, run.iteration))
+    while len(limit.marks) > 2 and now - limit.marks[1][0] > RECENT * limit.kept.seconds:
+        del limit.marks[0]
+    began, first = limit.marks[0]
     if run.iteration == first:
         return None
     seconds = (now - began) / (run.iteration - first)
-    validation = pace.validation_seconds or night.validation_seconds
+    validation = run.throughput.validation_seconds or limit.validation_seconds
     seconds += validation / run.recipe.validation.every
-    left = night.left() - validation - night.export_seconds
+    left = limit.left() - validation - limit.export_seconds
     shortest = ending_now(run.recipe.schedule, max(run.iteration, run.recipe.schedule.warmup_iters))
     assert shortest is not None
     fits = run.iteration + int(left / seconds) // ROUND * ROUND
     fits = min(max(fits, shortest), run.recipe.schedule.max_iters)
-    if night.budget is None:
+    if limit.target_iters is None:
         return fits if run.iteration - first >= PROBE or fits == shortest else None
-    spare = left - (night.budget - run.iteration) * seconds
-    holds = -LATE * night.kept.seconds <= spare <= EARLY * night.kept.seconds
-    return None if holds or fits == night.budget else fits
+    spare = left - (limit.target_iters - run.iteration) * seconds
+    holds = -LATE * limit.kept.seconds <= spare <= EARLY * limit.kept.seconds
+    return None if holds or fits == limit.target_iters else fits
 
 
-def tell(run: Run, night: Night, budget: int) -> None:
-    """Say and record what was chosen."""
-    before, point = night.budget, branch_point(towards(run.schedule, budget))
-    run.directory.append("event", run.iteration, event="night", budget=budget, before=before, until=night.kept.until)
+def tell(run: Run, limit: TimeLimit, before: int | None) -> None:
+    """Say and record what was chosen, in place of what."""
+    target, until = limit.target_iters, limit.kept.until
+    assert target is not None
+    run.record("event", event="night", budget=target, before=before, until=until)
     instead = f" in place of {before:,}" if before else ""
     run.console.say(
-        f"{budget:,} iterations fit into the {duration(night.left())} that are left{instead}: the learning rate falls"
-        f" from iteration {point:,} on"
+        f"{target:,} iterations fit into the {duration(limit.left())} that are left{instead}: the learning rate falls"
+        f" from iteration {branch_point(towards(run.schedule, target)):,} on"
     )

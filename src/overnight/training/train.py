@@ -20,6 +20,7 @@ from torch import nn
 from overnight.core.files import room_in
 from overnight.data.batches import validation_batches
 from overnight.device.faults import until_memory_runs_out
+from overnight.device.launch import launch, on_main
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
 from overnight.hub.background import fetch_state, sending
 from overnight.model import optim
@@ -28,9 +29,9 @@ from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.training import finish, micro_batch
 from overnight.training.log import (
-    Pace,
     log_baselines,
     log_not_finite,
+    log_quick_evals,
     log_saved,
     log_skip,
     log_spike,
@@ -39,9 +40,10 @@ from overnight.training.log import (
     print_finished,
 )
 from overnight.training.resume import finish_saving, resume, save, save_due, save_overdue
-from overnight.training.setup import Run, identity, launch, lock, on_main, open_data, print_plan, set_up
-from overnight.training.stopping import look_ahead
-from overnight.training.time_limit import Night, begin, keep_to_time, tonight
+from overnight.training.setup import identity, open_data, print_plan, set_up
+from overnight.training.state import Run, Throughput, TimeLimit
+from overnight.training.stopping import target_of_flat_curve
+from overnight.training.time_limit import begin, target_in_time, tonight
 
 
 def train(
@@ -56,8 +58,8 @@ def train(
     """Train what `recipe` says, from where its run directory stands; returns the exit code.
 
     0 done, or done before; 4 diverged; 75 interrupted by a signal or a fault of the device, and resumable. `allowed`
-    are the keys that may mean something else than when the run began; `cooldown` is a budget to finish from the trunk
-    as it is, and nothing else; `until` is a time of day, HH:MM, in place of `schedule.hours`; `resume_from` is
+    are the keys that may mean something else than when the run began; `cooldown` is a milestone to finish from the
+    trunk as it is, and nothing else; `until` is a time of day, HH:MM, in place of `schedule.hours`; `resume_from` is
     hub:OWNER/NAME, whose state is gone on with.
     Raises `InputError` before anything is written when recipe, data and device do not fit.
     """
@@ -71,48 +73,48 @@ def train(
     if resume_from:
         on_main(accelerator, lambda: fetch_state(resume_from, directory))
     directory.refuse_another_run(identity(accelerator, shards), allowed)
-    night = None if cooldown else tonight(recipe, directory, until)
-    wanted = budgets(directory, night) if cooldown is None else [cooldown]
-    unfinished = [goal for goal in wanted if not directory.finished(goal)]
-    for goal in unfinished:
-        directory.refuse_unreachable(goal, now=cooldown is not None)
-    directory.aim((unfinished or wanted)[-1])
-    if not unfinished:
-        print_finished(directory, console)
-        with sending(accelerator, directory, console) as sent:
-            sent.over = True
-        return 0
-    lock(accelerator, directory, create=False)
-    run = set_up(recipe, accelerator, console, directory, shards, night)
-    try:
-        with sending(accelerator, directory, console) as sent, finish.stop_on_signal(run):
+    time_limit = None if cooldown else tonight(recipe, directory, until)
+    targets = targets_of(directory, time_limit) if cooldown is None else [cooldown]
+    unfinished = [target for target in targets if not directory.finished(target)]
+    for target in unfinished:
+        directory.refuse_unreachable(target, now=cooldown is not None)
+    on_main(accelerator, directory.lock)
+    run = set_up(recipe, accelerator, console, directory, shards, time_limit) if unfinished else None
+    with sending(accelerator, directory, console) as sent:
+        if run is None:
+            print_finished(directory, console, targets[-1])
+            code = 0
+        else:
             sent.first_word()
-            code = finish_each(run, unfinished)
-            sent.over = code == 0
-        return code
+            code = fit(run, unfinished)
+        sent.over = code == 0
+    return code
+
+
+def targets_of(directory: RunDirectory, time_limit: TimeLimit | None) -> list[int]:
+    """What the run is to finish, ascending: the milestones of its recipe, or what an earlier session chose."""
+    whole = goals(directory.recipe.schedule)
+    last = directory.flat_end() or (time_limit and time_limit.target_iters) or whole[-1]
+    return [*(milestone for milestone in whole if milestone < last), last]
+
+
+def fit(run: Run, targets: list[int]) -> int:
+    """Train to each target, ascending; between two, go back to the trunk. Returns the exit code."""
+    try:
+        with finish.stop_on_signal(run):
+            for target in targets:
+                run.target_iters, run.throughput = target, Throughput()
+                with room_in(run.directory.path, "name"):
+                    resume(run)
+                code = loop(run)
+                if code or run.target_iters != target:  # flat, or out of time: it ended with another target
+                    break
+            log_quick_evals(run, wait=True)
+            return code
     except RuntimeError as error:
         return finish.without_device(run, error)
     finally:
         finish.close(run)
-
-
-def budgets(directory: RunDirectory, night: Night | None) -> list[int]:
-    """What the run is to finish, ascending: the goals of its recipe, or what an earlier session chose to end with."""
-    whole = goals(directory.recipe.schedule)
-    last = directory.flat_end() or (night and night.budget) or whole[-1]
-    return [*(goal for goal in whole if goal < last), last]
-
-
-def finish_each(run: Run, unfinished: list[int]) -> int:
-    """Train to the end of each budget, ascending; between two, go back to the trunk. Returns the exit code."""
-    for goal in unfinished:
-        run.directory.aim(goal)
-        with room_in(run.directory.path, "name"):
-            resume(run)
-        code = loop(run)
-        if code or run.schedule.max_iters != goal:  # flat, or out of time: it ended with another budget
-            return code
-    return 0
 
 
 def train_step(run: Run) -> tuple[float, float, bool]:
@@ -219,28 +221,29 @@ def summed_losses(run: Run) -> list[float]:
 
 
 def loop(run: Run) -> int:
-    """Train to the end of the budget, or until a signal asks to stop; returns the exit code."""
-    pace = Pace()
+    """Train to the target, or until a signal asks to stop; returns the exit code."""
     begin(run)
     gc.collect()
     gc.freeze()  # what set-up made stays: collecting it again and again only stalls the device
     if run.iteration == 0:
-        first_look(run, pace)
+        measure(run)
+        if run.recipe.validation.ngram_baselines and run.accelerator.is_main_process:
+            log_baselines(run)
     elif validation_due(run):  # and not done: the session before was asked to stop in the middle of it
-        measure(run, pace)
-    while run.iteration < run.schedule.max_iters and not run.stopping:
+        measure(run)
+    while run.iteration < run.target_iters and not run.stopping:
         started = time.monotonic()
         loss, grad_norm, finite = train_step(run)
-        pace.add(time.monotonic() - started)
+        run.throughput.add(time.monotonic() - started)
         run.iteration += 1
         watch(run, loss, grad_norm, finite=finite)
         if run.history.skipped_in_a_row == finish.SKIPS_BEFORE_GIVING_UP:
             return finish.give_up(run, f"{finish.SKIPS_BEFORE_GIVING_UP} updates in a row were not finite")
-        if run.iteration % run.recipe.logging.every == 0 or run.iteration == run.schedule.max_iters:
-            log_step(run, loss, grad_norm, pace)
+        if run.iteration % run.recipe.logging.every == 0 or run.iteration == run.target_iters:
+            log_step(run, loss, grad_norm)
         if validation_due(run):
-            measure(run, pace)
-        keep_to_time(run, pace)
+            measure(run)
+        run.target_iters = target_in_time(run) or run.target_iters
         if save_due(run) or run.stopping:
             save(run)
         log_saved(run, run.saver.outcome(wait=False))
@@ -248,14 +251,7 @@ def loop(run: Run) -> int:
     if run.stopping:
         return finish.interrupted(run)
     problem = finish.unfit(run)
-    return finish.finish(run, pace) if problem is None else finish.give_up(run, problem)
-
-
-def first_look(run: Run, pace: Pace) -> None:
-    """Validate the untrained model and, where asked for, n-gram models: it proves the path and sets the scale."""
-    measure(run, pace)
-    if run.recipe.validation.ngram_baselines and run.accelerator.is_main_process:
-        log_baselines(run)
+    return finish.finish(run) if problem is None else finish.give_up(run, problem)
 
 
 def watch(run: Run, loss: float, grad_norm: float, *, finite: bool) -> None:
@@ -274,10 +270,10 @@ def validation_due(run: Run) -> bool:
     return due and (last is None or last[0] < run.iteration)
 
 
-def measure(run: Run, pace: Pace) -> None:
+def measure(run: Run) -> None:
     """Validate, remember the loss, tell it and what it forecasts; nothing of these when a signal came first.
 
-    A loss that is not finite is told, and is no validation: a budget does not end with it.
+    A loss that is not finite is told, and is no validation: a run does not end with it.
     """
     started = time.monotonic()
     loss = validate(run)  # read by the host, so that the clock waits for it
@@ -288,5 +284,5 @@ def measure(run: Run, pace: Pace) -> None:
         return
     run.history.validations.append((run.iteration, loss))
     log_validation(run, loss, time.monotonic() - started)
-    look_ahead(run, pace)
-    pace.add_validation(time.monotonic() - started)
+    run.target_iters = target_of_flat_curve(run) or run.target_iters
+    run.throughput.add_validation(time.monotonic() - started)

@@ -1,0 +1,101 @@
+"""How a process of accelerate begins: precision, threads, and what of its configuration the recipe overrules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, MutableMapping
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from transformers.utils.logging import disable_progress_bar
+
+from overnight.core.console import Console
+from overnight.core.extras import require
+from overnight.device.device import resolve_precision
+from overnight.errors import InputError
+from overnight.recipe.schema import Recipe
+from overnight.run_dir.directory import RunDirectory
+
+
+def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
+    """The Accelerator in the recipe's precision, on whatever topology it was launched with, and the process's console.
+
+    Raises `InputError` when the recipe asks by name for what the device does not have.
+    """
+    disable_progress_bar()  # transformers' own, which break the lines of a log
+    overruled = take_over_environment(os.environ)
+    require_what_is_asked_for(recipe)
+    cuda = cuda_wanted()
+    precision = resolve_precision(
+        recipe, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    accelerator = Accelerator(
+        cpu=not cuda,  # without it two CPU processes each believe they are alone
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(recipe.logging.trackers) or None,
+        project_dir=str(RunDirectory(recipe).path),
+    )
+    refuse_lone_processes(accelerator)
+    set_threads(recipe.threads)
+    console = Console(quiet=not accelerator.is_main_process)
+    for line in overruled:
+        console.say(line)
+    return accelerator, console
+
+
+def cuda_wanted() -> bool:
+    """Whether there is a CUDA device and accelerate's configuration does not say `use_cpu: true`."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def refuse_lone_processes(accelerator: Accelerator) -> None:
+    """Make sure that the processes that were launched know of each other."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    assert accelerator.num_processes == world, f"accelerate sees {accelerator.num_processes} of {world} processes"
+
+
+def take_over_environment(environ: MutableMapping[str, str]) -> list[str]:
+    """Remove what an accelerate configuration says about precision, compilation, accumulation: the recipe owns these.
+
+    Returns one line that names what was overruled, or none.
+    """
+    harmless = {"no", "false", "0", "1", "default"}
+    owned = [k for k in environ if k.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION"))]
+    owned += [
+        k for k in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if k in environ
+    ]
+    values = {key: environ.pop(key) for key in owned}
+    said = [f"{k.removeprefix('ACCELERATE_').lower()} {v}" for k, v in values.items() if v.lower() not in harmless]
+    return [f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins"] if said else []
+
+
+def require_what_is_asked_for(recipe: Recipe) -> None:
+    """Raise `InputError` for what the recipe asks for and is not installed, before a night is spent towards it."""
+    for tracker in recipe.logging.trackers:
+        require(tracker, "`logging.trackers`")  # accelerate would only warn, and log nothing
+    if recipe.hub.repo_id:
+        require("figures", "`hub.repo_id`, for the curve on its card,")
+    if recipe.evaluation.at_milestones:
+        require("eval", "`evaluation.at_milestones`")
+
+
+def set_threads(threads: int | Literal["auto"]) -> None:
+    """Give each process of this machine its share of the cores; accelerate's launcher would leave it one thread."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = max(1, len(os.sched_getaffinity(0)) // here) if threads == "auto" else threads
+    torch.set_num_threads(count)
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], None]) -> None:
+    """Do `act` on the main process; all processes wait for it, and raise its `InputError`."""
+    problem: list[InputError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            act()
+        except InputError as error:
+            problem = [error]
+    (refusal,) = broadcast_object_list(problem)
+    if refusal:
+        raise refusal

@@ -1,0 +1,234 @@
+"""The state of a training: all that the loop and its parts read and write."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from overnight.core.console import Console
+from overnight.data.batches import TrainingBatches
+from overnight.data.shards import Shards
+from overnight.data.tokenizer import load_tokenizer
+from overnight.device.device import Device
+from overnight.model.checkpoint import Saver
+from overnight.model.gpt2 import LanguageModel
+from overnight.planning.model_size import Derived
+from overnight.recipe.schedule import decaying, towards
+from overnight.recipe.schema import Recipe, Schedule
+from overnight.run_dir.directory import RunDirectory
+from overnight.training.quick_eval import QuickEval
+
+SPIKE_WINDOW = 64  # training losses that a new one is compared with
+SPIKE_FEWEST = 16  # losses below which nothing is called a spike
+SPIKE = 8.0  # standard deviations above the median, the deviation taken from the median of the distances to it
+SPIKE_LEAST = 0.05  # nats; a smaller rise is never worth a word
+
+COLD_ITERATIONS = 3  # compilation, allocator and caches: in no rate
+RATE_WINDOW = 10  # iterations that a rate is compared over, so that one slow iteration says nothing
+RATE_FALL = 0.3  # of the warm rate: a fall that is worth a word
+
+
+@dataclass
+class LossHistory:
+    """The losses of a run so far. All of it is JSON, so that a resumed run sees what an undisturbed one would see."""
+
+    losses: list[float] = field(default_factory=list)  # of the last SPIKE_WINDOW finite iterations, in nats a token
+    validations: list[tuple[int, float]] = field(default_factory=list)  # (iteration, nats a token), all of them
+    spiking: bool = False  # the last iteration was part of a spike
+    skipped: int = 0  # updates left out because they were not finite
+    skipped_in_a_row: int = 0
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> LossHistory:
+        """What `as_json` gave."""
+        return cls(**stored | {"validations": [(iteration, loss) for iteration, loss in stored["validations"]]})
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for `state.json`."""
+        return asdict(self)
+
+    def add(self, loss: float, *, finite: bool) -> float | None:
+        """Count an iteration; returns by how many nats it rose above the usual where a spike begins with it."""
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped += not finite
+        if not finite:
+            return None
+        rise = spike(self.losses, loss)
+        begins, self.spiking = rise is not None and not self.spiking, rise is not None
+        self.losses = [*self.losses[1 - SPIKE_WINDOW :], loss]
+        return rise if begins else None
+
+    @property
+    def last_val(self) -> tuple[int, float] | None:
+        """(iteration, nats a token) of the last validation."""
+        return self.validations[-1] if self.validations else None
+
+    @property
+    def best_val(self) -> float | None:
+        """The lowest validation loss so far, nats a token."""
+        return min((loss for _, loss in self.validations), default=None)
+
+
+def spike(before: Sequence[float], loss: float) -> float | None:
+    """The rise of `loss` above the median of the losses `before` it, in nats, where that is a spike; otherwise None.
+
+    A spike is SPIKE robust standard deviations (1.4826 times the median absolute deviation) and SPIKE_LEAST nats.
+    """
+    if len(before) < SPIKE_FEWEST or not math.isfinite(loss):
+        return None
+    usual = statistics.median(before)
+    deviation = 1.4826 * statistics.median(abs(each - usual) for each in before)
+    rise = loss - usual
+    return rise if rise > max(SPIKE * deviation, SPIKE_LEAST) else None
+
+
+class Throughput:
+    """Seconds of the iterations, without the cold ones at the start, and of the last validation."""
+
+    def __init__(self) -> None:
+        self.cold = COLD_ITERATIONS
+        self.seconds = self.recent_seconds = 0.0
+        self.validation_seconds = self.all_validations = 0.0  # of the last one with all that goes with it; of all
+        self.iterations = self.recent_iterations = 0
+        self.window: deque[float] = deque(maxlen=RATE_WINDOW)
+        self.usual: float | None = None  # seconds of an iteration when the run had just become warm
+        self.warned = False
+
+    def add(self, seconds: float) -> None:
+        """Count one iteration."""
+        if self.cold:
+            self.cold -= 1
+            return
+        self.seconds += seconds
+        self.recent_seconds += seconds
+        self.iterations += 1
+        self.recent_iterations += 1
+        self.window.append(seconds)
+        if self.iterations == RATE_WINDOW:
+            self.usual = statistics.median(self.window)
+
+    def add_validation(self, seconds: float) -> None:
+        """Count one validation, with samples and forecast."""
+        self.validation_seconds = seconds
+        self.all_validations += seconds
+
+    def fell_by(self) -> float | None:
+        """The share by which the rate has fallen below the warm one, told once, when it is 30 % or more."""
+        if self.usual is None or self.warned:
+            return None
+        fall = 1 - self.usual / statistics.median(self.window)
+        self.warned = fall >= RATE_FALL
+        return fall if self.warned else None
+
+    def per_iteration(self) -> float | None:
+        """Mean seconds over all warm iterations; None before the first."""
+        return self.seconds / self.iterations if self.iterations else None
+
+    def since_last_line(self) -> float | None:
+        """Mean seconds of the warm iterations since the last call; None when there was none."""
+        mean = self.recent_seconds / self.recent_iterations if self.recent_iterations else None
+        self.recent_seconds, self.recent_iterations = 0.0, 0
+        return mean
+
+
+@dataclass(frozen=True)
+class KeptLimit:
+    """A time limit as `night.json` has it, for the session after an interruption."""
+
+    asked: str  # as the user said it
+    until: str  # in local time, ISO 8601
+    seconds: float  # from the start of the process that began it
+    target_iters: int | None = None  # once chosen
+
+
+@dataclass
+class TimeLimit:
+    """A time limit in the session that it is in force in."""
+
+    kept: KeptLimit
+    ends: float  # on the monotonic clock, which no one sets
+    validation_seconds: float  # of an earlier session, until this one has had its own
+    export_seconds: float
+    marks: list[tuple[float, int]] = field(default_factory=list)  # (seconds without validations, iteration), recent
+
+    @property
+    def target_iters(self) -> int | None:
+        """The iterations that were chosen."""
+        return self.kept.target_iters
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.ends - time.monotonic()
+
+
+@dataclass
+class Run:
+    """What the loop touches."""
+
+    recipe: Recipe
+    derived: Derived
+    accelerator: Accelerator
+    device: Device
+    console: Console
+    directory: RunDirectory
+    shards: Shards
+    batches: TrainingBatches
+    prepared: nn.Module  # what accelerate made of the model: autocast and DDP happen in its forward
+    model: LanguageModel
+    compiled: bool  # the model's body, in training
+    optimizers: list[torch.optim.Optimizer]
+    micro_batch: int  # rows at once, now: it changes when memory runs out
+    saver: Saver
+    target_iters: int  # the milestone that is being trained to: the schedule in force ends with it
+    iteration: int = 0  # updates done
+    history: LossHistory = field(default_factory=LossHistory)
+    throughput: Throughput = field(default_factory=Throughput)  # of this session on the way to this target
+    time_limit: TimeLimit | None = None  # what the run was given to end in
+    quick_evals: list[QuickEval] = field(default_factory=list)  # of finished models, underway
+    joules: float | None = None  # of the sessions before this one, where the device measures energy
+    saved_at: float = field(default_factory=time.monotonic)  # when the last save began, or the session
+    signalled: bool = False  # this process was asked to stop
+    stopping: bool = False  # all processes know of it
+    overdue: bool = False  # all processes know that `checkpoint.every_minutes` are over
+    cannot_log: bool = False  # metrics.jsonl refuses records, which the user knows
+    failed: set[str] = field(default_factory=set)  # of what only informs: told, and gone on without
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule in force: the recipe's, ending with the target."""
+        return towards(self.recipe.schedule, self.target_iters)
+
+    @property
+    def decaying(self) -> bool:
+        """Whether the last update was made at a learning rate on its way to zero."""
+        return decaying(self.schedule, self.iteration)
+
+    @property
+    def grad_accum(self) -> int:
+        """Gradient accumulation: micro-batches of one iteration on each process."""
+        return self.derived.rows_per_process // self.micro_batch
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that lies beside the shards."""
+        return load_tokenizer(str(self.shards.folder / "tokenizer"))
+
+    def record(self, kind: str, **values: Any) -> dict[str, Any]:
+        """Append a record of the present iteration to metrics.jsonl, and return it."""
+        return self.record_at(self.iteration, kind, **values)
+
+    def record_at(self, iteration: int, kind: str, **values: Any) -> dict[str, Any]:
+        """Append a record of an iteration on the way to this target to metrics.jsonl, and return it."""
+        cooldown = self.target_iters if decaying(self.schedule, iteration) else None
+        return self.directory.append(kind, iteration, cooldown=cooldown, **values)
