@@ -15,6 +15,7 @@ import pytest
 import yaml
 from started import Started
 
+from overnight.device.launch import launch
 from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
@@ -149,6 +150,6 @@ def final_sums(folder: Path, name: str, iteration: int = 40) -> list[str]:
 
 def set_up(recipe: Recipe) -> Run:
     """A run as the trainer sets it up, in this process, before its first iteration."""
-    accelerator, console = setup.launch(recipe)
+    accelerator, console = launch(recipe)
     shards = setup.open_data(recipe, accelerator, console)
     return setup.set_up(recipe, accelerator, console, RunDirectory(recipe), shards)

@@ -15,7 +15,8 @@ from overnight.recipe.schedule import branch_point, lr_at, towards
 from overnight.run_dir.layout import saved_iterations
 from overnight.training import time_limit
 from overnight.training import train as train_module
-from overnight.training.time_limit import Kept, Night, fitting, next_time
+from overnight.training.state import KeptLimit, TimeLimit
+from overnight.training.time_limit import fitting, next_time
 
 LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")
 LONG += ("--logging.every", "5", "--validation.prompts", "[]")
@@ -28,20 +29,20 @@ def night_of(seconds: float, recipe, pace, monkeypatch, *, warmup: int = 5) -> t
     """
     now = 0.0
     monkeypatch.setattr(time_limit.time, "monotonic", lambda: now)
-    night = Night(Kept("", "", seconds), ends=seconds, validation_seconds=0.0, export_seconds=20.0)
-    run = SimpleNamespace(recipe=recipe, iteration=0)
+    limit = TimeLimit(KeptLimit("", "", seconds), ends=seconds, validation_seconds=0.0, export_seconds=20.0)
     told, spent = SimpleNamespace(all_validations=0.0, validation_seconds=0.0), []
-    while run.iteration < (night.budget or recipe.schedule.max_iters):
+    run = SimpleNamespace(recipe=recipe, iteration=0, throughput=told)
+    while run.iteration < (limit.target_iters or recipe.schedule.max_iters):
         now += pace(run.iteration)
         run.iteration += 1
-        if run.iteration % recipe.validation.every == 0 or run.iteration == night.budget:
+        if run.iteration % recipe.validation.every == 0 or run.iteration == limit.target_iters:
             now += 10.0
             told.all_validations, told.validation_seconds = told.all_validations + 10.0, 10.0
-        point = branch_point(towards(recipe.schedule, night.budget or recipe.schedule.max_iters))
+        point = branch_point(towards(recipe.schedule, limit.target_iters or recipe.schedule.max_iters))
         if run.iteration % 10 == 0 and run.iteration <= point:
-            budget = fitting(run, night, told)
+            budget = fitting(run, limit)
             if budget is not None:
-                night.kept = Kept("", "", seconds, budget)
+                limit.kept = KeptLimit("", "", seconds, budget)
                 spent.append(budget)
     return spent, now + 20.0
 
@@ -112,7 +113,7 @@ def test_two_nights_make_two_models_from_one_trunk(in_process, monkeypatch, caps
     schedule = towards(tiny(in_process, *LONG).schedule, first)
     assert f"goes on from the trunk at iteration {branch_point(schedule):,}" in said
     assert lr_at(first, schedule) == 0 and (Path("runs/nights/models") / f"iter-{first:06d}").is_dir()
-    assert json.loads(Path("runs/nights/night.json").read_text())["budget"] == first
+    assert json.loads(Path("runs/nights/night.json").read_text())["target_iters"] == first
     second = night()
     assert f"goes on at iteration {branch_point(schedule)} from" in capsys.readouterr().out
     assert second > first
@@ -133,7 +134,7 @@ def test_killed_in_between_a_night_still_ends_in_time(workplace):
             break
     assert process.wait() == -signal.SIGKILL
     chosen = json.loads((workplace / "runs" / "killed-night" / "night.json").read_text())
-    assert chosen["budget"]
+    assert chosen["target_iters"]
     again = train(workplace, *command)
     assert again.returncode == 0, again.stderr
     assert time.monotonic() - began < 99

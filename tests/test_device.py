@@ -17,8 +17,8 @@ from overnight.doctor.machine import Driver, Gpu
 from overnight.errors import InputError
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
+from overnight.training import setup
 from overnight.training import train as train_module
-from overnight.training import warm_up
 
 RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * 2**30, total=12 * 2**30, capability=(8, 9))
 OLD = Driver("550.54", (12, 4), (RTX_4070,))
@@ -105,8 +105,8 @@ def test_the_clock_of_a_micro_batch_begins_when_the_device_has_done_what_it_was_
         return real(self, ids, targets)
 
     monkeypatch.setattr(LanguageModel, "forward", forward)
-    monkeypatch.setattr(warm_up.time, "monotonic", lambda: run.device.now)
-    assert warm_up.first_steps(run)[1] == 1
+    monkeypatch.setattr(setup.time, "monotonic", lambda: run.device.now)
+    assert setup.first_steps(run)[1] == 1
 
 
 @pytest.fixture

@@ -12,15 +12,16 @@ from runs import ROOT, losses, records, set_up, tiny, train, two_processes
 
 from overnight.cli import recipe_command
 from overnight.data import batches
+from overnight.device import launch
 from overnight.device.device import Device
 from overnight.errors import EXIT_INPUT, InputError
 from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import derive, memory_gib, next_divisor
 from overnight.recipe.load import load
-from overnight.training import micro_batch, setup, warm_up
+from overnight.training import micro_batch, setup
 from overnight.training import train as train_module
-from overnight.training.log import COLD_ITERATIONS, WINDOW, Pace
 from overnight.training.micro_batch import Trial, choose, search
+from overnight.training.state import COLD_ITERATIONS, RATE_WINDOW, Throughput
 
 TOLERANCE = 1e-5  # of a loss in nats
 
@@ -37,7 +38,7 @@ def full_memory(monkeypatch):
                 raise torch.cuda.OutOfMemoryError("boom")
         return real(self, ids, targets)
 
-    monkeypatch.setattr(warm_up, "check_attention", lambda *given: ("not looked at", 0.0))
+    monkeypatch.setattr(setup, "check_attention", lambda *given: ("not looked at", 0.0))
     monkeypatch.setattr(LanguageModel, "forward", forward)
     return fails, rows
 
@@ -76,11 +77,11 @@ def test_a9_out_of_memory_with_a_single_row_ends_with_code_2_and_advice(in_proce
 
 ONE_OF_TWO = """\
 import os, sys, torch
-from overnight import train, warm_up
+from overnight.training import setup, train
 from overnight.cli import recipe_command
 from overnight.model.gpt2 import LanguageModel
 
-warm_up.check_attention = lambda *given: ("not looked at", 0.0)
+setup.check_attention = lambda *given: ("not looked at", 0.0)
 real, calls = LanguageModel.forward, []
 
 
@@ -263,7 +264,7 @@ def test_the_size_of_a_session_stands_in_its_environment_for_the_next(in_process
     monkeypatch.setattr(setup, "Device", lambda device: Card())
     monkeypatch.setattr(setup, "allow_tf32", lambda: None)
     recipe = tiny(in_process, "--name", "remembered", "--compile", "false")
-    monkeypatch.setattr(setup, "resolve_precision", lambda *given, **how: "fp32")
+    monkeypatch.setattr(launch, "resolve_precision", lambda *given, **how: "fp32")
     rows = set_up(recipe).micro_batch
     gc.collect()  # and with the run its lock
     assert full_memory[1]
@@ -282,11 +283,11 @@ def test_a_copy_goes_on_without_page_locked_memory(monkeypatch):
 
 
 def test_a_rate_that_falls_by_a_third_is_told_once_and_one_slow_iteration_is_not():
-    pace, told = Pace(), []
-    for seconds in [9.0] * COLD_ITERATIONS + [1.0] * WINDOW + [30.0] + [1.2] * 20 + [1.6] * 20 + [3.0] * 20:
-        pace.add(seconds)
-        told.append(pace.fell_by())
+    throughput, told = Throughput(), []
+    for seconds in [9.0] * COLD_ITERATIONS + [1.0] * RATE_WINDOW + [30.0] + [1.2] * 20 + [1.6] * 20 + [3.0] * 20:
+        throughput.add(seconds)
+        told.append(throughput.fell_by())
     said = [(iteration, fall) for iteration, fall in enumerate(told) if fall is not None]
     assert len(said) == 1
     assert said[0][1] == pytest.approx(1 - 1 / 1.6, abs=0.1)
-    assert said[0][0] >= COLD_ITERATIONS + WINDOW + 21
+    assert said[0][0] >= COLD_ITERATIONS + RATE_WINDOW + 21

@@ -116,7 +116,7 @@ def test_preparing_again_gives_the_same_bytes(data, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from overnight import shards
+from overnight.data import shards
 from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
 

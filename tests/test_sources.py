@@ -72,7 +72,7 @@ def test_d12_a_network_that_stays_away_ends_with_75_and_the_next_try_goes_on_at_
 
 AWAY = """
 import runpy, sys
-from overnight import sources
+from overnight.prepare import sources
 sources.PAUSES = ()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -118,7 +118,7 @@ def test_a_server_that_is_not_there_is_unreachable_and_a_file_that_is_not_there_
 
 HUB = """
 import sys
-from overnight import sources
+from overnight.prepare import sources
 from overnight.recipe.schema import Data, InputError
 sources.BLOCK = 10_000
 data = Data(source="datasets", path="someone/text", files="sample/*.parquet", revision=sys.argv[1] or None)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from runs import ROOT, checkpoint_of, final_sums, losses, records, slow, start, tiny, train
 
+from overnight.device.launch import launch
 from overnight.errors import InputError
-from overnight.training import setup
 from overnight.training import train as train_module
 
 
@@ -160,7 +160,7 @@ def test_a_configuration_for_the_cpu_keeps_the_run_there_also_where_there_is_a_g
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    accelerator, _ = setup.launch(tiny(in_process))
+    accelerator, _ = launch(tiny(in_process))
     assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no")
 
 

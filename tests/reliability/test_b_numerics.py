@@ -10,15 +10,15 @@ from overnight.device.device import resolve_precision
 from overnight.errors import EXIT_DIVERGED, InputError
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
-from overnight.training import resume, warm_up
+from overnight.training import resume, setup
 from overnight.training import train as train_module
-from overnight.training.state import FEWEST, WINDOW, History, spike
+from overnight.training.state import SPIKE_FEWEST, SPIKE_WINDOW, LossHistory, spike
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Runs in which no forward but those of training is counted."""
-    monkeypatch.setattr(warm_up, "check_attention", lambda *given: ("not looked at", 0.0))
+    monkeypatch.setattr(setup, "check_attention", lambda *given: ("not looked at", 0.0))
     monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
 
 
@@ -119,7 +119,7 @@ def test_b3_a_spike_is_told_and_its_history_survives_a_resume(in_process, quick,
 
     monkeypatch.undo()
     monkeypatch.chdir(in_process)
-    monkeypatch.setattr(warm_up, "check_attention", lambda *given: ("not looked at", 0.0))
+    monkeypatch.setattr(setup, "check_attention", lambda *given: ("not looked at", 0.0))
     monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
     monkeypatch.setattr("overnight.model.export.verify", lambda *arguments: None)
     forward_with(monkeypatch, tripled)
@@ -133,20 +133,20 @@ def test_b3_a_spike_is_told_and_its_history_survives_a_resume(in_process, quick,
 
 
 def test_b3_a_spike_stands_out_of_the_noise_and_needs_something_to_stand_out_of():
-    noise = [3.0 + 0.02 * (number % 5) for number in range(WINDOW)]
+    noise = [3.0 + 0.02 * (number % 5) for number in range(SPIKE_WINDOW)]
     assert spike(noise, 3.1) is None and spike(noise, 3.2) is None
     assert spike(noise, 3.9) == pytest.approx(0.86)
-    assert spike(noise[: FEWEST - 1], 9.0) is None
-    assert spike([4.0 - 0.01 * number for number in range(WINDOW)], 3.99) is None  # a falling loss has no spikes
-    assert spike([3.0] * WINDOW, 3.04) is None  # and so has one without noise
+    assert spike(noise[: SPIKE_FEWEST - 1], 9.0) is None
+    assert spike([4.0 - 0.01 * number for number in range(SPIKE_WINDOW)], 3.99) is None  # a falling loss has no spikes
+    assert spike([3.0] * SPIKE_WINDOW, 3.04) is None  # and so has one without noise
 
 
 def test_b3_a_spike_is_told_once_and_the_window_is_bounded():
-    history = History()
+    history = LossHistory()
     told = [history.add(loss, finite=True) for loss in [3.0] * 40 + [9.0] * 3 + [3.0, 9.0] + [3.0] * 99]
     assert [number for number, rise in enumerate(told) if rise] == [40, 44]
-    assert len(history.losses) == WINDOW
-    assert History.from_json(history.as_json()) == history
+    assert len(history.losses) == SPIKE_WINDOW
+    assert LossHistory.from_json(history.as_json()) == history
 
 
 def test_b8_precision_auto_takes_float32_without_a_gpu_and_bf16_by_name_is_refused():

@@ -107,7 +107,8 @@ def test_g1_a_mistake_of_the_program_is_no_lost_device(in_process, monkeypatch, 
 
 ONE_OF_TWO = """\
 import os, sys, torch
-from overnight import optim, train
+from overnight.model import optim
+from overnight.training import train
 from overnight.cli import recipe_command
 
 real, calls = optim.prepared, []
