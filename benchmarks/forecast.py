@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from overnight.planning.forecast import Point, forecast, worth
+from overnight.planning.forecast import Point, effective_tokens_at, forecast
 from overnight.planning.scaling_law import level_and_slope
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
@@ -88,7 +88,7 @@ def naive(recipe: Recipe, newest: tuple[Point, float]) -> float:
     """The law's fall from the newest point on."""
 
     def law(iteration: int) -> float:
-        return level_and_slope(recipe, worth(recipe, Point(iteration, recipe.schedule), UNIQUE))[0]
+        return level_and_slope(recipe, effective_tokens_at(recipe, Point(iteration, recipe.schedule), UNIQUE))[0]
 
     point, loss = newest
     return loss + statistics.mean(law(iteration) for iteration in LAST) - law(point.iteration)

@@ -11,7 +11,7 @@ from command_lines import ROOT, of_documents, of_make, ours, started_by, take, t
 
 from overnight import pipeline
 from overnight.recipe.load import load
-from overnight.training.quick_eval import QuickEval
+from overnight.training.state import QuickEval
 
 DAY = ROOT / "benchmarks" / "gpu_day"
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")

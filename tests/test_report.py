@@ -34,7 +34,7 @@ def run(in_process, made):
     folder = Path("runs/carded")
     if not made:
         options = ("--name", "carded", "--schedule.milestones", "[30]", "--validation.every", "4")
-        options += ("--validation.prompts", json.dumps([HOSTILE]), "--data.licence", json.dumps(HOSTILE))
+        options += ("--validation.prompts", json.dumps([HOSTILE]), "--data.license", json.dumps(HOSTILE))
         assert train_module.train(tiny(in_process, *options)) == 0
         scored = folder / "evaluation" / "iter-000040"
         scored.mkdir(parents=True)

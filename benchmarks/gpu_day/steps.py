@@ -109,7 +109,7 @@ def text_at_hand(settings: Settings) -> list[str]:
         "data.val_tokens": 2_048 if settings.small else 1_048_576,
         "data.reserved_fraction": 0.05 if settings.small else 0.08,
     }
-    unused = ("files", "revision", "licence", "download_gb", "train_tokens")
+    unused = ("files", "revision", "license", "download_gb", "train_tokens")
     return overrides(changes | {f"data.{key}": None for key in unused})
 
 

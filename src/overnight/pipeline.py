@@ -21,7 +21,7 @@ from overnight.doctor import checks
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import folder_name, iteration_of
+from overnight.run_dir.layout import finished, folder_name, iteration_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_DOCTOR = 1
@@ -123,7 +123,7 @@ def finished_model(recipe: Recipe, *, timed: bool = False) -> Path:
     """Where the run's finished model lies once the run is over; of a run in nights, the longest budget's so far."""
     directory = RunDirectory(recipe)
     last = directory.flat_end() or recipe.schedule.max_iters
-    return directory.models / folder_name(max(directory.ends() if timed else [], default=last))
+    return directory.models / folder_name(max(finished(directory.path) if timed else [], default=last))
 
 
 def comparison(model: Path) -> Path:

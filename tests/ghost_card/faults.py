@@ -42,7 +42,7 @@ PHASES = {
     "backward": ("accelerate", "Accelerator.backward"),
     "optimizer": ("overnight.model.optim", "prepared"),
     "change": ("overnight.model.optim", "Muon._change"),
-    "validation": ("overnight.training.train", "validate"),
+    "validation": ("overnight.training.validation", "validate"),
     "samples": ("overnight.model.generate", "Writer.after"),
     "checkpoint": ("overnight.model.checkpoint", "state_tensors"),
     "export": ("overnight.training.finish", "export"),

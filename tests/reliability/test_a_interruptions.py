@@ -19,6 +19,7 @@ from overnight.errors import InputError
 from overnight.model.checkpoint import damage
 from overnight.run_dir.metrics import Metrics
 from overnight.training import train as train_module
+from overnight.training import validation
 
 FAULTY = str(ROOT / "tests" / "reliability" / "faulty.py")
 KILL_LOOP = str(ROOT / "tests" / "reliability" / "kill_loop.py")
@@ -65,7 +66,7 @@ def test_a2_killed_at_a_stage_of_a_save_a_run_goes_on_from_the_checkpoint_before
 
 
 def test_a3_a_signal_in_the_middle_of_a_validation_does_not_wait_for_its_end(in_process, undisturbed, monkeypatch):
-    real, calls = train_module.validation_batches, []
+    real, calls = validation.validation_batches, []
 
     def signalled(*arguments, **options):
         for batch in real(*arguments, **options):
@@ -74,11 +75,11 @@ def test_a3_a_signal_in_the_middle_of_a_validation_does_not_wait_for_its_end(in_
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(train_module, "validation_batches", signalled)
+    monkeypatch.setattr(validation, "validation_batches", signalled)
     assert train_module.train(tiny(in_process, "--name", "validating")) == 75
     assert len(calls) == 8
     assert [record["iteration"] for record in records(in_process, "validating", "val")] == [0]
-    monkeypatch.setattr(train_module, "validation_batches", real)
+    monkeypatch.setattr(validation, "validation_batches", real)
     goes_on_to_the_same_bits(in_process, "validating")
     validations = [[r["loss"] for r in records(in_process, name, "val")] for name in ("validating", "tiny")]
     assert validations[0] == validations[1]

@@ -10,7 +10,7 @@ from overnight.device.device import resolve_precision
 from overnight.errors import EXIT_DIVERGED, InputError
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
-from overnight.training import resume, setup
+from overnight.training import resume, setup, validation
 from overnight.training import train as train_module
 from overnight.training.state import SPIKE_FEWEST, SPIKE_WINDOW, LossHistory, spike
 
@@ -19,7 +19,7 @@ from overnight.training.state import SPIKE_FEWEST, SPIKE_WINDOW, LossHistory, sp
 def quick(monkeypatch):
     """Runs in which no forward but those of training is counted."""
     monkeypatch.setattr(setup, "check_attention", lambda *given: ("not looked at", 0.0))
-    monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
+    monkeypatch.setattr(validation, "validate", lambda run: 1.0)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_b3_a_spike_is_told_and_its_history_survives_a_resume(in_process, quick,
     monkeypatch.undo()
     monkeypatch.chdir(in_process)
     monkeypatch.setattr(setup, "check_attention", lambda *given: ("not looked at", 0.0))
-    monkeypatch.setattr(train_module, "validate", lambda run: 1.0)
+    monkeypatch.setattr(validation, "validate", lambda run: 1.0)
     monkeypatch.setattr("overnight.model.export.verify", lambda *arguments: None)
     forward_with(monkeypatch, tripled)
     monkeypatch.setattr(train_module, "train_step", stops)

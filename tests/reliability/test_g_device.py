@@ -13,7 +13,7 @@ from overnight.cli import recipe_command
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
 from overnight.model import checkpoint, generate, optim
 from overnight.model.gpt2 import LanguageModel
-from overnight.training import finish
+from overnight.training import finish, validation
 from overnight.training import train as train_module
 
 TOLERANCE = 1e-5  # of a loss in nats
@@ -72,7 +72,7 @@ PHASES = {
     "clipping": (torch.nn.utils, "clip_grad_norm_", {25}),
     "the optimizer": (optim, "prepared", {25}),
     "a change of the weights": (torch.optim.AdamW, "step", {25}),
-    "validation": (train_module, "summed_losses", {2}),
+    "validation": (validation, "summed_losses", {2}),
     "samples": (generate.Writer, "after", {2}),
     "a checkpoint's copy": (checkpoint.Saver, "_copied", {2}),
     "the decay": (optim, "prepared", {36}),

@@ -54,7 +54,7 @@ class SourceRecord(Record):
     revision: str | None
     commit: str | None
     text_column: str
-    licence: str | None
+    license: str | None
 
 
 class InputRecord(Record):

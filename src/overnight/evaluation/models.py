@@ -30,6 +30,7 @@ from overnight.data.tokenizer import fingerprint as tokenizer_fingerprint
 from overnight.errors import InputError, first_line
 from overnight.evaluation.scoring import Scorer
 from overnight.model.gpt2 import LanguageModel, published
+from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
 
 UNTRAINED, UNIGRAM = "untrained", "unigram"  # names that an opponent may have beside a folder's or the Hub's
@@ -84,7 +85,7 @@ def origin_of(model: str) -> Origin | None:
         return None
     content = yaml.safe_load(stored.read_text(encoding="utf-8"))
     try:
-        return Origin(folder, Recipe.model_validate(content["recipe"]), content["meaning"]["data fingerprint"])
+        return Origin(folder, stored_recipe(content["recipe"]), content["identity"]["data fingerprint"])
     except (ValidationError, KeyError, TypeError) as error:
         raise InputError(f"{stored}: not the recipe of a run of this version: {error}") from None
 

@@ -18,7 +18,7 @@ from overnight.errors import DamagedData, InputError, Unreachable, first_line
 from overnight.hub.contents import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
 from overnight.model.checkpoint import damage
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import ends_in, folder_name, saved_iterations
+from overnight.run_dir.layout import finished_in, folder_name, saved_iterations
 from overnight.run_dir.metrics import Metrics
 
 FROM_HUB = "hub:"
@@ -114,7 +114,7 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
     staged = fresh(directory.path / STAGED / "fetched")
     try:
         snapshot_download(repo_id, revision=STATE, local_dir=staged, allow_patterns=["checkpoints/*", *RUN_FILES])
-        for budget in ends_in(Metrics(staged / "metrics.jsonl").records()):
+        for budget in finished_in(Metrics(staged / "metrics.jsonl").records()):
             fetch_model(repo_id, budget, directory)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputError(f"`--resume {source}`: no state to be seen there ({first_line(error)})") from None

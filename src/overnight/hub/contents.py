@@ -14,9 +14,8 @@ from pathlib import Path
 
 from overnight.core.files import write_whole
 from overnight.recipe.schema import Recipe
-from overnight.report.model_card import CARD, CURVE, METRICS, RECIPE, finished, report, unfinished_card
-from overnight.run_dir.layout import folder_name, iteration_of, saved_iterations
-from overnight.run_dir.metrics import Metrics
+from overnight.report.model_card import CARD, CURVE, METRICS, RECIPE, report, unfinished_card
+from overnight.run_dir.layout import finished, folder_name, iteration_of, saved_iterations
 
 MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -60,7 +59,7 @@ def allowed_files(folder: Path, names: re.Pattern[str]) -> dict[str, Path]:
 
 def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Parcel]:
     """A branch for each finished model, and `main` for the one with the lowest validation loss, which comes last."""
-    ends = {b: end["val_loss"] for b, end in finished(run, Metrics(run / "metrics.jsonl").records()).items()}
+    ends = {b: end["val_loss"] for b, end in finished(run).items()}
     parcels = {budget: finished_model(run, recipe, repo_id, budget, loss) for budget, loss in ends.items()}
     if not parcels:
         return []

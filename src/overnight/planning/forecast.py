@@ -26,7 +26,7 @@ import numpy as np
 
 from overnight.errors import InputError
 from overnight.planning import scaling_law
-from overnight.recipe.schedule import branch_point, decay_iters, lr_at, towards
+from overnight.recipe.schedule import CELLS, branch_point, decay_area, decay_iters, decay_share, lr_at, towards
 from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.layout import read_run
 from overnight.run_dir.metrics import Record
@@ -68,7 +68,8 @@ class Point:
         """
         if self.schedule.kind == "cosine" or not self.decayed:
             return np.full_like(memory, self.to_come)
-        return 1 - (1 - self.to_come) * area(self.decayed / memory) / area(longest / memory)
+        over = self.decayed / decay_iters(self.schedule)
+        return 1 - decay_gain(over, self.decayed / memory) / decay_gain(1.0, longest / memory)
 
     @property
     def decayed(self) -> int:
@@ -116,8 +117,10 @@ def forecast(
     points = [point for point, _ in used] + list(wanted)
     n, losses = len(used), np.array([loss for _, loss in used])
     last = max(point.iteration for point, _ in used)
-    now = worth(recipe, Point(last, recipe.schedule), unique)
-    time = np.array([math.log(worth(recipe, point, unique) / now) for point in points])  # e-folds of tokens
+    now = effective_tokens_at(recipe, Point(last, recipe.schedule), unique)
+    time = np.array(
+        [math.log(effective_tokens_at(recipe, point, unique) / now) for point in points]
+    )  # e-folds of tokens
     prior = prior_of(recipe, now, losses[-1])
     basis, log_prior = curves(prior, points, time, max(1, decay_iters(recipe.schedule)))  # (curves, points, 3)
     residual, noise = scatter(prior, points, time)  # (scatters, points, points), (scatters,)
@@ -158,7 +161,7 @@ def first_told(recipe: Recipe) -> int:
     return max(1, WARM * recipe.schedule.warmup_iters)
 
 
-def worth(recipe: Recipe, point: Point, unique: int | None) -> float:
+def effective_tokens_at(recipe: Recipe, point: Point, unique: int | None) -> float:
     """Tokens up to a point that count: each by the learning rate's share of its peak, and less when repeated.
 
     A cosine's count in full after its warmup: so do those behind what facts/scaling_law.json says of it.
@@ -166,7 +169,8 @@ def worth(recipe: Recipe, point: Point, unique: int | None) -> float:
     iteration, warmup = point.iteration, recipe.schedule.warmup_iters
     lost = warmup / 2 if iteration >= warmup else iteration - iteration**2 / (2 * warmup)
     if point.decayed:
-        lost += point.decayed**2 / (2 * decay_iters(point.schedule))
+        decay = decay_iters(point.schedule)
+        lost += point.decayed - decay * decay_area(point.decayed / decay)
     return scaling_law.effective_tokens((iteration - lost) * recipe.batch.tokens_per_iter, unique)
 
 
@@ -193,7 +197,8 @@ def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
         mean, sigma = np.array([loss, 0.5, 0.03 * loss]), np.array([2.0, 2.0, 0.03 * loss])
         beta, spread, wander = (STRAIGHT, 0.0, WANDER) if early else (beta, 0.4, 0.0)
         return Prior(mean, sigma, beta, spread, wander, memories=(30, 100, 300, 1000))
-    counted = 1 - recipe.schedule.decay_fraction / 2 if recipe.schedule.kind == "wsd" else 1.0
+    decay = recipe.schedule.decay_fraction if recipe.schedule.kind == "wsd" else 0.0
+    counted = 1 - decay * (1 - decay_area(1.0))
     level, slope = scaling_law.level_and_slope(recipe, tokens / counted)  # the law counts all tokens of an annealed run
     gain = scaling_law.wsd_offset() / LOSS_AT_124M * level
     mean, sigma = np.array([level, slope, gain]), scaling_law.constants()["sigma_nats"]["uncalibrated"]
@@ -222,9 +227,17 @@ def scatter(prior: Prior, points: Sequence[Point], time: np.ndarray) -> tuple[np
     return drift[:, None, None] ** 2 * brownian(time) + wandering + np.diag(bend**2), noise
 
 
-def area(memories: np.ndarray) -> np.ndarray:
-    """Of a linear decay that is so many memories long, over that of one without end."""
-    return 1 + np.expm1(-memories) / memories
+def decay_gain(over: float, memories: np.ndarray) -> np.ndarray:
+    """The part of a decay's gain that the part `over` of it has brought, which took so many memories; (grid,).
+
+    Each fall of the learning rate brings its share of the gain as its momentum is forgotten (Tissue et al.'s S2), so
+    that a decay without end would bring 1. Exact for a learning rate that falls in straight pieces.
+    """
+    at = np.linspace(0, over, CELLS + 1)
+    falls = -np.diff([decay_share(1 - each) for each in at])
+    remembered = np.exp(-np.outer(memories, 1 - at / over))  # (grid, cells + 1)
+    kept = np.diff(remembered, axis=1) / (memories[:, None] / CELLS)  # the mean over each cell
+    return ((1 - kept) * falls).sum(1)
 
 
 def brownian(time: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What makes a run this run: the keys that decide what it computes."""
+"""What makes a run this run: the keys that decide what it computes, and how those of an older version are read."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from typing import Any
 
 from overnight.recipe.schema import Recipe
 
+MIGRATIONS: dict[str, str | None] = {
+    "data.licence": "data.license",
+    "hub.licence": "hub.license",
+}
+"""Keys that runs of older versions have stored, and what each is called now; None where nothing of it is left."""
 
-def meaning(recipe: Recipe) -> dict[str, Any]:
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide what a run computes, dotted; a run can only be resumed while these stay as they were.
 
-    Left out are names, prompts, the budgets beside the last, intervals of measuring, saving and printing, what changes
-    speed alone (micro-batch, threads, compile), and two for which a run directory keeps what was really found: the
-    data, by the fingerprint of its shards, and the precision that the device took.
+    Left out are names, prompts, the milestones before the last, intervals of measuring, saving and printing, what
+    changes speed alone (micro-batch, threads, compile), and two for which a run directory keeps what was really found:
+    the data, by the fingerprint of its shards, and the precision that the device took.
     """
     chosen = recipe.model_dump(include={"seed", "model", "batch", "optim", "schedule"})
     del chosen["batch"]["micro_batch"], chosen["model"]["attention"]
@@ -21,9 +27,9 @@ def meaning(recipe: Recipe) -> dict[str, Any]:
     return flat(chosen)
 
 
-def lasting(recipe: Recipe) -> set[str]:
-    """The keys of a run's meaning that nothing can change: tensors would not fit, or iterations not be comparable."""
-    shape = {key for key in meaning(recipe) if key.startswith("model.")} - {"model.dropout"}
+def immutable_keys(recipe: Recipe) -> set[str]:
+    """The keys of an identity that nothing can change: tensors would not fit, or iterations not be comparable."""
+    shape = {key for key in recipe_identity(recipe) if key.startswith("model.")} - {"model.dropout"}
     return shape | {"optim.name", "batch.tokens_per_iter"}
 
 
@@ -35,8 +41,30 @@ def flat(nested: dict, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
-    """What differs between two meanings: `{"key", "before", "now"}` each."""
+def stored_recipe(stored: dict[str, Any]) -> Recipe:
+    """The recipe that a run directory has stored, whatever version wrote it; pydantic's error where it is none."""
+    sections = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
+    for old, new in MIGRATIONS.items():
+        section, key = old.split(".")
+        if key in sections.get(section, {}):
+            value = sections[section].pop(key)
+            if new is not None:
+                sections[section][new.split(".")[1]] = value
+    return Recipe.model_validate(sections)
+
+
+def stored_identity(stored: dict[str, Any]) -> dict[str, Any]:
+    """An identity in the keys of today. One that did not exist yet has its default: without it, that is what was done.
+
+    Otherwise each new key would make every run before it another run.
+    """
+    named = {MIGRATIONS.get(key, key): value for key, value in stored.items()}
+    return recipe_identity(Recipe.model_construct()) | {key: named[key] for key in named if key is not None}
+
+
+def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """What differs between a stored identity and one of today: `{"key", "before", "now"}` each."""
+    before = stored_identity(stored)
     return [
         {"key": key, "before": before.get(key), "now": now.get(key)}
         for key in now | before
@@ -44,7 +72,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, A
     ]
 
 
-def told(differing: list[dict[str, Any]]) -> str:
+def difference_lines(differing: list[dict[str, Any]]) -> str:
     """Each difference on a line of its own."""
     return "\n".join(f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in differing)
 

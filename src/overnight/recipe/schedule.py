@@ -8,20 +8,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from overnight.recipe.schema import Schedule
 
+CELLS = 128  # of the trapezoidal rule, which is exact for a linear decay
+
 
 def lr_at(iteration: int, schedule: Schedule) -> float:
     """The learning rate of an iteration, counted from 0, as a share of the peak.
 
-    Linear warmup, then for `wsd` constant and linear to zero (Hägele et al. 2024, arXiv 2405.18392), for `cosine` half
-    a cosine down to `final_lr_fraction`.
+    Linear warmup, then for `wsd` constant and `decay_share`, for `cosine` half a cosine down to `final_lr_fraction`.
     """
     if iteration < schedule.warmup_iters:
         return (iteration + 1) / schedule.warmup_iters
     if schedule.kind == "wsd":
-        return min(1.0, (schedule.max_iters - iteration) / max(1, decay_iters(schedule)))
+        return decay_share(min(1.0, (schedule.max_iters - iteration) / max(1, decay_iters(schedule))))
     progress = (iteration - schedule.warmup_iters) / max(1, schedule.max_iters - schedule.warmup_iters)
     floor = schedule.final_lr_fraction
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_share(left: float) -> float:
+    """The shape of a WSD decay: the learning rate's share of its peak while `left`, 1 to 0, of it is still to come.
+
+    Linear (Hägele et al. 2024, arXiv 2405.18392). Forecasts and plans take the shape from here.
+    """
+    return left
+
+
+def decay_area(over: float) -> float:
+    """The integral of `decay_share`, whatever its shape, over the part `over`, 0 to 1, of a decay that is done."""
+    shares = [decay_share(1 - over * cell / CELLS) for cell in range(CELLS + 1)]
+    return over / CELLS * (sum(shares) - (shares[0] + shares[-1]) / 2)
 
 
 def decay_iters(schedule: Schedule) -> int:

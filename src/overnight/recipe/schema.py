@@ -35,8 +35,8 @@ class Data(Section):
     """For `datasets`: the commit to read; pin it, or the data may change between two nights."""
     text_column: str = "text"
     """The column or JSON field that holds the text."""
-    licence: str | None = None
-    """The licence of the text, for the manifest and the model card."""
+    license: str | None = None
+    """The license of the text, for the manifest and the model card."""
     download_gb: float | None = None
     """Size of the download in GB, said before it starts."""
     tokenizer: str = "openai-community/gpt2"
@@ -203,7 +203,7 @@ class Hub(Section):
     """The model repository, OWNER/NAME; made when it is missing. Empty: nothing is sent."""
     private: bool = True
     """Whether a repository that is made can be seen by its owner alone."""
-    licence: str = "apache-2.0"
+    license: str = "apache-2.0"
     """Of the model, in the Hub's identifiers, for its card."""
     every_hours: PositiveFloat = 2.0
     """Hours between two pushes of the newest weights, not annealed, to the branch `checkpoints`."""

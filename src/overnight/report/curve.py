@@ -11,7 +11,7 @@ from overnight.core.extras import require
 from overnight.errors import InputError
 from overnight.planning.scaling_law import DATASETS
 from overnight.planning.table import gpt2_loss
-from overnight.run_dir.layout import ends_in, read_run
+from overnight.run_dir.layout import finished_in, read_run
 from overnight.run_dir.metrics import Record
 
 HIGHEST = 1.2  # nats above the median validation loss that are shown
@@ -63,7 +63,7 @@ def _draw_run(axes: Any, name: str, records: list[Record], color: str) -> tuple[
     for points in by_decay.values():
         joined = [max((point for point in trunk if point[0] < points[0][0]), default=points[0]), *points]
         axes.plot(*zip(*joined, strict=True), color=color, marker=".", linestyle=":")
-    for end in ends_in(records).values():
+    for end in finished_in(records).values():
         axes.plot(end["tokens"], end["val_loss"], color=color, marker="*", markersize=13, linestyle="")
         where = {"xytext": (-4, -12), "textcoords": "offset points", "ha": "right", "fontsize": 8}
         axes.annotate(f"{end['iteration']:,}: {end['val_loss']:.3f}", (end["tokens"], end["val_loss"]), **where)

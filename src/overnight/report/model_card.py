@@ -24,7 +24,7 @@ from overnight.planning.table import gpt2_loss
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.report.curve import draw
-from overnight.run_dir.layout import ends_in, folder_name, read_run
+from overnight.run_dir.layout import finished, finished_in, folder_name, read_run
 from overnight.run_dir.metrics import Record
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
@@ -41,7 +41,7 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     `InputError` for a folder that is no run, and KeyError for a budget that was not finished.
     """
     recipe, records = read_run(run)
-    end = finished(run, records)[budget]
+    end = finished(run)[budget]
     folder = run / "report" / folder_name(budget)
     folder.mkdir(parents=True, exist_ok=True)
     draw([run], folder / CURVE)
@@ -57,15 +57,9 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     return folder
 
 
-def finished(run: Path, records: list[Record]) -> dict[int, Record]:
-    """The last records of the budgets whose models are there, ascending."""
-    ends = ends_in(records)
-    return {budget: ends[budget] for budget in sorted(ends) if (run / "models" / folder_name(budget)).is_dir()}
-
-
 def reported(run: Path) -> list[int]:
     """The budgets that a run has finished; `InputError` while there is none."""
-    budgets = [*finished(run, read_run(run)[1])]
+    budgets = [*finished(run)]
     if not budgets:
         raise InputError(f"{run} has no finished model yet; its first is written when a budget ends")
     return budgets
@@ -73,7 +67,7 @@ def reported(run: Path) -> list[int]:
 
 def unfinished_card(recipe: Recipe, iteration: int, repo_id: str) -> str:
     """The README.md of weights that were not annealed."""
-    data = ModelCardData(license=recipe.hub.licence, library_name="transformers", pipeline_tag="text-generation")
+    data = ModelCardData(license=recipe.hub.license, library_name="transformers", pipeline_tag="text-generation")
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {text(repo_id)}: a run on its way, {iteration:,} iterations\n\n"
         "**Not annealed, and not a finished model.** These weights are from the trunk of a run that goes on, at its"
@@ -130,14 +124,14 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
 
 
 def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> ModelCardData:
-    """What the Hub reads: licence, data set, results."""
+    """What the Hub reads: license, data set, results."""
     of_hub = recipe.data.source == "datasets"
     results = [result("validation set of the run", corpus(recipe), "loss", end["val_loss"])]
     for name, found in (scores["models"][0]["tasks"] if scores else {}).items():
         if found["metric"] in found["metrics"]:
             results.append(result(name, name, found["metric"], found["metrics"][found["metric"]]))
     return ModelCardData(
-        license=recipe.hub.licence,
+        license=recipe.hub.license,
         language="en" if str(recipe.data.path) in ENGLISH else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -187,7 +181,7 @@ print(tokenizer.decode(out[0]))
 
 def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str:
     """Every budget of the run: predicted before it, forecast on the way, reached."""
-    ends = ends_in(records)
+    ends = finished_in(records)
     claimed = claims(recipe)
     columns = ["iterations", "tokens", *(["claimed by what circulates"] if claimed else [])]
     columns += ["predicted before the run, 90 %", "forecast in the run, 90 %", "reached"]
@@ -266,14 +260,14 @@ def evaluation(scores: dict[str, Any] | None) -> str:
 
 
 def data(recipe: Recipe, facts: dict[str, Any]) -> str:
-    """Where the text came from, and under which licence."""
+    """Where the text came from, and under which license."""
     chosen = recipe.data
     lines = [f"- source: {text(corpus(recipe))} {text(chosen.files or '')}".rstrip()]
     lines += [f"- revision: {text(chosen.revision)}"] if chosen.revision else []
     lines += [f"- {text(facts['text'])}"] if "text" in facts else []
     lines.append(f"- {facts['unique_tokens']:,} training tokens and {facts['validation_tokens']:,} held out by text")
-    licence = f"- licence: {text(chosen.licence)}" if chosen.licence else "- licence: not stated in the recipe"
-    lines.append(f"{licence}. {ATTRIBUTION.get(chosen.licence or '', '')}".rstrip())
+    license = f"- license: {text(chosen.license)}" if chosen.license else "- license: not stated in the recipe"
+    lines.append(f"{license}. {ATTRIBUTION.get(chosen.license or '', '')}".rstrip())
     return "\n".join(lines)
 
 

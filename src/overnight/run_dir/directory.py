@@ -14,10 +14,10 @@ import yaml
 from overnight.core.files import write_whole
 from overnight.core.lock import hold
 from overnight.errors import InputError
-from overnight.recipe.identity import differences, grown, lasting, meaning, told
+from overnight.recipe.identity import difference_lines, differences, grown, immutable_keys, recipe_identity
 from overnight.recipe.schedule import branch_point, branch_points, decaying, goals, towards
 from overnight.recipe.schema import Recipe, Schedule
-from overnight.run_dir.layout import ends_in, folder_name, saved_iterations
+from overnight.run_dir.layout import folder_name, saved_iterations
 from overnight.run_dir.metrics import Metrics
 
 RUNS = Path("runs")
@@ -32,7 +32,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.models = self.path / "models"
         self.metrics = Metrics(self.path / "metrics.jsonl")
-        self.changes: list[dict[str, Any]] = []  # of the run's meaning since it began: {"key", "before", "now"}
+        self.changes: list[dict[str, Any]] = []  # of the run's identity since it began: {"key", "before", "now"}
         self._lock: IO[str] | None = None
 
     def cooldown_of(self, goal: int) -> Path:
@@ -69,33 +69,33 @@ class RunDirectory:
         return wanted | {branch_point(towards(schedule, m)) for m in finished}
 
     def refuse_another_run(self, found: dict[str, Any], allowed: Collection[str] = ()) -> None:
-        """Raise `InputError` with every difference when this directory holds a run of another meaning.
+        """Raise `InputError` with every difference when this directory holds a run of another identity.
 
         `found` is what decides the run beside its recipe: the data's fingerprint and the precision of this device.
         `allowed` names keys that may differ all the same; under `wsd` the run may always become longer.
         """
         stored = self.path / "recipe.yaml"
-        before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.exists() else {"meaning": {}}
+        before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.exists() else {"identity": {}}
         self.changes = before.get("changes", [])
-        now = meaning(self.recipe) | found
-        differing = differences(before["meaning"], now) if stored.exists() else []
+        now = recipe_identity(self.recipe) | found
+        differing = differences(before["identity"], now) if stored.exists() else []
         if useless := set(allowed) - {change["key"] for change in differing + self.changes}:
             raise InputError(f"`--allow-change {min(useless)}`: nothing to allow, that is as it was in {self.path}")
         grows = self.recipe.schedule.kind == "wsd" and grown(differing)
         refused = [c for c in differing if c["key"] not in allowed and not (grows and c["key"] == "schedule.max_iters")]
-        refused += [c for c in differing if c["key"] in lasting(self.recipe) and c not in refused]
+        refused += [c for c in differing if c["key"] in immutable_keys(self.recipe) and c not in refused]
         if refused:
             raise InputError(self._refusal(refused))
         self.changes = self.changes + differing
 
     def _refusal(self, refused: list[dict[str, Any]]) -> str:
         keys = [change["key"] for change in refused]
-        never = [key for key in keys if key in lasting(self.recipe)]
+        never = [key for key in keys if key in immutable_keys(self.recipe)]
         options = " ".join(f"--allow-change {key}" for key in keys)
         way_on = f"; `{options}` goes on with it all the same" if not never else f"; `{never[0]}` can never change"
         return (
             f"{self.path} holds another run:\n"
-            + told(refused)
+            + difference_lines(refused)
             + (f"\n`--name {self._free_name()}` starts a new one{way_on}")
         )
 
@@ -128,10 +128,14 @@ class RunDirectory:
     def claim(self, found: dict[str, Any], environment: dict[str, Any]) -> None:
         """Lock the directory and write what runs here: the recipe of this session, and its environment.
 
-        A changed meaning is written down with what it was before.
+        A changed identity is written down with what it was before.
         """
         self._hold()
-        now = {"meaning": meaning(self.recipe) | found, "changes": self.changes, "recipe": self.recipe.model_dump()}
+        now = {
+            "identity": recipe_identity(self.recipe) | found,
+            "changes": self.changes,
+            "recipe": self.recipe.model_dump(),
+        }
         write_whole(self.path / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
         write_whole(self.path / "environment.json", json.dumps(environment, indent=1))
 
@@ -165,16 +169,6 @@ class RunDirectory:
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The records so far, of one kind or of all."""
         return [record for record in self.metrics.records() if kind in (None, record["kind"])]
-
-    def finished(self, goal: int) -> dict[str, Any] | None:
-        """The record that ends budget `goal`, written last; None while its verified model is not there."""
-        if not (self.models / folder_name(goal)).is_dir():
-            return None
-        return self.ends().get(goal)
-
-    def ends(self) -> dict[int, dict[str, Any]]:
-        """The records that ended the budgets which were finished, by budget."""
-        return ends_in(self.records("event"))
 
     def flat_end(self) -> int | None:
         """The budget that the run chose to end with when it was flat; None where `stop` or the goals are others now."""

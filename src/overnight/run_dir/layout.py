@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from overnight.errors import InputError
+from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.metrics import Metrics, Record
 
@@ -30,15 +31,21 @@ def saved_iterations(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_dir()))
 
 
-def ends_in(records: list[Record]) -> dict[int, Record]:
-    """The last record of each budget that was finished, in the order in which they first were."""
+def finished(run: Path) -> dict[int, Record]:
+    """The milestones that a run has finished, ascending: the last record of each whose verified model is there."""
+    ends = finished_in(Metrics(run / "metrics.jsonl").records())
+    return {target: ends[target] for target in sorted(ends) if (run / "models" / folder_name(target)).is_dir()}
+
+
+def finished_in(records: list[Record]) -> dict[int, Record]:
+    """What records alone say of that, in the order in which the milestones first were finished."""
     return {record["iteration"]: record for record in records if record.get("event") == "finished"}
 
 
 def recipe_of(run: Path) -> Recipe:
     """The recipe of a run directory; `InputError` where it is none."""
     try:
-        return Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recipe"])
+        return stored_recipe(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recipe"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run} is no run directory ({type(error).__name__}); runs/NAME would work") from None
 

@@ -29,9 +29,8 @@ from overnight.training.log import (
     mean_watts,
     tell,
 )
-from overnight.training.quick_eval import QuickEval
 from overnight.training.resume import energy_used, finish_saving
-from overnight.training.state import Run
+from overnight.training.state import QuickEval, Run
 
 SKIPS_BEFORE_GIVING_UP = 10
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from overnight.core.console import Console, count, duration, step_line
 from overnight.data.ngrams import ngram_losses, seen_tokens
 from overnight.device.faults import lost, with_room
 from overnight.errors import first_line
 from overnight.model.checkpoint import Saved
-from overnight.model.generate import Writer
-from overnight.model.gpt2 import published
 from overnight.recipe.schedule import lr_at
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import iteration_of
-from overnight.training.quick_eval import QuickEval
-from overnight.training.state import RATE_WINDOW, Run
+from overnight.run_dir.layout import finished, iteration_of
+from overnight.training.state import RATE_WINDOW, QuickEval, Run
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -134,26 +131,16 @@ def remaining_seconds(run: Run, seconds_per_iteration: float, seconds_per_valida
 
 
 @informs("the line of a validation")
-def log_validation(run: Run, loss: float, seconds: float) -> None:
+def log_validation(run: Run, loss: float, samples: list[str], seconds: float) -> None:
     """The validation loss, and how the model as it stands continues the recipe's prompts."""
     if not run.accelerator.is_main_process:
         return
-    found = samples(run) or []
-    run.record("val", loss=loss, seconds=seconds, samples=found)
+    run.record("val", loss=loss, seconds=seconds, samples=samples)
     tokens = f"{run.shards.val.tokens:,} tokens in {duration(seconds)}"
     run.console.say(f"validation loss {loss:.4f} at iteration {run.iteration} ({tokens})")
-    for prompt, text in zip(run.recipe.validation.prompts, found, strict=False):
+    for prompt, text in zip(run.recipe.validation.prompts, samples, strict=False):
         run.console.say(f"  {prompt} >{' '.join([' ', *text.split()])}")
     track(run, {"val/loss": loss})
-
-
-@informs("samples")
-def samples(run: Run) -> list[str]:
-    """What the model as it stands writes after each of the recipe's prompts."""
-    validation = run.recipe.validation
-    writer = Writer(published(run.model, run.recipe.model), run.tokenizer)
-    how: dict[str, Any] = {"tokens": validation.sample_tokens, "temperature": 0.8, "top_k": 50, "seed": run.recipe.seed}
-    return [writer.after(prompt, **how) for prompt in validation.prompts]
 
 
 @informs("the line of a validation")
@@ -261,8 +248,7 @@ def log_results(run: Run) -> None:
 def print_finished(directory: RunDirectory, console: Console, target: int) -> None:
     """The box at the end, from metrics.jsonl alone: a finished run prints it again."""
     events = {record["event"]: record for record in directory.records("event")}
-    done, baselines = directory.finished(target), events.get("ngram baselines")
-    assert done is not None
+    done, baselines = finished(directory.path)[target], events.get("ngram baselines")
     rate, kwh = done["tokens_per_second"], done["kwh"]
     lines = [
         f"validation loss  {done['val_loss']:.4f} nats per token at the end, {done['best_val_loss']:.4f} at its best"

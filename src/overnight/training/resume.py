@@ -12,10 +12,10 @@ from accelerate.utils import broadcast_object_list
 from overnight.device.faults import with_room
 from overnight.errors import InputError
 from overnight.model import checkpoint
-from overnight.recipe.identity import differences, meaning, told
+from overnight.recipe.identity import difference_lines, differences, recipe_identity
 from overnight.recipe.schedule import branch_point, branch_points
 from overnight.training.log import informs, log_saved
-from overnight.training.setup import identity
+from overnight.training.setup import found_identity
 from overnight.training.state import LossHistory, Run
 
 
@@ -60,7 +60,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """What a checkpoint says beside its tensors."""
     return {
         "iteration": run.iteration,
-        "meaning": meaning(run.recipe) | identity(run.accelerator, run.shards),
+        "identity": run_identity(run),
         "changes": run.directory.changes,
         "history": run.history.as_json(),
         "joules": energy_used(run),
@@ -108,9 +108,16 @@ def resume(run: Run) -> None:
 
 
 def refuse_foreign(run: Run, found: Path, state: dict[str, Any]) -> None:
-    """Raise `InputError` for a checkpoint whose meaning is not this run's, now or before a change that was allowed."""
+    """Raise `InputError` for a checkpoint whose identity is not this run's, now or before a change that was allowed."""
     changed = {change["key"] for change in run.directory.changes}
-    now = meaning(run.recipe) | identity(run.accelerator, run.shards)
-    foreign = [change for change in differences(state["meaning"], now) if change["key"] not in changed]
+    now = run_identity(run)
+    foreign = [change for change in differences(state["identity"], now) if change["key"] not in changed]
     if foreign:
-        raise InputError(f"{found} is of another run:\n{told(foreign)}\nmove it away; the one before it would work")
+        raise InputError(
+            f"{found} is of another run:\n{difference_lines(foreign)}\nmove it away; the one before it would work"
+        )
+
+
+def run_identity(run: Run) -> dict[str, Any]:
+    """All that makes this run this run."""
+    return recipe_identity(run.recipe) | found_identity(run.accelerator, run.shards)

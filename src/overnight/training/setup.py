@@ -79,7 +79,7 @@ def prepare_embedded(recipe: Recipe, console: Console) -> None:
     prepare(recipe.data, recipe.model.vocab_size, report=console.say)
 
 
-def identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
+def found_identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
     """What decides a run beside its recipe: another of these, and it is another run."""
     return {"data fingerprint": shards.manifest.fingerprint, "precision": accelerator.mixed_precision}
 
@@ -126,7 +126,7 @@ def claim(run: Run, facts: dict[str, str]) -> None:
         "measured": micro_batch.measured(run),
     }
     with room_in(run.directory.path, "name"):
-        run.directory.claim(identity(run.accelerator, run.shards), found)
+        run.directory.claim(found_identity(run.accelerator, run.shards), found)
 
 
 def text_facts(manifest: Manifest) -> dict[str, str]:

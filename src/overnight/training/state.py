@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from overnight.core.console import Console
+from overnight.core.processes import beside
 from overnight.data.batches import TrainingBatches
 from overnight.data.shards import Shards
 from overnight.data.tokenizer import load_tokenizer
@@ -27,7 +30,8 @@ from overnight.planning.model_size import Derived
 from overnight.recipe.schedule import decaying, towards
 from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.directory import RunDirectory
-from overnight.training.quick_eval import QuickEval
+
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 SPIKE_WINDOW = 64  # training losses that a new one is compared with
 SPIKE_FEWEST = 16  # losses below which nothing is called a spike
@@ -140,6 +144,34 @@ class Throughput:
         mean = self.recent_seconds / self.recent_iterations if self.recent_iterations else None
         self.recent_seconds, self.recent_iterations = 0.0, 0
         return mean
+
+
+class QuickEval:
+    """`recipes/eval.py` on the model in `folder`, at low priority and on the CPU: no step waits for it.
+
+    The device's memory is the training's, and so is its time.
+    """
+
+    def __init__(self, folder: Path, items: int):
+        self.folder, self.items = folder, items
+        self.out = folder.parents[1] / "evaluation" / f"{folder.name}-first-{items}"
+        script = str(RECIPES / "eval.py")
+        options = ["--against", "none", "--texts", "none", "--shards", "none", "--limit", str(items)]
+        command = [script, str(folder), "--out", str(self.out), *options]
+        self.process = beside(*command, environment={"CUDA_VISIBLE_DEVICES": ""})
+
+    @property
+    def over(self) -> bool:
+        """Whether the process has ended."""
+        return self.process.poll() is not None
+
+    def scores(self) -> tuple[dict[str, float], str]:
+        """Wait for the end: the deciding metric of each task, and what went wrong, or an empty text."""
+        said, _ = self.process.communicate()
+        if self.process.returncode:
+            return {}, (said.strip().splitlines() or ["no word"])[-1]
+        [model] = json.loads((self.out / "results.json").read_text(encoding="utf-8"))["models"]
+        return {task: found["metrics"][found["metric"]] for task, found in model["tasks"].items()}, ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from overnight.planning.forecast import FEWEST, Forecast, Point, forecast, usabl
 from overnight.planning.scaling_law import INTERVAL, Expected
 from overnight.recipe.schedule import branch_point, ending_now, fits, goals, towards
 from overnight.recipe.schema import Recipe, Schedule
+from overnight.run_dir.layout import finished
 from overnight.training.log import informs, watts
 from overnight.training.state import Run
 
@@ -79,12 +80,11 @@ def forecast_ends(run: Run) -> tuple[int, int] | None:
 def outlook_of(run: Run) -> Outlook | None:
     """The forecast from the run's validations so far; None while they are too few, and when nothing is to come."""
     schedule, directory = run.recipe.schedule, run.directory
-    finished = directory.ends().keys()
     seen = validations(schedule, directory.records("val"))
     now = None if run.decaying else ending_now(schedule, run.iteration)
     if now is not None and branch_point(towards(schedule, now)) < schedule.warmup_iters:
         now = None
-    budgets = to_come(run.recipe, run.schedule, run.iteration) - finished
+    budgets = to_come(run.recipe, run.schedule, run.iteration) - finished(directory.path).keys()
     ascending = sorted(budgets | ({now} if now else set()))
     if not budgets or len(usable(run.recipe, seen)) < FEWEST:
         return None

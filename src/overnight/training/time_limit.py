@@ -21,7 +21,7 @@ from overnight.errors import InputError
 from overnight.recipe.schedule import branch_point, ending_now, towards
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import saved_iterations
+from overnight.run_dir.layout import finished, saved_iterations
 from overnight.training.state import KeptLimit, Run, TimeLimit
 
 FILE = "night.json"
@@ -54,7 +54,7 @@ def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> TimeL
         end = next_time(until, now) if until else began + timedelta(hours=hours or 0)
         kept = KeptLimit(asked, end.isoformat(timespec="seconds"), (end - began).total_seconds())
     left = (datetime.fromisoformat(kept.until) - now).total_seconds()
-    validations, ends = directory.records("val"), [*directory.ends().values()]
+    validations, ends = directory.records("val"), [*finished(directory.path).values()]
     return TimeLimit(
         kept,
         ends=time.monotonic() + left,
@@ -72,7 +72,7 @@ def going_on(directory: RunDirectory, asked: str, now: datetime) -> KeptLimit | 
     if not path.exists():
         return None
     kept = KeptLimit(**json.loads(path.read_text(encoding="utf-8")))
-    if kept.asked != asked or (kept.target_iters and directory.finished(kept.target_iters)):
+    if kept.asked != asked or (kept.target_iters and kept.target_iters in finished(directory.path)):
         return None
     decaying = kept.target_iters is not None and bool(saved_iterations(directory.cooldown_of(kept.target_iters)))
     return kept if decaying or now < datetime.fromisoformat(kept.until) else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import time
 from collections.abc import Callable, Collection
 
@@ -18,7 +17,6 @@ import torch
 from torch import nn
 
 from overnight.core.files import room_in
-from overnight.data.batches import validation_batches
 from overnight.device.faults import until_memory_runs_out
 from overnight.device.launch import launch, on_main
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
@@ -27,23 +25,22 @@ from overnight.model import optim
 from overnight.recipe.schedule import goals, lr_at
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
+from overnight.run_dir.layout import finished
 from overnight.training import finish, micro_batch
 from overnight.training.log import (
     log_baselines,
-    log_not_finite,
     log_quick_evals,
     log_saved,
     log_skip,
     log_spike,
     log_step,
-    log_validation,
     print_finished,
 )
 from overnight.training.resume import finish_saving, resume, save, save_due, save_overdue
-from overnight.training.setup import identity, open_data, print_plan, set_up
+from overnight.training.setup import found_identity, open_data, print_plan, set_up
 from overnight.training.state import Run, Throughput, TimeLimit
-from overnight.training.stopping import target_of_flat_curve
 from overnight.training.time_limit import begin, target_in_time, tonight
+from overnight.training.validation import measure, validation_due
 
 
 def train(
@@ -72,10 +69,11 @@ def train(
     directory = RunDirectory(recipe)
     if resume_from:
         on_main(accelerator, lambda: fetch_state(resume_from, directory))
-    directory.refuse_another_run(identity(accelerator, shards), allowed)
+    directory.refuse_another_run(found_identity(accelerator, shards), allowed)
     time_limit = None if cooldown else tonight(recipe, directory, until)
     targets = targets_of(directory, time_limit) if cooldown is None else [cooldown]
-    unfinished = [target for target in targets if not directory.finished(target)]
+    done = finished(directory.path)
+    unfinished = [target for target in targets if target not in done]
     for target in unfinished:
         directory.refuse_unreachable(target, now=cooldown is not None)
     on_main(accelerator, directory.lock)
@@ -183,54 +181,17 @@ def dropout_seed(seed: int, iteration: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def validate(run: Run) -> float | None:
-    """Mean cross-entropy in nats per token over the whole validation set, the same tokens every time.
-
-    None when a process was asked to stop in the middle of it.
-    """
-    while True:
-        total, tokens, signalled, ran_out = summed_losses(run)
-        run.stopping = signalled > 0
-        if run.stopping or not ran_out:
-            return None if run.stopping else total / tokens
-        micro_batch.halve(run, validating=True)
-
-
-@torch.no_grad()
-def summed_losses(run: Run) -> list[float]:
-    """Over all processes: the validation set's loss in nats, its targets, how many were signalled or out of memory."""
-    run.prepared.eval()
-    total, tokens, ran_out = torch.zeros((), dtype=torch.float64, device=run.device.torch), 0, True
-    with until_memory_runs_out():
-        for ids, targets in validation_batches(
-            run.shards.val,
-            run.recipe.batch.sequence_length,
-            run.micro_batch,
-            run.device.torch,
-            rank=run.accelerator.process_index,
-            num_processes=run.accelerator.num_processes,
-        ):
-            if run.signalled:
-                break
-            total += run.prepared(ids, targets)
-            tokens += targets.numel()
-        ran_out = False
-    run.prepared.train()
-    counts = torch.stack([total, *(total.new_tensor(value) for value in (tokens, run.signalled, ran_out))])
-    return run.accelerator.reduce(counts, "sum").tolist()
-
-
 def loop(run: Run) -> int:
     """Train to the target, or until a signal asks to stop; returns the exit code."""
     begin(run)
     gc.collect()
     gc.freeze()  # what set-up made stays: collecting it again and again only stalls the device
     if run.iteration == 0:
-        measure(run)
+        run.target_iters = measure(run) or run.target_iters
         if run.recipe.validation.ngram_baselines and run.accelerator.is_main_process:
             log_baselines(run)
     elif validation_due(run):  # and not done: the session before was asked to stop in the middle of it
-        measure(run)
+        run.target_iters = measure(run) or run.target_iters
     while run.iteration < run.target_iters and not run.stopping:
         started = time.monotonic()
         loss, grad_norm, finite = train_step(run)
@@ -242,7 +203,7 @@ def loop(run: Run) -> int:
         if run.iteration % run.recipe.logging.every == 0 or run.iteration == run.target_iters:
             log_step(run, loss, grad_norm)
         if validation_due(run):
-            measure(run)
+            run.target_iters = measure(run) or run.target_iters
         run.target_iters = target_in_time(run) or run.target_iters
         if save_due(run) or run.stopping:
             save(run)
@@ -261,28 +222,3 @@ def watch(run: Run, loss: float, grad_norm: float, *, finite: bool) -> None:
         log_skip(run, loss, grad_norm)
     if rise is not None:
         log_spike(run, loss, rise)
-
-
-def validation_due(run: Run) -> bool:
-    """Whether the model as it stands is one to validate, and was not yet."""
-    last = run.history.last_val
-    due = run.iteration % run.recipe.validation.every == 0 or run.iteration == run.schedule.max_iters
-    return due and (last is None or last[0] < run.iteration)
-
-
-def measure(run: Run) -> None:
-    """Validate, remember the loss, tell it and what it forecasts; nothing of these when a signal came first.
-
-    A loss that is not finite is told, and is no validation: a run does not end with it.
-    """
-    started = time.monotonic()
-    loss = validate(run)  # read by the host, so that the clock waits for it
-    if loss is None:
-        return
-    if not math.isfinite(loss):
-        log_not_finite(run, loss)
-        return
-    run.history.validations.append((run.iteration, loss))
-    log_validation(run, loss, time.monotonic() - started)
-    run.target_iters = target_of_flat_curve(run) or run.target_iters
-    run.throughput.add_validation(time.monotonic() - started)
