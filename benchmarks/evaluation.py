@@ -35,20 +35,22 @@ def score(arm: str, folder: Path, task_name: str, items: int, batch_size: int) -
 
     from overnight.core.console import Console
     from overnight.evaluation import models
-    from overnight.evaluation.cache import Journal
+    from overnight.evaluation.cache import ResponseCache
     from overnight.evaluation.lm import SharedContextLM, answer_items
     from overnight.evaluation.progress import Meter
     from overnight.evaluation.tasks import index_of, load_benchmarks
 
     logging.disable(logging.WARNING)
-    contestant = models.load(str(folder / "model"), torch.device("cpu"), torch.float32)
+    eval_model = models.load(str(folder / "model"), torch.device("cpu"), torch.float32)
     [benchmark] = load_benchmarks([task_name], index_of([task_name]), folder / "items")
     [task] = benchmark.tasks
     if arm == "ours":
         meter = Meter(Console(quiet=True))
-        lm = SharedContextLM(contestant, Journal(Path(tempfile.mkdtemp(dir=folder))), Accelerator(cpu=True), meter)
+        lm = SharedContextLM(
+            eval_model, ResponseCache(Path(tempfile.mkdtemp(dir=folder))), Accelerator(cpu=True), meter
+        )
     else:
-        lm = HFLM(pretrained=contestant.model, tokenizer=contestant.tokenizer, batch_size=batch_size)
+        lm = HFLM(pretrained=eval_model.model, tokenizer=eval_model.tokenizer, batch_size=batch_size)
     tokens = {"body": 0, "head": 0}
 
     def count(part: str):
@@ -58,8 +60,8 @@ def score(arm: str, folder: Path, task_name: str, items: int, batch_size: int) -
 
         return hook
 
-    contestant.model.base_model.register_forward_hook(count("body"), with_kwargs=True)
-    contestant.model.get_output_embeddings().register_forward_hook(count("head"), with_kwargs=True)
+    eval_model.model.base_model.register_forward_hook(count("body"), with_kwargs=True)
+    eval_model.model.get_output_embeddings().register_forward_hook(count("head"), with_kwargs=True)
     held, used = peak_mib(), time.process_time()
     answered = answer_items(lm, task, items) or []
     cpu = time.process_time() - used

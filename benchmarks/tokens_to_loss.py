@@ -64,7 +64,7 @@ class Job(NamedTuple):
         return chosen | SETTINGS[self.arm] | ({} if self.lr is None else {"optim.lr": self.lr})
 
 
-class Outcome(NamedTuple):
+class Results(NamedTuple):
     """What a run came to."""
 
     curve: dict[int, float]  # validation loss by iteration
@@ -81,7 +81,7 @@ def read_record(record: Path) -> dict[str, dict]:
     return {each["name"]: each for each in map(json.loads, lines)}
 
 
-def outcome_of(job: Job, folder: Path, record: Path) -> Outcome:
+def outcome_of(job: Job, folder: Path, record: Path) -> Results:
     """What `job` came to: from the record, or else by running it and adding it there."""
     known = read_record(record).get(job.name)
     if known is None:
@@ -94,10 +94,10 @@ def outcome_of(job: Job, folder: Path, record: Path) -> Outcome:
         return outcome
     if known["overrides"] != job.overrides:
         sys.exit(f"{record} has {job.name} with other settings; name another --record, or remove the line")
-    return Outcome({int(mark): loss for mark, loss in known["curve"].items()}, known["tokens_per_second"])
+    return Results({int(mark): loss for mark, loss in known["curve"].items()}, known["tokens_per_second"])
 
 
-def run(job: Job, folder: Path) -> Outcome:
+def run(job: Job, folder: Path) -> Results:
     """Train `job` in `folder`, one thread, and read its metrics."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "recipes" / "train.py")]
     command += [str(ROOT / "recipes" / "quickstart.yaml"), "--name", job.name]
@@ -110,12 +110,12 @@ def run(job: Job, folder: Path) -> Outcome:
     records = [json.loads(line) for line in lines]
     curve = {record["iteration"]: record["loss"] for record in records if record["kind"] == "val"}
     rates = [r["tokens_per_second"] for r in records if r.get("event") == "finished"]
-    outcome = Outcome(curve, rates[-1])
+    outcome = Results(curve, rates[-1])
     print(f"{job.name}: {outcome.loss:.4f}", file=sys.stderr, flush=True)
     return outcome
 
 
-def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[Job, Outcome]:
+def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[Job, Results]:
     """All jobs, `args.at_once` of them side by side."""
     with ThreadPoolExecutor(args.at_once) as pool:
         return dict(zip(jobs, pool.map(lambda job: outcome_of(job, args.folder, args.record), jobs), strict=True))

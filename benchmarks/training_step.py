@@ -26,7 +26,7 @@ import torch
 from training_parts import PARTS, Figures  # the scripts beside this one
 from training_sides import SIDES, VOCABULARY, shape_of
 
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 
 SPEED_SHAPES = ("2x1024", "4x256")  # rows x tokens of one step
 MEMORY_SHAPES = ("2x1024", "4x1024")
@@ -235,7 +235,7 @@ def main() -> None:
     if args.device == "cpu":
         print_parts(args, shapes[0], shapes[-1])
     if args.json:
-        write_whole(args.json, json.dumps(found, indent=1))
+        atomic_write(args.json, json.dumps(found, indent=1))
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from pretrained import benchmark_items, pretrained_model
 
 from overnight.core.console import Console
 from overnight.evaluation import models
-from overnight.evaluation.cache import Journal
+from overnight.evaluation.cache import ResponseCache
 from overnight.evaluation.lm import SharedContextLM, answer_items
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.tasks import index_of, load_benchmarks
@@ -44,7 +44,7 @@ def main() -> int:
         for benchmark in load_benchmarks(args.tasks, index_of(args.tasks), data):
             meter = Meter(Console())
             meter.begin(benchmark.name)
-            lm = SharedContextLM(ours, Journal(Path(scratch)), Accelerator(cpu=True), meter)
+            lm = SharedContextLM(ours, ResponseCache(Path(scratch)), Accelerator(cpu=True), meter)
             [task] = benchmark.tasks
             mine, theirs = (answer_items(each, task, args.limit) or [] for each in (lm, upstream))
             pairs = list(zip(mine, theirs, strict=True))

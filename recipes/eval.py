@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def wishes_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
-    """The recipe's wishes with those of the command line on top; `none` is an empty list."""
+    """The recipe's config with those of the command line on top; `none` is an empty list."""
     given = {name: getattr(options, name) for name in ("against", "tasks", "texts", "limit", "tasks_dir")}
     given = {name: [] if value == ["none"] else value for name, value in given.items() if value is not None}
     if options.quick:
@@ -52,19 +52,19 @@ def run(options: argparse.Namespace) -> int:
     from overnight.evaluation.results import safe
 
     origin = origin_of(options.model)
-    wishes = wishes_of(options, origin.recipe.evaluation if origin else Evaluation())
+    config = wishes_of(options, origin.recipe.evaluation if origin else Evaluation())
     out = options.out or (origin.folder if origin else Path()) / "evaluation" / safe(Path(options.model).name)
     if options.dry_run:
-        print(f"{options.model} against {', '.join(wishes.against) or 'nothing'}, into {out}")
-        print(f"tasks: {', '.join(wishes.tasks) or 'none'}, {wishes.limit or 'all'} items of each")
-        print(f"texts: {', '.join(wishes.texts) or 'none'}")
+        print(f"{options.model} against {', '.join(config.against) or 'nothing'}, into {out}")
+        print(f"tasks: {', '.join(config.tasks) or 'none'}, {config.limit or 'all'} items of each")
+        print(f"texts: {', '.join(config.texts) or 'none'}")
         return 0
     from overnight.evaluation.evaluate import Plan, Session, launch
 
     shards = options.shards or (origin.recipe.data.dir if origin else "none")
     plan = Plan(
         model=options.model,
-        wishes=wishes,
+        config=config,
         shards_dir=None if shards == "none" else Path(shards),
         data_dir=options.data_dir,
         trust_tasks=options.trust_tasks,

@@ -172,7 +172,7 @@ def test_milestones_a_throughput_of_your_own_and_a_figure(tmp_path):
 def test_a_dataset_that_is_not_the_laws_stands_on_fineweb_edu_and_says_so():
     recipe = load(NIGHT, ["--data.path", "someone/else"])
     assert scaling_law.dataset_of(recipe) == "fineweb-edu"
-    assert any("someone/else" in doubt for doubt in scaling_law.doubts(recipe, [10_000]))
+    assert any("someone/else" in doubt for doubt in scaling_law.caveats(recipe, [10_000]))
     with pytest.raises(InputError, match="no column"):
         scaling_law.offset_of([], "x.csv", recipe)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 from overnight.device.device import Device
 from overnight.run_dir.directory import environment
 
@@ -69,7 +69,7 @@ def main() -> int:
         return 2
     found = {"device": Device(torch.device(chosen.device)).name, "date": datetime.date.today().isoformat()}
     found |= environment() | {"others": versions()} | (card() if chosen.device == "cuda" else {})
-    write_whole(chosen.json, json.dumps(found, indent=1))
+    atomic_write(chosen.json, json.dumps(found, indent=1))
     return 0
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 from overnight.model import optim
 from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import flops_per_token
@@ -174,7 +174,7 @@ def main() -> None:
         for part in parts:
             found[group][part.name] = measured(part, device)
             print(f"{part.name:<34} {found[group][part.name]}", flush=True)
-            write_whole(chosen.json, json.dumps({"rows": rows, "length": length, "groups": found}, indent=1))
+            atomic_write(chosen.json, json.dumps({"rows": rows, "length": length, "groups": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from overnight.cli import recipe_command
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 from overnight.device.device import GIB
 from overnight.recipe.schema import Recipe
 from overnight.training.probe import probe_run
@@ -73,8 +73,8 @@ def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
     with probe_run(recipe.model_copy(update={"batch": batch}), accelerator, console) as trained:
         for rows in sizes:
             found.append(measured(trained, rows))
-            console.say(str(found[-1]))
-            write_whole(chosen.json, json.dumps(found, indent=1))
+            console.log(str(found[-1]))
+            atomic_write(chosen.json, json.dumps(found, indent=1))
     return 0
 
 

@@ -23,9 +23,9 @@ from transformers import (
 
 from overnight.core.console import Console
 from overnight.data.tokenizer import load_tokenizer
-from overnight.evaluation.cache import Journal
+from overnight.evaluation.cache import ResponseCache
 from overnight.evaluation.lm import SharedContextLM, answer_items
-from overnight.evaluation.models import Contestant, contestant
+from overnight.evaluation.models import EvalModel, eval_model
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.tasks import index_of, load_benchmarks
@@ -46,10 +46,10 @@ MODELS = {
 }
 
 
-def make(architecture: str, workplace: Path) -> Contestant:
+def make(architecture: str, workplace: Path) -> EvalModel:
     torch.manual_seed(7)
     tokenizer = load_tokenizer(str(workplace / "data" / "tokenizer"))
-    return contestant(architecture, MODELS[architecture](), tokenizer, torch.device("cpu"), torch.float32)
+    return eval_model(architecture, MODELS[architecture](), tokenizer, torch.device("cpu"), torch.float32)
 
 
 def items_of(lm: HFLM, folder: Path, names: list[str]) -> dict[str, list[dict]]:
@@ -65,7 +65,7 @@ def test_every_choice_has_the_log_likelihood_that_lm_eval_gives(architecture: st
     names, model = make_tasks(tmp_path / "tasks"), make(architecture, workplace)
     assert model.scorer.reads_trees == (architecture != "bloom")  # alibi takes no positions: lm-eval's code serves
     meter = Meter(Console(quiet=True))
-    lm = SharedContextLM(model, Journal(tmp_path / "journal"), Accelerator(cpu=True), meter)
+    lm = SharedContextLM(model, ResponseCache(tmp_path / "journal"), Accelerator(cpu=True), meter)
     upstream = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4, max_length=lm.max_length)
     ours, theirs = (items_of(each, tmp_path / "tasks", names) for each in (lm, upstream))
     for name in names:

@@ -77,7 +77,7 @@ class Console:
         self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
 
-    def say(self, text: str = "") -> None:
+    def log(self, text: str = "") -> None:
         """One line, as it is."""
         self._print(Text(plain(text)))
 
@@ -95,9 +95,9 @@ class Console:
         """Facts under each other: what, and its value."""
         rows = list(rows)
         width = max(len(name) for name, _ in rows)
-        self.say(title)
+        self.log(title)
         for name, value in rows:
-            self.say(f"  {name:<{width}}  {value}")
+            self.log(f"  {name:<{width}}  {value}")
 
     def box(self, title: str, lines: list[str]) -> None:
         """The end of a run."""

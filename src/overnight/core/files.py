@@ -43,7 +43,7 @@ def forget_cached(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step, so that no reader ever sees half of it."""
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -61,7 +61,7 @@ def no_room(error: Exception) -> bool:
 
 
 @contextmanager
-def room_in(folder: Path, key: str) -> Iterator[None]:
+def disk_full_error(folder: Path, key: str) -> Iterator[None]:
     """Turn the error of a full disk into an InputError that names the recipe's key and the folder."""
     try:
         yield

@@ -41,7 +41,7 @@ def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
     set_threads(recipe.threads)
     console = Console(quiet=not accelerator.is_main_process)
     for line in overruled:
-        console.say(line)
+        console.log(line)
     return accelerator, console
 
 

@@ -50,7 +50,7 @@ def mind_unseen_gpu(recipe: Recipe, accelerator: Accelerator, console: Console) 
     days = days_on_a_cpu(recipe) / accelerator.num_processes
     if torch.version.cuda is not None and days > 1:
         raise InputError(f"{why}; on the CPU this recipe takes about {days:,.0f} days; {mend}; {ALL_THE_SAME}")
-    console.say(f"{why}; this trains on the CPU; {mend}")
+    console.log(f"{why}; this trains on the CPU; {mend}")
 
 
 def days_on_a_cpu(recipe: Recipe) -> float:

@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "overnight" / "evaluation"
 
 
-class Journal:
+class ResponseCache:
     """The answers of one model; each process adds to a file of its own and knows what all had added before."""
 
     def __init__(self, folder: Path, rank: int = 0):

@@ -23,12 +23,12 @@ from overnight.data.tokenizer import load_tokenizer
 from overnight.device.launch import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
 from overnight.errors import InputError
 from overnight.evaluation import models, results
-from overnight.evaluation.cache import Journal, cache_folder
+from overnight.evaluation.cache import ResponseCache, cache_folder
 from overnight.evaluation.lm import SharedContextLM, answer_items
 from overnight.evaluation.loss import Losses, losses_over, read_texts, text_rows, validation_rows
-from overnight.evaluation.models import UNIGRAM, UNTRAINED, Contestant, Origin
+from overnight.evaluation.models import UNIGRAM, UNTRAINED, EvalModel, Origin
 from overnight.evaluation.progress import Meter
-from overnight.evaluation.results import Comparison, Outcome, Scores
+from overnight.evaluation.results import Comparison, Results, Scores
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.statistics import SEED, Paired, bootstrap_interval, metric_of, verdicts
 from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
@@ -56,7 +56,7 @@ class Plan:
     """What the command asks for, resolved."""
 
     model: str
-    wishes: Evaluation
+    config: Evaluation
     shards_dir: Path | None  # no validation loss without it
     data_dir: Path | None
     trust_tasks: bool
@@ -68,10 +68,10 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What decides the result, for results.json."""
         return {
-            "against": self.wishes.against,
-            "tasks": self.wishes.tasks,
-            "texts": self.wishes.texts,
-            "limit": self.wishes.limit,
+            "against": self.config.against,
+            "tasks": self.config.tasks,
+            "texts": self.config.texts,
+            "limit": self.config.limit,
             "dtype": self.dtype,
             "seed": SEED,
             "lm_eval": lm_eval.__version__,
@@ -95,19 +95,19 @@ class Session:
     def run(self) -> None:
         """Measure every model, compare, write, and print the answer."""
         # All are opened before any is measured: what cannot be loaded is found at once.
-        contestants = [self.contestant(name) for name in (self.plan.model, *self.plan.wishes.against)]
-        self._refuse_other_tokens(contestants)
-        contexts = [each.context for each in contestants]
+        eval_models = [self.eval_model(name) for name in (self.plan.model, *self.plan.config.against)]
+        self._refuse_other_tokens(eval_models)
+        contexts = [each.context for each in eval_models]
         recipe_length = self.plan.origin.recipe.batch.sequence_length if self.plan.origin else max(contexts)
         self.length = min(recipe_length, *contexts)
-        self.texts = {spec: read_texts(spec) for spec in self.plan.wishes.texts}
+        self.texts = {spec: read_texts(spec) for spec in self.plan.config.texts}
         self.benchmarks = self._load_benchmarks()
-        measured = [self.measure(each) for each in contestants]
+        measured = [self.measure(each) for each in eval_models]
         if self.accelerator.is_main_process:
-            self.conclude(measured)
+            self.finalize(measured)
         self.accelerator.wait_for_everyone()
 
-    def contestant(self, name: str) -> Contestant:
+    def eval_model(self, name: str) -> EvalModel:
         """The model of a name, on the device."""
         device, dtype = self.accelerator.device, DTYPES[self.plan.dtype]
         if name not in (UNTRAINED, UNIGRAM):
@@ -116,37 +116,37 @@ class Session:
             raise InputError(f"`--against {name}` needs a model of a run, as runs/NAME/models/iter-...")
         make: Callable = models.untrained if name == UNTRAINED else models.unigram_model
         tokenizer = load_tokenizer(str(self.shards.folder / "tokenizer"))
-        return models.contestant(name, make(self.plan.origin.recipe, self.shards), tokenizer, device, dtype)
+        return models.eval_model(name, make(self.plan.origin.recipe, self.shards), tokenizer, device, dtype)
 
-    def measure(self, contestant: Contestant) -> Measured:
+    def measure(self, eval_model: EvalModel) -> Measured:
         """One model on every text and task: scores, the rows' losses, and the items by benchmark."""
-        scores = Scores(contestant.facts)
-        self.console.say(f"{contestant.name}: {scores.facts['parameters']:,} parameters, context {contestant.context}")
-        if not contestant.scorer.reads_trees:
-            self.console.say("  its architecture takes no mask of our own: lm-eval's code scores it, choice by choice")
-        self._expect(contestant)
+        scores = Scores(eval_model.facts)
+        self.console.log(f"{eval_model.name}: {scores.facts['parameters']:,} parameters, context {eval_model.context}")
+        if not eval_model.scorer.reads_trees:
+            self.console.log("  its architecture takes no mask of our own: lm-eval's code scores it, choice by choice")
+        self._expect(eval_model)
         losses = None
         if self.shards is not None:
             self.meter.begin("validation set", "rows")
-            rows = validation_rows(self.shards.val, self.length, contestant, self.accelerator, self.meter)
-            losses = losses_over(rows, contestant, self.accelerator, self.meter)
+            rows = validation_rows(self.shards.val, self.length, eval_model, self.accelerator, self.meter)
+            losses = losses_over(rows, eval_model, self.accelerator, self.meter)
             scores.validation = losses.summary
             self._tell("validation set", f"{losses.summary['loss']:.4f} nats per token")
         for spec, documents in self.texts.items():
             self.meter.begin(spec, "windows")
-            text = text_rows(documents, contestant, contestant.context, self.accelerator, self.meter)
-            scores.texts[spec] = losses_over(text, contestant, self.accelerator, self.meter).summary
+            text = text_rows(documents, eval_model, eval_model.context, self.accelerator, self.meter)
+            scores.texts[spec] = losses_over(text, eval_model, self.accelerator, self.meter).summary
             self._tell(spec, f"{scores.texts[spec]['loss']:.4f} nats per token")
-        items = self._benchmarks(contestant, scores)
+        items = self._benchmarks(eval_model, scores)
         return Measured(scores, losses, items)
 
-    def _benchmarks(self, contestant: Contestant, scores: Scores) -> dict[str, list[Item]]:
-        journal = Journal(cache_folder() / contestant.fingerprint, self.accelerator.process_index)
+    def _benchmarks(self, eval_model: EvalModel, scores: Scores) -> dict[str, list[Item]]:
+        response_cache = ResponseCache(cache_folder() / eval_model.fingerprint, self.accelerator.process_index)
         found: dict[str, list[Item]] = {}
         for benchmark in self.benchmarks:
-            lm = SharedContextLM(contestant, journal, self.accelerator, self.meter)
+            lm = SharedContextLM(eval_model, response_cache, self.accelerator, self.meter)
             self.meter.begin(benchmark.name, parts=len(benchmark.tasks))
-            answered = [answer_items(lm, task, self.plan.wishes.limit) for task in benchmark.tasks]
+            answered = [answer_items(lm, task, self.plan.config.limit) for task in benchmark.tasks]
             items = [item for each in answered for item in each or []]
             cut = self.accelerator.reduce(torch.tensor(lm.cut, device=self.accelerator.device), "sum").item()
             if self.accelerator.is_main_process:
@@ -156,7 +156,7 @@ class Session:
                 self._tell(benchmark.name, shown + (f"; {cut} requests cut to the context" if cut else ""))
         return found
 
-    def conclude(self, measured: list[Measured]) -> None:
+    def finalize(self, measured: list[Measured]) -> None:
         """Compare the first model with each other one, write the folder, and print the answer."""
         ours, *others = measured
         comparisons = []
@@ -171,20 +171,20 @@ class Session:
             source = self.shards.manifest.source
             home = "the embedded documentation" if source.source == "embedded" else str(source.path)
         notes = results.notes(settings, home)
-        result = Outcome(settings, [each.scores for each in measured], comparisons, notes)
+        result = Results(settings, [each.scores for each in measured], comparisons, notes)
         results.write(result, by_item(measured), self.plan.out)
         for comparison in comparisons:
-            self.console.say(f"\nagainst {comparison.opponent}")
+            self.console.log(f"\nagainst {comparison.opponent}")
             for line in results.verdict_lines(comparison):
-                self.console.say(line.replace("**", ""))
+                self.console.log(line.replace("**", ""))
         for line in results.loss_lines(result):
-            self.console.say(line)
-        self.console.say(f"\nwritten: {self.plan.out}/comparison.md")
+            self.console.log(line)
+        self.console.log(f"\nwritten: {self.plan.out}/comparison.md")
 
     def _open_shards(self) -> Shards | None:
         origin, folder = self.plan.origin, self.plan.shards_dir
         if folder is None:
-            self.console.say("the validation loss is not measured; `--shards DIR` names prepared data to measure it on")
+            self.console.log("the validation loss is not measured; `--shards DIR` names prepared data to measure it on")
             return None
         shards = open_shards(folder, verify=self.accelerator.is_local_main_process)
         if origin is not None and shards.manifest.fingerprint != origin.data_fingerprint:
@@ -194,12 +194,12 @@ class Session:
             )
         return shards
 
-    def _refuse_other_tokens(self, contestants: list[Contestant]) -> None:
+    def _refuse_other_tokens(self, eval_models: list[EvalModel]) -> None:
         """The validation set is ids: they mean the same to a model only if its vocabulary is that of the shards."""
         if self.shards is None:
             return
         expected = load_tokenizer(str(self.shards.folder / "tokenizer")).get_vocab()
-        for each in contestants:
+        for each in eval_models:
             if each.tokenizer.get_vocab() != expected:
                 raise InputError(
                     f"{each.name}: its vocabulary is not that of {self.shards.folder}, so the losses on its tokens "
@@ -207,33 +207,33 @@ class Session:
                 )
 
     def _load_benchmarks(self) -> list[Benchmark]:
-        wishes = self.plan.wishes
-        tasks_dir = Path(wishes.tasks_dir) if wishes.tasks_dir else None
-        if not wishes.tasks:
+        config = self.plan.config
+        tasks_dir = Path(config.tasks_dir) if config.tasks_dir else None
+        if not config.tasks:
             return []
-        index = index_of(wishes.tasks, tasks_dir, trust=self.plan.trust_tasks)
+        index = index_of(config.tasks, tasks_dir, trust=self.plan.trust_tasks)
         if self.plan.data_dir is None:
-            for name, size in download_bytes(wishes.tasks, index).items():
+            for name, size in download_bytes(config.tasks, index).items():
                 known = f"{size / 1e6:.0f} MB" if size else "size not known"
-                self.console.say(f"  {name}: {known}, downloaded unless it was before")
+                self.console.log(f"  {name}: {known}, downloaded unless it was before")
         with self.accelerator.main_process_first():
-            return load_benchmarks(wishes.tasks, index, self.plan.data_dir)
+            return load_benchmarks(config.tasks, index, self.plan.data_dir)
 
-    def _expect(self, contestant: Contestant) -> None:
+    def _expect(self, eval_model: EvalModel) -> None:
         """Say how long it will take, from the rate of one batch and the tokens of a few items of each task."""
-        tokens = sum(tokens_of(benchmark, self.plan.wishes.limit) for benchmark in self.benchmarks)
+        tokens = sum(tokens_of(benchmark, self.plan.config.limit) for benchmark in self.benchmarks)
         tokens += self.shards.val.tokens if self.shards else 0  # and twice the texts, whose windows overlap by half
         tokens += sum(2 * len(t) / CHARACTERS_PER_TOKEN for documents in self.texts.values() for t in documents)
-        rate = probe(contestant)
+        rate = probe(eval_model)
         seconds = tokens / rate / self.accelerator.num_processes
-        self.console.say(
+        self.console.log(
             f"  about {count(tokens)} tokens at {count(rate)} a second: {duration(seconds)}, less what is known"
         )
-        if self.accelerator.device.type == "cpu" and self.plan.wishes.limit is None and seconds > LONG:
-            self.console.say(f"  on a CPU `--quick`, {QUICK} items a task, gives an answer sooner")
+        if self.accelerator.device.type == "cpu" and self.plan.config.limit is None and seconds > LONG:
+            self.console.log(f"  on a CPU `--quick`, {QUICK} items a task, gives an answer sooner")
 
     def _tell(self, what: str, found: str) -> None:
-        self.console.say(f"  {what}: {found} ({duration(self.meter.end())})")
+        self.console.log(f"  {what}: {found} ({duration(self.meter.end())})")
 
 
 def launch() -> Accelerator:
@@ -258,16 +258,16 @@ def tokens_of(benchmark: Benchmark, limit: int | None) -> float:
     return total
 
 
-def probe(contestant: Contestant) -> float:
+def probe(eval_model: EvalModel) -> float:
     """Tokens a second of a full batch, the second of two."""
-    length = min(64, contestant.context)
-    rows = contestant.scorer.budget // length
-    tokens = np.random.default_rng(0).integers(0, len(contestant.tokenizer), (rows, length))
+    length = min(64, eval_model.context)
+    rows = eval_model.scorer.budget // length
+    tokens = np.random.default_rng(0).integers(0, len(eval_model.tokenizer), (rows, length))
     requests = [Request(tuple(row[: -length // 4].tolist()), tuple(row[-length // 4 :].tolist())) for row in tokens]
-    [trees], _ = batches_of(requests, contestant.context, contestant.scorer.budget)
+    [trees], _ = batches_of(requests, eval_model.context, eval_model.scorer.budget)
     for _ in range(2):
         started = time.monotonic()
-        contestant.scorer.score(trees)  # its answers are read on the host, so the device has finished
+        eval_model.scorer.score(trees)  # its answers are read on the host, so the device has finished
     return sum(map(len, trees)) / (time.monotonic() - started)
 
 

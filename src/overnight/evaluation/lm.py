@@ -15,8 +15,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from overnight.errors import InputError
-from overnight.evaluation.cache import Journal, key_of
-from overnight.evaluation.models import Contestant
+from overnight.evaluation.cache import ResponseCache, key_of
+from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Answer, Request, batches_of
 
@@ -32,11 +32,16 @@ lm_eval.utils.env = _sandbox
 class SharedContextLM(HFLM):
     """lm-eval's own `hf` model but for one method, which shares contexts and remembers what was answered before."""
 
-    def __init__(self, contestant: Contestant, journal: Journal, accelerator: Accelerator, meter: Meter):
+    def __init__(self, eval_model: EvalModel, response_cache: ResponseCache, accelerator: Accelerator, meter: Meter):
         super().__init__(
-            pretrained=contestant.model, tokenizer=contestant.tokenizer, batch_size=LM_EVAL_BATCH, truncation=True
+            pretrained=eval_model.model, tokenizer=eval_model.tokenizer, batch_size=LM_EVAL_BATCH, truncation=True
         )
-        self.name, self.scorer, self.journal, self.meter = contestant.name, contestant.scorer, journal, meter
+        self.name, self.scorer, self.response_cache, self.meter = (
+            eval_model.name,
+            eval_model.scorer,
+            response_cache,
+            meter,
+        )
         self.cut = 0  # requests that did not fit into the model's context
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self._world_size > 1:
@@ -65,10 +70,10 @@ class SharedContextLM(HFLM):
         answers: list[Answer] = [Answer(0.0, False)] * len(asked)
         for trees in batches:
             key = key_of(trees)
-            found = self.journal.known.get(key)
+            found = self.response_cache.known.get(key)
             if found is None:
                 found = self.scorer.score(trees) if self.scorer.reads_trees else self._one_by_one(trees)
-                self.journal.add(key, found)
+                self.response_cache.add(key, found)
             numbers = [number for tree in trees for number in tree.numbers]
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer

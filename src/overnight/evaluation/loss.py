@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from overnight.data.batches import to_device, validation_batches
 from overnight.data.shards import Split
 from overnight.errors import InputError, first_line
-from overnight.evaluation.models import Contestant
+from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
 from overnight.prepare.documents import SUFFIXES, rows
 
@@ -66,7 +66,7 @@ Rows = Iterable[tuple[torch.Tensor, torch.Tensor, int]]
 """Batches of ids and targets, (rows, time) int64 each, and from which column on the targets count."""
 
 
-def losses_over(batches: Rows, of: Contestant, accelerator: Accelerator, meter: Meter) -> Losses:
+def losses_over(batches: Rows, of: EvalModel, accelerator: Accelerator, meter: Meter) -> Losses:
     """Score every target once on one of the processes; all of them return the same."""
     sizes = bytes_of_tokens(of.tokenizer)
     mine: list[tuple[float, int, int]] = []
@@ -95,7 +95,7 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return sizes
 
 
-def validation_rows(val: Split, length: int, of: Contestant, accelerator: Accelerator, meter: Meter) -> Rows:
+def validation_rows(val: Split, length: int, of: EvalModel, accelerator: Accelerator, meter: Meter) -> Rows:
     """The whole validation set in the trainer's rows, strided over the processes without filling up."""
     device = of.scorer.device
     meter.expect(val.tokens // accelerator.num_processes)
@@ -110,7 +110,7 @@ def validation_rows(val: Split, length: int, of: Contestant, accelerator: Accele
         yield ids, targets, 0
 
 
-def text_rows(documents: list[str], of: Contestant, context: int, accelerator: Accelerator, meter: Meter) -> Rows:
+def text_rows(documents: list[str], of: EvalModel, context: int, accelerator: Accelerator, meter: Meter) -> Rows:
     """Documents in windows of `context` tokens that overlap by half, each token scored once.
 
     A document begins after an end-of-text token, which is no target. Every token but those of the first window has at

@@ -38,7 +38,7 @@ WORTH_TELLING_APART = ("_name_or_path", "transformers_version", "dtype", "torch_
 
 
 @dataclass
-class Contestant:
+class EvalModel:
     """A model with its tokenizer, ready to be scored."""
 
     name: str
@@ -90,7 +90,7 @@ def origin_of(model: str) -> Origin | None:
         raise InputError(f"{stored}: not the recipe of a run of this version: {error}") from None
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype) -> Contestant:
+def load(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
     """The model of a folder or a Hub name. Raises InputError for what is none, or would need code or a pickle."""
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
@@ -109,15 +109,15 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> Contestant:
         raise InputError(f"{name}: no model can be loaded from there: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no tokenizer.json, or no end-of-text token to begin a text with")
-    return contestant(name, model, tokenizer, device, dtype)
+    return eval_model(name, model, tokenizer, device, dtype)
 
 
-def contestant(
+def eval_model(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, device: torch.device, dtype: torch.dtype
-) -> Contestant:
+) -> EvalModel:
     """`model` on its device in its arithmetic."""
     torch.nn.Module.to(model, device=device, dtype=dtype)
-    return Contestant(name, model, tokenizer, Scorer(model), fingerprint_of(model, tokenizer))
+    return EvalModel(name, model, tokenizer, Scorer(model), fingerprint_of(model, tokenizer))
 
 
 def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:

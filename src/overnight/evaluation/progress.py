@@ -53,7 +53,7 @@ class Meter:
             self._bar.update(self._bar.task_ids[0], completed=self.share, description=self.line())
         elif time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
             self.told = time.monotonic()
-            self.console.say(self.line())
+            self.console.log(self.line())
 
     def line(self) -> str:
         """Share done, speed and time left."""

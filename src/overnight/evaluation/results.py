@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, headline
 
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
@@ -43,7 +43,7 @@ class Comparison:
 
 
 @dataclass
-class Outcome:
+class Results:
     """Everything that was measured; the same command gives the same again."""
 
     settings: dict[str, Any]
@@ -97,16 +97,16 @@ def implausible(model: str, verdict: Verdict) -> str | None:
     )
 
 
-def write(outcome: Outcome, items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+def write(outcome: Results, items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """Write the folder; `items` are the lines of each benchmark. comparison.md comes last."""
     (folder / "items").mkdir(parents=True, exist_ok=True)
     for name, lines in items.items():
-        write_whole(folder / "items" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    write_whole(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
+        atomic_write(folder / "items" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    atomic_write(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
     for comparison in outcome.comparisons:
         if comparison.verdicts:
             draw(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))
-    write_whole(folder / "comparison.md", markdown(outcome))
+    atomic_write(folder / "comparison.md", markdown(outcome))
 
 
 def figure_name(opponent: str) -> str:
@@ -119,7 +119,7 @@ def safe(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name).strip("._")[-80:]
 
 
-def markdown(outcome: Outcome) -> str:
+def markdown(outcome: Results) -> str:
     """comparison.md, which is to be understood without anything else at hand."""
     ours = outcome.models[0].facts
     lines = [f"# {cell(ours['name'])}", ""]
@@ -170,7 +170,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     return [*lines, "", *[f"**Warning.** {warning}" for warning in comparison.warnings]]
 
 
-def loss_lines(outcome: Outcome) -> list[str]:
+def loss_lines(outcome: Results) -> list[str]:
     """Losses of all models on all texts."""
     lines = ["| text | model | nats per token | perplexity | bits per byte | tokens |", "|---|---|---|---|---|---|"]
     for scores in outcome.models:
@@ -194,7 +194,7 @@ def loss_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
-def score_lines(outcome: Outcome) -> list[str]:
+def score_lines(outcome: Results) -> list[str]:
     """Scores of all models side by side."""
     names = [scores.facts["name"] for scores in outcome.models]
     lines = ["| task | chance | " + " | ".join(map(cell, names)) + " |", "|---|---|" + "---|" * len(names)]

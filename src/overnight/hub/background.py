@@ -47,7 +47,7 @@ class Dispatch:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said = line.rstrip()
-            self.console.say(self.said)
+            self.console.log(self.said)
             self.heard.set()
         self.heard.set()
 
@@ -69,11 +69,11 @@ class Dispatch:
         self.reader.join()
         if self.process.returncode < 0:
             later = f"python recipes/publish.py {self.run}"
-            self.console.say(
+            self.console.log(
                 f"hub: sending was ended by signal {-self.process.returncode}; what is owed, this sends: {later}"
             )
         elif gave_up:
-            self.console.say(self.said)
+            self.console.log(self.said)
 
 
 class Nothing:

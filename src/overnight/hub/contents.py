@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 from overnight.recipe.schema import Recipe
 from overnight.report.model_card import CARD, CURVE, METRICS, RECIPE, report, unfinished_card
 from overnight.run_dir.layout import finished, folder_name, iteration_of, saved_iterations
@@ -92,7 +92,7 @@ def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Parcel | None:
     iteration, checkpoint = max(trunk.items())
     folder = fresh(run / STAGED / CHECKPOINTS)
     write_model(checkpoint, recipe, folder)
-    write_whole(folder / CARD, unfinished_card(recipe, iteration, repo_id))
+    atomic_write(folder / CARD, unfinished_card(recipe, iteration, repo_id))
     files = allowed_files(folder, MODEL_FILES)
     return Parcel(CHECKPOINTS, f"{iteration:,} iterations, not annealed", files, lambda: {CARD: folder / CARD})
 

@@ -44,7 +44,7 @@ GRACE = 5.0  # seconds after the patience at a run's end in which a request may 
 REFUSALS = (401, 403)
 NEVER = (400, 422)  # the request itself is wrong; the same again would be too
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Refused(Exception):
@@ -148,7 +148,7 @@ def refusal(error: Exception) -> str | None:
     return None
 
 
-def patiently(act: Callable[[], None], say: Say, wait: Callable[[float], bool]) -> str | None:
+def patiently(act: Callable[[], None], log: Log, wait: Callable[[float], bool]) -> str | None:
     """Do `act`, again after anything that may pass; returns None, or why there was no time left for it.
 
     `wait` waits some seconds and says whether there is still time. Raises `Refused` where another try would not help.
@@ -163,7 +163,7 @@ def patiently(act: Callable[[], None], say: Say, wait: Callable[[float], bool]) 
                 raise Refused(why) from None
             now = f"{type(error).__name__}: {first_line(error)}"
             if now != problem:
-                say(f"hub: {now}; trying again")
+                log(f"hub: {now}; trying again")
             problem = now
         else:
             return None
@@ -175,8 +175,8 @@ def patiently(act: Callable[[], None], say: Say, wait: Callable[[float], bool]) 
 class Courier:
     """Sends what a run owes, until its standard input says that the run is over."""
 
-    def __init__(self, run: Path, recipe: Recipe, say: Say):
-        self.run, self.recipe, self.say = run, recipe, say
+    def __init__(self, run: Path, recipe: Recipe, log: Log):
+        self.run, self.recipe, self.log = run, recipe, log
         self.shelf = Shelf(recipe.hub.repo_id or "", recipe.hub.private)
         self.over = threading.Event()  # the run
         self.left_since: float | None = None
@@ -194,7 +194,7 @@ class Courier:
 
     def open(self) -> str | None:
         """Make the repository ready; why it cannot be, otherwise."""
-        return patiently(self.shelf.open, self.say, self.wait)
+        return patiently(self.shelf.open, self.log, self.wait)
 
     def parcels(self, *, rhythm: bool) -> Iterator[tuple[str, Callable[[], Parcel | None]]]:
         """Everything that may be owed, by its branch; with `rhythm` what is sent every `hub.every_hours` too.
@@ -216,7 +216,7 @@ class Courier:
         """
         if (why := self.open()) is not None:
             return [why]
-        self.say(f"hub: finished models go to {self.shelf.repo_id}, {'private' if self.shelf.private else 'public'}")
+        self.log(f"hub: finished models go to {self.shelf.repo_id}, {'private' if self.shelf.private else 'public'}")
         started = time.monotonic()
         while True:
             over = self.over.is_set()
@@ -233,7 +233,7 @@ class Courier:
         """Push what is owed now; returns what could not be, in words."""
         owed = []
         for revision, make in self.parcels(rhythm=rhythm):
-            if (why := patiently(partial(self.push, make), self.say, self.wait)) is not None:
+            if (why := patiently(partial(self.push, make), self.log, self.wait)) is not None:
                 owed.append(f"{revision} ({why})")
         return owed
 
@@ -249,7 +249,7 @@ class Courier:
         parcel = make()
         if parcel is not None and self.shelf.owes(parcel):
             self.shelf.push(parcel)
-            self.say(f"hub: {self.shelf.repo_id}, {parcel.revision}: {parcel.title}, verified")
+            self.log(f"hub: {self.shelf.repo_id}, {parcel.revision}: {parcel.title}, verified")
 
 
 def publish(run: Path, repo_id: str | None, *, public: bool, dry_run: bool) -> int:
@@ -291,17 +291,17 @@ def publish(run: Path, repo_id: str | None, *, public: bool, dry_run: bool) -> i
 def main(run: Path) -> int:
     """Serve one run until standard input ends; 0 when all of it is there."""
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, flush=True)
 
-    courier = Courier(run, recipe_of(run), say)
+    courier = Courier(run, recipe_of(run), log)
 
     def listen() -> None:
         if sys.stdin.readline().strip() != "over":  # the trainer was killed: what is owed, the next session sends
             os._exit(0)
         courier.over.set()
         time.sleep(60 * courier.recipe.hub.patience_minutes + GRACE)
-        say(f"hub: no answer. {later}")
+        log(f"hub: no answer. {later}")
         os._exit(1)
 
     later = f"What is still owed, this sends: python recipes/publish.py {run}"
@@ -309,10 +309,10 @@ def main(run: Path) -> int:
     try:
         owed = courier.deliver()
     except Refused as refused:
-        say(f"hub: {refused}. {later}")
+        log(f"hub: {refused}. {later}")
         return 1
     if owed:
-        say(f"hub: still owed: {'; '.join(owed)}. {later}")
+        log(f"hub: still owed: {'; '.join(owed)}. {later}")
     return bool(owed)
 
 

@@ -37,7 +37,9 @@ OLDEST = 1 / 8  # of the last validation's iteration: what came before tells lit
 WARM = 2  # warmups before a curve begins
 DRIFTS = (0.003, 0.01, 0.03, 0.1)  # nats an e-fold of tokens
 NOISES = (0.002, 0.005, 0.012, 0.03)  # nats
-WANDER = 0.2  # nats an e-fold, over one e-fold of tokens: how far the slope of a curve wanders before it is a power law
+SLOPE_DRIFT = (
+    0.2  # nats an e-fold, over one e-fold of tokens: how far the slope of a curve wanders before it is a power law
+)
 STRAIGHT = 1e-6  # a beta that bends nothing
 LOSS_AT_124M = 3.28  # nats on FineWeb, of the runs whose gain facts/scaling_law.json has
 BEND = 0.3  # of the gain: how far a loss in the middle of a decay may be from its rate's share
@@ -182,7 +184,7 @@ class Prior:
     sigma: np.ndarray  # (3,)
     beta: float
     beta_spread: float  # standard deviation of its logarithm
-    wander: float  # of the slope, nats an e-fold, over one e-fold of tokens
+    slope_drift: float  # of the slope, nats an e-fold, over one e-fold of tokens
     memories: tuple[float, ...]  # iterations
 
 
@@ -193,10 +195,10 @@ def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
     """
     beta = scaling_law.constants()["beta"]
     early = tokens / scaling_law.block_parameters(recipe.model) < scaling_law.constants()["valid_range"]["D/N"][0]
-    if early or not scaling_law.inside(recipe):
+    if early or not scaling_law.in_fit_range(recipe):
         mean, sigma = np.array([loss, 0.5, 0.03 * loss]), np.array([2.0, 2.0, 0.03 * loss])
-        beta, spread, wander = (STRAIGHT, 0.0, WANDER) if early else (beta, 0.4, 0.0)
-        return Prior(mean, sigma, beta, spread, wander, memories=(30, 100, 300, 1000))
+        beta, spread, slope_drift = (STRAIGHT, 0.0, SLOPE_DRIFT) if early else (beta, 0.4, 0.0)
+        return Prior(mean, sigma, beta, spread, slope_drift, memories=(30, 100, 300, 1000))
     decay = recipe.schedule.decay_fraction if recipe.schedule.kind == "wsd" else 0.0
     counted = 1 - decay * (1 - decay_area(1.0))
     level, slope = scaling_law.level_and_slope(recipe, tokens / counted)  # the law counts all tokens of an annealed run
@@ -223,7 +225,7 @@ def scatter(prior: Prior, points: Sequence[Point], time: np.ndarray) -> tuple[np
     drift, noise = np.array(list(itertools.product(DRIFTS, NOISES))).T
     left = np.array([point.to_come for point in points])
     bend = BEND * prior.mean[2] * 4 * left * (1 - left)
-    wandering = prior.wander**2 * twice_brownian(time)
+    wandering = prior.slope_drift**2 * twice_brownian(time)
     return drift[:, None, None] ** 2 * brownian(time) + wandering + np.diag(bend**2), noise
 
 

@@ -17,7 +17,7 @@ from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, pr
 from overnight.planning.memory import Memory, by_formula
 from overnight.planning.model_size import derive, derived_rows
 from overnight.planning.roofline import speed_of
-from overnight.planning.scaling_law import inside, offset_of
+from overnight.planning.scaling_law import in_fit_range, offset_of
 from overnight.planning.table import Budget, Losses, Prices, budget, by_law, default_milestones, gpt2_loss, lines
 from overnight.recipe.schema import Recipe
 
@@ -71,8 +71,10 @@ def _losses(recipe: Recipe, milestones: list[int], unique: int | None, measured:
         return by_law(recipe, milestones, unique, _offset(recipe, measured))
     found = forecast_of_run(measured, milestones, unique)
     source = f"nats per token, forecast with 90 % intervals from the validations of {measured} so far"
-    doubts = [] if inside(recipe) else ["GPT-2's loss is of other text or other tokens, or the model of another size"]
-    return Losses({m: found.at(number) for number, m in enumerate(milestones)}, source, doubts)
+    caveats = (
+        [] if in_fit_range(recipe) else ["GPT-2's loss is of other text or other tokens, or the model of another size"]
+    )
+    return Losses({m: found.at(number) for number, m in enumerate(milestones)}, source, caveats)
 
 
 def _offset(recipe: Recipe, file: Path) -> float:

@@ -103,7 +103,7 @@ def wsd_offset() -> float:
 
 
 def dataset_of(recipe: Recipe) -> str:
-    """Which of the law's datasets a recipe trains on; FineWeb-Edu stands in for any other (see `doubts`)."""
+    """Which of the law's datasets a recipe trains on; FineWeb-Edu stands in for any other (see `caveats`)."""
     return DATASETS.get(str(recipe.data.path), "fineweb-edu")
 
 
@@ -125,14 +125,14 @@ def expected(recipe: Recipe, max_iters: int, unique: int | None, offset: float |
     return Expected(loss + offset, sigma["after_one_point_on_the_same_validation_set"])
 
 
-def inside(recipe: Recipe) -> bool:
+def in_fit_range(recipe: Recipe) -> bool:
     """Whether the law was fitted to models and tokens like these."""
     low, high = constants()["valid_range"]["N"]
     of_size = low <= block_parameters(recipe.model) <= high
     return of_size and str(recipe.data.path) in DATASETS and recipe.model.vocab_size == GPT2_VOCABULARY
 
 
-def doubts(recipe: Recipe, iterations: list[int]) -> list[str]:
+def caveats(recipe: Recipe, iterations: list[int]) -> list[str]:
     """Where a forecast is outside the data that the law was fitted to, in plain words."""
     ranges, found = constants()["valid_range"], []
     parameters = block_parameters(recipe.model)

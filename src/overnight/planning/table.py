@@ -32,7 +32,7 @@ class Losses:
 
     of: Mapping[int, scaling_law.Expected]  # by max_iters
     source: str
-    doubts: list[str]
+    caveats: list[str]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Budget:
     dataset: str
     rows: list[Row]
     losses: str  # what they stand on
-    doubts: list[str]
+    caveats: list[str]
 
     def cheapest_below_gpt2(self) -> int | None:
         """The fewest iterations whose expected loss is below GPT-2 124M's."""
@@ -143,7 +143,7 @@ def budget(
         dataset=dataset,
         rows=rows,
         losses=losses.source,
-        doubts=losses.doubts,
+        caveats=losses.caveats,
     )
 
 
@@ -153,7 +153,7 @@ def by_law(recipe: Recipe, milestones: Sequence[int], unique: int | None, offset
         {max_iters: scaling_law.expected(recipe, max_iters, unique, offset) for max_iters in milestones},
         "nats per token, the scaling law of facts/scaling_law.json with 90 % intervals"
         + (f", shifted by {offset:+.3f} as measured" if offset is not None else ""),
-        scaling_law.doubts(recipe, list(milestones)),
+        scaling_law.caveats(recipe, list(milestones)),
     )
 
 
@@ -277,4 +277,4 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
         out.append(f"memory    {budget.memory.peak_gib:.1f} GiB with {rows}, {budget.memory.source}")
     out.append(f"disk      {budget.disk_gb:.1f} GB, the data included")
     out.append(f"loss      {budget.losses}")
-    return out + [f"WARNING   {doubt}" for doubt in budget.doubts]
+    return out + [f"WARNING   {doubt}" for doubt in budget.caveats]

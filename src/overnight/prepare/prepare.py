@@ -24,7 +24,7 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 from transformers import PreTrainedTokenizerFast
 
-from overnight.core.files import room_in
+from overnight.core.files import disk_full_error
 from overnight.data.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
 from overnight.data.shards import verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
@@ -72,7 +72,7 @@ def prepare(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"`data.dir` is {folder}, which holds other files and no {MANIFEST}: name a new folder")
     workers = workers or Workers()
-    with _claimed(folder) as partial, room_in(partial, "data.dir"):
+    with _claimed(folder) as partial, disk_full_error(partial, "data.dir"):
         commit = sources.pinned_commit(data)
         job = _job(partial, data, commit, vocab_size, workers.count, report)
         if workers.executor == "slurm":

@@ -183,7 +183,7 @@ def fetch(file: SourceFile, folder: Path) -> tuple[Path, str]:
         return path, known.read_text()
     folder.mkdir(parents=True, exist_ok=True)
     if file.name == EMBEDDED:
-        files.write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in embedded_documents()))
+        files.atomic_write(path, "".join(json.dumps({"text": text}) + "\n" for text in embedded_documents()))
     elif file.remote:
         _fetch_remote(file, path)
     found = files.sha256(path)
@@ -191,7 +191,7 @@ def fetch(file: SourceFile, folder: Path) -> tuple[Path, str]:
         if file.remote:
             path.unlink()  # so that the next try fetches it anew
         raise DamagedData(f"{file.name}: SHA-256 {file.sha256} expected, {found} found; fetch or write it again")
-    files.write_whole(known, found)
+    files.atomic_write(known, found)
     return path, found
 
 

@@ -162,7 +162,7 @@ class StageTokens(PipelineStep):
             if job.stage(rank).exists() or any(job.error(0).parent.glob("*.json")) or _enough_before(job, rank):
                 return
             try:
-                with files.room_in(job.folder, "data.dir"):
+                with files.disk_full_error(job.folder, "data.dir"):
                     self._stage(data, rank)
                 sources.discard(job.files[rank], job.inputs)
             except InputError as error:
@@ -200,7 +200,7 @@ class StageTokens(PipelineStep):
                 file.flush()
                 os.fsync(file.fileno())
         path, sha256 = sources.fetch(self.job.files[rank], self.job.inputs)  # which knows it since it was read
-        files.write_whole(folder / "stage.json", json.dumps(tally.summary(path.stat().st_size, sha256)))
+        files.atomic_write(folder / "stage.json", json.dumps(tally.summary(path.stat().st_size, sha256)))
         files.sync(folder / "stage.json")
 
 
@@ -242,7 +242,7 @@ class Tally:
         if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
             self._last = time.monotonic()
             about = {"share": share, "tokens": self.tokens, "pid": os.getpid(), "host": platform.node()} | self.counts
-            files.write_whole(self.path, json.dumps(about))
+            files.atomic_write(self.path, json.dumps(about))
 
     def summary(self, size: int, sha256: str) -> dict:
         """The content of `stage.json` for a file of that size and SHA-256."""
@@ -288,7 +288,7 @@ def _enough_before(job: Job, rank: int) -> bool:
 
 def _leave(path: Path, error: InputError) -> None:
     path.parent.mkdir(exist_ok=True)
-    files.write_whole(path, json.dumps([type(error).__name__, error.problems]))
+    files.atomic_write(path, json.dumps([type(error).__name__, error.problems]))
 
 
 def raise_left(folder: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from overnight.core.console import count, duration, plain
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 from overnight.errors import InputError
 from overnight.planning import scaling_law
 from overnight.planning.gpus import facts as facts_of
@@ -45,15 +45,15 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     folder = run / "report" / folder_name(budget)
     folder.mkdir(parents=True, exist_ok=True)
     draw([run], folder / CURVE)
-    write_whole(folder / RECIPE, yaml.safe_dump(shown(recipe), sort_keys=False))
+    atomic_write(folder / RECIPE, yaml.safe_dump(shown(recipe), sort_keys=False))
     path_there = [r for r in records if r["iteration"] <= budget and r.get("cooldown", budget) == budget]
-    write_whole(folder / METRICS, "".join(json.dumps(record) + "\n" for record in path_there))
+    atomic_write(folder / METRICS, "".join(json.dumps(record) + "\n" for record in path_there))
     scored = run / "evaluation" / folder_name(budget)
     if (scored / "results.json").is_file():
         (folder / "evaluation").mkdir(exist_ok=True)
         for path in [scored / "results.json", scored / "comparison.md", *scored.glob("against-*.png")]:
             shutil.copyfile(path, folder / "evaluation" / path.name)
-    write_whole(folder / CARD, card(run, recipe, records, end, repo_id))
+    atomic_write(folder / CARD, card(run, recipe, records, end, repo_id))
     return folder
 
 
@@ -190,7 +190,7 @@ def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str
         tokens = count(budget * recipe.batch.tokens_per_iter)
         before = (
             interval(*scaling_law.expected(recipe, budget, facts["unique_tokens"]).interval())
-            if scaling_law.inside(recipe)
+            if scaling_law.in_fit_range(recipe)
             else "-"
         )
         on_the_way, reached = forecast(recipe, records, budget), f"{ends[budget]['val_loss']:.3f}"
@@ -198,7 +198,7 @@ def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str
         lines.append("| " + " | ".join(cells) + " |")
     why = (
         "Predicted by a scaling law of public runs."
-        if scaling_law.inside(recipe)
+        if scaling_law.in_fit_range(recipe)
         else "Nothing is predicted before the run: it is outside of the data of the scaling law."
     )
     return "\n".join(lines) + (

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import yaml
 
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 from overnight.core.lock import hold
 from overnight.errors import InputError
 from overnight.recipe.identity import difference_lines, differences, grown, immutable_keys, recipe_identity
@@ -136,8 +136,8 @@ class RunDirectory:
             "changes": self.changes,
             "recipe": self.recipe.model_dump(),
         }
-        write_whole(self.path / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
-        write_whole(self.path / "environment.json", json.dumps(environment, indent=1))
+        atomic_write(self.path / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
+        atomic_write(self.path / "environment.json", json.dumps(environment, indent=1))
 
     def checkpoint(self, iteration: int, schedule: Schedule) -> Path:
         """Where the state after `iteration` belongs: to the trunk, or to the decay towards the schedule's end."""

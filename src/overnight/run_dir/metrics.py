@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 
 Record = dict[str, Any]
 
@@ -45,7 +45,7 @@ class Metrics:
 
     def keep(self, wanted: Callable[[Record], bool]) -> None:
         """Drop the records that are not `wanted`, and unfinished lines."""
-        write_whole(self.path, "".join(_line(record) for record in self.records() if wanted(record)))
+        atomic_write(self.path, "".join(_line(record) for record in self.records() if wanted(record)))
 
 
 def _line(record: Record) -> str:

@@ -63,12 +63,12 @@ def unfit(run: Run) -> str | None:
     return None
 
 
-def give_up(run: Run, problem: str) -> int:
+def abort_diverged(run: Run, problem: str) -> int:
     """End a run that does not come back from what is not finite, without a model; the last checkpoint stays."""
     finish_saving(run)
     saved = run.directory.resumable(run.schedule)
     where = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
-    run.console.say(
+    run.console.log(
         f"{problem}: the run has diverged; {where}."
         f" A lower `--optim.lr` (now {run.recipe.optim.lr:g}) under another `--name` is the usual cure"
     )
@@ -105,7 +105,7 @@ def interrupted(run: Run) -> int:
     if run.accelerator.is_main_process:
         run.record("event", event="interrupted")
         log_lost(run)
-    run.console.say(f"interrupted after iteration {run.iteration} {goes_on(run)}{command(run)}")
+    run.console.log(f"interrupted after iteration {run.iteration} {goes_on(run)}{command(run)}")
     return EXIT_INTERRUPTED
 
 
@@ -130,22 +130,22 @@ def finish(run: Run) -> int:
     if run.accelerator.is_main_process:
         folder, started = run.directory.models / folder_name(run.iteration), time.monotonic()
         probe = torch.from_numpy(run.shards.val.read(0, 0, 64).astype(np.int64))[None]
-        run.console.say(f"exporting {folder} and loading it in a fresh process")
+        run.console.log(f"exporting {folder} and loading it in a fresh process")
         try:
             model = published(run.model, run.recipe.model)
             with_room(run.device, lambda: export(model, run.tokenizer, folder, probe))
         except Exception as error:  # tokenizers' own for a full disk is a bare Exception
             if not no_room(error):
                 raise
-            run.console.say(f"{folder} is not written: {error}; make room, and the same command again writes it")
+            run.console.log(f"{folder} is not written: {error}; make room, and the same command again writes it")
             code = EXIT_INTERRUPTED
         else:
-            conclude(run, folder, time.monotonic() - started)
+            finalize(run, folder, time.monotonic() - started)
     run.accelerator.wait_for_everyone()
     return code
 
 
-def conclude(run: Run, folder: Path, export_seconds: float) -> None:
+def finalize(run: Run, folder: Path, export_seconds: float) -> None:
     """Record the end of the way to this target, print its results, and begin to score the model if that is asked."""
     joules, seconds = energy_used(run), run.throughput.per_iteration()
     run.record(
@@ -164,7 +164,7 @@ def conclude(run: Run, folder: Path, export_seconds: float) -> None:
         begin_quick_eval(run, folder)
     if run.time_limit and run.iteration < run.recipe.schedule.max_iters:
         point = branch_point(run.schedule)
-        run.console.say(f"      the same command, another night: goes on from the trunk at iteration {point:,}")
+        run.console.log(f"      the same command, another night: goes on from the trunk at iteration {point:,}")
     log_lost(run)
 
 

@@ -55,7 +55,7 @@ def tell(run: Run, what: str, error: Exception) -> None:
     with contextlib.suppress(Exception):  # it may be the screen itself, or the log
         if run.accelerator.is_main_process:
             run.record("event", event="failed", what=what, problem=problem)
-        run.console.say(f"{what}: failed ({problem}); the run goes on without, and this is said once")
+        run.console.log(f"{what}: failed ({problem}); the run goes on without, and this is said once")
 
 
 @informs("trackers")
@@ -103,7 +103,7 @@ def log_step(run: Run, loss: float, grad_norm: float) -> None:
     )
     left = seconds and remaining_seconds(run, seconds, run.throughput.validation_seconds)
     shown = record | {"val": run.history.last_val, "gib_total": run.device.total_gib, "eta_seconds": left}
-    run.console.say(step_line(shown, schedule.max_iters))
+    run.console.log(step_line(shown, schedule.max_iters))
     log_trouble(run)
     if (fall := run.throughput.fell_by()) is not None:
         log_slow(run, fall)
@@ -117,7 +117,7 @@ def log_step(run: Run, loss: float, grad_norm: float) -> None:
 def log_slow(run: Run, fall: float) -> None:
     """Say and record that the run became slower than it was."""
     run.record("event", event="slower", fall=fall)
-    run.console.say(
+    run.console.log(
         f"the rate is {fall:.0%} below that of the first {RATE_WINDOW} warm iterations: another program on the device,"
         " heat, or on WSL memory that spilled to the host; said once"
     )
@@ -137,16 +137,16 @@ def log_validation(run: Run, loss: float, samples: list[str], seconds: float) ->
         return
     run.record("val", loss=loss, seconds=seconds, samples=samples)
     tokens = f"{run.shards.val.tokens:,} tokens in {duration(seconds)}"
-    run.console.say(f"validation loss {loss:.4f} at iteration {run.iteration} ({tokens})")
+    run.console.log(f"validation loss {loss:.4f} at iteration {run.iteration} ({tokens})")
     for prompt, text in zip(run.recipe.validation.prompts, samples, strict=False):
-        run.console.say(f"  {prompt} >{' '.join([' ', *text.split()])}")
+        run.console.log(f"  {prompt} >{' '.join([' ', *text.split()])}")
     track(run, {"val/loss": loss})
 
 
 @informs("the line of a validation")
 def log_not_finite(run: Run, loss: float) -> None:
     """Say and record that a validation gave no number."""
-    run.console.say(f"validation loss {loss} at iteration {run.iteration}: not finite, and none to finish with")
+    run.console.log(f"validation loss {loss} at iteration {run.iteration}: not finite, and none to finish with")
     if run.accelerator.is_main_process:
         run.record("event", event="validation not finite", loss=str(loss))
 
@@ -156,7 +156,7 @@ def log_baselines(run: Run) -> None:
     """What unigram and bigram models of the same training tokens reach, to set the scale."""
     losses = ngram_losses(seen_tokens(run.batches, run.recipe.schedule.max_iters), run.shards.val.read_all())
     run.record_at(0, "event", event="ngram baselines", **losses)
-    run.console.say(f"for scale, models of the same training tokens: {baseline_line(losses)} nats per token")
+    run.console.log(f"for scale, models of the same training tokens: {baseline_line(losses)} nats per token")
 
 
 @informs("trackers")
@@ -168,7 +168,7 @@ def track(run: Run, values: dict[str, float | None]) -> None:
 @informs("the line of an update that was left out")
 def log_skip(run: Run, loss: float, grad_norm: float) -> None:
     """Say and record that an update was left out, with the rows of the training set that it would have used."""
-    run.console.say(
+    run.console.log(
         f"iteration {run.iteration}: loss {loss}, gradient norm {grad_norm}: not finite, the weights stay as they were"
     )
     if run.accelerator.is_main_process:
@@ -180,7 +180,7 @@ def log_skip(run: Run, loss: float, grad_norm: float) -> None:
 @informs("the line of a spike")
 def log_spike(run: Run, loss: float, rise: float) -> None:
     """Say and record that the loss rose far above what it was, with the rows that it was measured on."""
-    run.console.say(f"iteration {run.iteration}: loss {loss:.4f}, {rise:.2f} above its median: a spike begins")
+    run.console.log(f"iteration {run.iteration}: loss {loss:.4f}, {rise:.2f} above its median: a spike begins")
     if run.accelerator.is_main_process:
         places = run.batches.places(run.iteration - 1)
         run.record("event", event="spike", loss=loss, rise=rise, rows=places)
@@ -192,10 +192,10 @@ def log_saved(run: Run, saved: Saved | None) -> None:
         return
     values = {"checkpoint": saved.path.name, "held_seconds": saved.held, "seconds": saved.seconds}
     if saved.problem is None:
-        run.console.say(f"saved {saved.path} in {saved.seconds:.1f}s, {saved.held:.2f}s of it before going on")
+        run.console.log(f"saved {saved.path} in {saved.seconds:.1f}s, {saved.held:.2f}s of it before going on")
         run.record("event", event="saved", **values)
         return
-    run.console.say(f"{saved.path} is not saved: {saved.problem}; older checkpoints stay, and the run goes on")
+    run.console.log(f"{saved.path} is not saved: {saved.problem}; older checkpoints stay, and the run goes on")
     run.record("event", event="not saved", **values, problem=saved.problem)
 
 
@@ -203,16 +203,16 @@ def log_trouble(run: Run) -> None:
     """Say when records can no longer be written, and when they can again."""
     trouble = run.directory.metrics.trouble
     if trouble and not run.cannot_log:
-        run.console.say(f"{trouble}: records wait in memory until it takes them; the run goes on")
+        run.console.log(f"{trouble}: records wait in memory until it takes them; the run goes on")
     if run.cannot_log and not trouble:
-        run.console.say(f"{run.directory.metrics.path} takes records again; none is lost")
+        run.console.log(f"{run.directory.metrics.path} takes records again; none is lost")
     run.cannot_log = trouble is not None
 
 
 def log_lost(run: Run) -> None:
     """Say at the end which records found no room."""
     if waiting := run.directory.metrics.waiting:
-        run.console.say(f"{run.directory.metrics.trouble}: its last {len(waiting)} records are lost")
+        run.console.log(f"{run.directory.metrics.trouble}: its last {len(waiting)} records are lost")
 
 
 @informs("benchmarks of a milestone")
@@ -230,7 +230,7 @@ def log_quick_eval(run: Run, quick_eval: QuickEval) -> None:
     scores, problem = quick_eval.scores()
     run.directory.append("event", milestone, cooldown=milestone, event="scores", items=items, **scores)
     shown = ", ".join(f"{task} {score:.1%}" for task, score in scores.items())
-    run.console.say(f"{quick_eval.folder.name}, first {items} items: {shown or f'not scored: {problem}'}")
+    run.console.log(f"{quick_eval.folder.name}, first {items} items: {shown or f'not scored: {problem}'}")
     track(run, {f"benchmark/{task}": score for task, score in scores.items()})
 
 
@@ -262,5 +262,5 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
     ]
     console.box(f"{directory.path} is finished", lines)
     prompts = directory.recipe.validation.prompts
-    console.say(f"next: python recipes/eval.py {done['model']}")
-    console.say(f"      python recipes/sample.py {done['model']}" + (f' --prompt "{prompts[0]}"' if prompts else ""))
+    console.log(f"next: python recipes/eval.py {done['model']}")
+    console.log(f"      python recipes/sample.py {done['model']}" + (f' --prompt "{prompts[0]}"' if prompts else ""))

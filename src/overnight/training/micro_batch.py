@@ -75,7 +75,7 @@ def measure(run: Run) -> str:
     if remembered:
         run.micro_batch = remembered
         return f"{remembered} rows, as an earlier session measured on the same device with as much memory"
-    run.console.say(f"measuring which micro-batch is the fastest in {limit:.1f} GiB; each size is compiled once")
+    run.console.log(f"measuring which micro-batch is the fastest in {limit:.1f} GiB; each size is compiled once")
     trials = search(
         largest_to_try(run, limit),
         run.derived.rows_per_process,
@@ -153,7 +153,7 @@ def attempt(run: Run, rows: int) -> Trial | None:
     run.model.zero_grad(set_to_none=True)
     run.device.release()
     found = f"{rows} rows do not fit" if trial is None else describe(run, trial)
-    run.console.say(f"  {found} (tried in {duration(time.monotonic() - started)})")
+    run.console.log(f"  {found} (tried in {duration(time.monotonic() - started)})")
     return trial
 
 
@@ -221,7 +221,7 @@ def halve(run: Run, *, validating: bool = False) -> None:
     if not after:
         raise too_small(run)
     run.micro_batch = after
-    run.console.say(
+    run.console.log(
         f"{'validation at ' if validating else ''}iteration {iteration}: out of memory with {before} rows at once; its"
         f" tokens again with {after} rows at once"
     )

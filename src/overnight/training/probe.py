@@ -76,7 +76,7 @@ def probe(recipe: Recipe, iterations: int = ITERATIONS) -> dict:
         facts, seconds = device_facts(run)
         console.table("this machine", list(facts.items()))
         tokens = f"{run.recipe.batch.tokens_per_iter:,} random tokens"
-        console.say(f"{iterations} iterations of {tokens}, {duration(seconds * run.grad_accum * iterations)}")
+        console.log(f"{iterations} iterations of {tokens}, {duration(seconds * run.grad_accum * iterations)}")
         for _ in range(iterations):
             started = time.monotonic()
             train_step(run)

@@ -80,7 +80,7 @@ def resume(run: Run) -> None:
         chosen = checkpoint.newest_whole(run.directory.resumable(run.schedule))
     found, said = broadcast_object_list([chosen])[0]
     for line in said:
-        run.console.say(line)
+        run.console.log(line)
     if found is None:
         if run.iteration:  # a budget was finished, and the weights at hand are those of its decay
             raise InputError(f"{run.directory.checkpoints} has no whole checkpoint of the trunk to go back to")
@@ -98,13 +98,13 @@ def resume(run: Run) -> None:
         for change in run.directory.changes[len(state["changes"]) :]:
             run.record("event", event="changed", **change)
     for change in run.directory.changes[len(state["changes"]) :]:
-        run.console.say(f"`{change['key']}` was {change['before']!r} and is {change['now']!r} from here on")
+        run.console.log(f"`{change['key']}` was {change['before']!r} and is {change['now']!r} from here on")
     if state["threads"] != (threads := torch.get_num_threads()):
-        run.console.say(
+        run.console.log(
             f"this session computes with {threads} threads, the one before with {state['threads']}: losses agree to"
             " rounding, not to the bit"
         )
-    run.console.say(f"goes on at iteration {run.iteration} from {found}")
+    run.console.log(f"goes on at iteration {run.iteration} from {found}")
 
 
 def refuse_foreign(run: Run, found: Path, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 
 from overnight.core.console import Console, estimated_end
 from overnight.core.extras import require
-from overnight.core.files import room_in
+from overnight.core.files import disk_full_error
 from overnight.data.batches import TrainingBatches
 from overnight.data.manifest import Manifest, is_prepared, require_same_request
 from overnight.data.shards import Shards, open_shards
@@ -45,7 +45,7 @@ from overnight.training.state import Run, TimeLimit
 def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
     """`--dry-run`: the resolved recipe and everything that follows from it; nothing is built or written."""
     derived = derive(recipe, accelerator.device.type, accelerator.num_processes, recipe.data.train_tokens)
-    console.say(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+    console.log(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     console.table("derived", derived_rows(recipe, derived))
 
 
@@ -76,7 +76,7 @@ def prepare_embedded(recipe: Recipe, console: Console) -> None:
     require("prepare", f"`data.dir`: {recipe.data.dir} holds no prepared data; preparing it")
     from overnight.prepare.prepare import prepare
 
-    prepare(recipe.data, recipe.model.vocab_size, report=console.say)
+    prepare(recipe.data, recipe.model.vocab_size, report=console.log)
 
 
 def found_identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
@@ -125,7 +125,7 @@ def claim(run: Run, facts: dict[str, str]) -> None:
         "parameters": run.derived.parameters,
         "measured": micro_batch.measured(run),
     }
-    with room_in(run.directory.path, "name"):
+    with disk_full_error(run.directory.path, "name"):
         run.directory.claim(found_identity(run.accelerator, run.shards), found)
 
 

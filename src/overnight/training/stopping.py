@@ -130,7 +130,7 @@ def tell(run: Run, outlook: Outlook, flat: int | None, started: float) -> None:
         told.append(words)
     run.record("forecast", budgets=record, flat=flat is not None, seconds=time.monotonic() - started)
     surely = f"; flat, {INTERVAL:.0%} sure: not worth going on to {flat:,}" if flat else ""
-    run.console.say(f"forecast {' | '.join(told)}{surely}")
+    run.console.log(f"forecast {' | '.join(told)}{surely}")
 
 
 def tell_flat(run: Run, target: int, longer: int) -> None:
@@ -138,7 +138,7 @@ def tell_flat(run: Run, target: int, longer: int) -> None:
     if run.accelerator.is_main_process:
         least = run.recipe.stop.min_gain_nats
         run.record("event", event="flat", budget=target, longer=longer, min_gain_nats=least)
-        run.console.say(
+        run.console.log(
             f"flat: what is left of the way to {longer:,} iterations would gain less than its part of"
             f" `stop.min_gain_nats` {least:g}, {INTERVAL:.0%} sure; the learning rate falls from here on, to end at"
             f" {target:,}"

@@ -16,7 +16,7 @@ import psutil
 from accelerate.utils import broadcast_object_list
 
 from overnight.core.console import duration
-from overnight.core.files import write_whole
+from overnight.core.files import atomic_write
 from overnight.errors import InputError
 from overnight.recipe.schedule import branch_point, ending_now, towards
 from overnight.recipe.schema import Recipe
@@ -96,12 +96,12 @@ def begin(run: Run) -> None:
         chosen = (
             f", {limit.target_iters:,} iterations" if limit.target_iters else "; what fits is chosen by the first ones"
         )
-        run.console.say(f"the night ends at {limit.kept.until}, in {duration(limit.left())}{chosen}")
+        run.console.log(f"the night ends at {limit.kept.until}, in {duration(limit.left())}{chosen}")
 
 
 def keep(run: Run, limit: TimeLimit) -> None:
     """Write `night.json`."""
-    write_whole(run.directory.path / FILE, json.dumps(asdict(limit.kept), indent=1))
+    atomic_write(run.directory.path / FILE, json.dumps(asdict(limit.kept), indent=1))
 
 
 def target_in_time(run: Run) -> int | None:
@@ -150,7 +150,7 @@ def tell(run: Run, limit: TimeLimit, before: int | None) -> None:
     assert target is not None
     run.record("event", event="night", budget=target, before=before, until=until)
     instead = f" in place of {before:,}" if before else ""
-    run.console.say(
+    run.console.log(
         f"{target:,} iterations fit into the {duration(limit.left())} that are left{instead}: the learning rate falls"
         f" from iteration {branch_point(towards(run.schedule, target)):,} on"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from overnight.core.files import room_in
+from overnight.core.files import disk_full_error
 from overnight.device.faults import until_memory_runs_out
 from overnight.device.launch import launch, on_main
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
@@ -102,7 +102,7 @@ def fit(run: Run, targets: list[int]) -> int:
         with finish.stop_on_signal(run):
             for target in targets:
                 run.target_iters, run.throughput = target, Throughput()
-                with room_in(run.directory.path, "name"):
+                with disk_full_error(run.directory.path, "name"):
                     resume(run)
                 code = loop(run)
                 if code or run.target_iters != target:  # flat, or out of time: it ended with another target
@@ -199,7 +199,7 @@ def loop(run: Run) -> int:
         run.iteration += 1
         watch(run, loss, grad_norm, finite=finite)
         if run.history.skipped_in_a_row == finish.SKIPS_BEFORE_GIVING_UP:
-            return finish.give_up(run, f"{finish.SKIPS_BEFORE_GIVING_UP} updates in a row were not finite")
+            return finish.abort_diverged(run, f"{finish.SKIPS_BEFORE_GIVING_UP} updates in a row were not finite")
         if run.iteration % run.recipe.logging.every == 0 or run.iteration == run.target_iters:
             log_step(run, loss, grad_norm)
         if validation_due(run):
@@ -212,7 +212,7 @@ def loop(run: Run) -> int:
     if run.stopping:
         return finish.interrupted(run)
     problem = finish.unfit(run)
-    return finish.finish(run) if problem is None else finish.give_up(run, problem)
+    return finish.finish(run) if problem is None else finish.abort_diverged(run, problem)
 
 
 def watch(run: Run, loss: float, grad_norm: float, *, finite: bool) -> None:
