@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import checkpoint_of, final_sums, losses, records, start, tiny, train, two_processes
+from runs import (
+    ROOT,
+    checkpoint_of,
+    final_sums,
+    losses,
+    records,
+    start,
+    tiny,
+    train,
+    train_in_a_fresh_process,
+    two_processes,
+)
 
 from overnight.core.lock import hold
 from overnight.errors import InputError
@@ -84,7 +95,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("overrides", "said"), CHANGES, ids=[options[0] for options, _ in CHANGES])
-def test_c4_another_meaning_is_refused_with_both_values_and_the_ways_on(in_process, half, overrides, said):
+def test_c4_another_identity_is_refused_with_both_values_and_the_ways_on(in_process, half, overrides, said):
     name = half()
     with pytest.raises(InputError) as caught:
         train_module.train(tiny(in_process, "--name", name, *overrides))
@@ -115,6 +126,23 @@ def test_c4_what_does_not_fit_the_tensors_is_refused_even_when_allowed(in_proces
     name = half()
     with pytest.raises(InputError, match=f"`{override[0][2:]}` can never change"):
         train_module.train(tiny(in_process, "--name", name, *override), allowed=[override[0][2:]])
+
+
+def test_c4_keys_that_a_run_did_not_have_yet_mean_their_default(in_process, half, tmp_path):
+    name = half()
+    shutil.copytree(ROOT / "src", tmp_path / "newer")
+    schema = tmp_path / "newer" / "overnight" / "recipe" / "schema.py"
+    text, added = schema.read_text(), '    added: float = 0.5\n    """A key of a newer version."""\n'
+    for section in ("Model", "Batch", "Optim", "Schedule"):
+        text = text.replace(f"class {section}(Section):\n", f"class {section}(Section):\n{added}")
+    schema.write_text(text)
+    newer = {"PYTHONPATH": f"{tmp_path / 'newer'}:{os.environ['PYTHONPATH']}"}
+    another = train_in_a_fresh_process(in_process, "tiny.yaml", "--name", name, "--optim.added", "0.25", **newer)
+    assert another.returncode == 2 and "`optim.added` was 0.5, now 0.25" in another.stderr
+    done = train_in_a_fresh_process(in_process, "tiny.yaml", "--name", name, **newer)
+    assert done.returncode == 0, done.stderr
+    assert "goes on at iteration 32 from" in done.stdout
+    same_as_undisturbed(in_process, name)
 
 
 def test_c4_a_finished_run_may_become_longer_from_its_trunk_and_keeps_what_it_finished(in_process, half, capsys):

@@ -56,6 +56,7 @@ DIALECTS = {
     "out_dir": "name (the run is runs/NAME)",
     "output_dir": "name (the run is runs/NAME)",
     "run_name": "name",
+    "licence": "data.license",
     "dtype": "precision",
     "bf16": "precision: bf16",
     "fp16": "precision (bf16 or fp32; fp16 is not offered)",
