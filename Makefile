@@ -113,10 +113,11 @@ gpu-day-wheels: $(RUN) ## packages that a machine with a card and no network lac
 	@$(RUN) -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir build/gpu-day-wheels \
 	rouge_score sqlitedict word2number
 
-lint: $(VENV)/.installed-dev ## ruff and mypy
+lint: $(VENV)/.installed-dev ## ruff, mypy, and import-linter: who may import whom
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+	@$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(HOW_TO_ACTIVATE)
 
 $(RUN):

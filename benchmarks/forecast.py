@@ -25,11 +25,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from overnight.planning.forecast import Point, effective_tokens_at, forecast
+from overnight.planning.forecast import Point, effective_tokens_at, forecast, forecast_of_run
 from overnight.planning.scaling_law import level_and_slope
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
-from overnight.training.stopping import forecast_of_run
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIQUE = 100_000_000_000  # tokens of the set behind the public curve: more than one epoch is never begun

@@ -82,10 +82,11 @@ def profile(args: argparse.Namespace) -> Figures:
 
 def iteration(args: argparse.Namespace) -> Figures:
     """One whole iteration of the product with Muon, four micro-batches, and the share of each part of it."""
+    from overnight.device.launch import launch
     from overnight.recipe.schema import Batch, Recipe, Schedule
     from overnight.run_dir.directory import RunDirectory
     from overnight.training.probe import random_shards
-    from overnight.training.setup import assemble, launch
+    from overnight.training.setup import assemble
     from overnight.training.train import train_step
 
     rows, length = shape_of(args.shape[0])

@@ -21,7 +21,7 @@ from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.training import setup
-from overnight.training.setup import Run
+from overnight.training.state import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "recipes" / "train.py")

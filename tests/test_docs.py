@@ -7,7 +7,7 @@ import sys
 import pytest
 from command_lines import PAGES, ROOT, blocks, of_documents
 
-from overnight import cli
+from overnight import errors
 from overnight.planning.model_size import parameter_count
 from overnight.recipe.load import load
 from overnight.recipe.schema import leaves
@@ -111,9 +111,10 @@ def tree() -> set[str]:
 def test_the_tree_names_what_is_there():
     named = tree()
     assert not [path for path in named if not (ROOT / path).exists()]
-    code = [*(ROOT / "src" / "overnight").rglob("*"), *(ROOT / "recipes").iterdir(), *(ROOT / "docs").iterdir()]
-    files = {str(path.relative_to(ROOT)) for path in code if path.is_file() and "__pycache__" not in path.parts}
-    assert not files - named
+    package = ROOT / "src" / "overnight"
+    whole = [package, package / "facts", ROOT / "recipes", ROOT / "docs"]  # each of which the tree has in full
+    there = [path for folder in whole for path in folder.iterdir() if path.name != "__pycache__"]
+    assert not {f"{path.relative_to(ROOT)}{'/' * path.is_dir()}" for path in there} - named
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -142,7 +143,7 @@ def test_the_predicted_losses_are_those_of_the_law_that_is_shown(capsys):
 
 def test_the_exit_codes_are_those_of_the_code():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
-    codes = {cli.EXIT_INPUT, cli.EXIT_DAMAGED, cli.EXIT_DIVERGED, cli.EXIT_INTERRUPTED}
+    codes = {errors.EXIT_INPUT, errors.EXIT_DAMAGED, errors.EXIT_DIVERGED, errors.EXIT_INTERRUPTED}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", readme, re.MULTILINE)} == {0, 1, *codes}
 
 

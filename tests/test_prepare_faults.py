@@ -186,7 +186,8 @@ def test_d9_a_run_does_not_go_on_with_reordered_shards(workplace, undisturbed):
 FULL = """
 import resource, sys
 from overnight.prepare.prepare import prepare
-from overnight.recipe.schema import Data, InputError
+from overnight.errors import InputError
+from overnight.recipe.schema import Data
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
     prepare(Data.model_validate_json(sys.argv[1]), 500, report=lambda line: None)

@@ -119,7 +119,8 @@ def test_a_server_that_is_not_there_is_unreachable_and_a_file_that_is_not_there_
 HUB = """
 import sys
 from overnight.prepare import sources
-from overnight.recipe.schema import Data, InputError
+from overnight.errors import InputError
+from overnight.recipe.schema import Data
 sources.BLOCK = 10_000
 data = Data(source="datasets", path="someone/text", files="sample/*.parquet", revision=sys.argv[1] or None)
 try:

@@ -22,7 +22,8 @@ import torch
 from overnight.cli import recipe_command
 from overnight.recipe.schema import Recipe
 from overnight.training import train as trainer
-from overnight.training.setup import Run
+from overnight.training import validation
+from overnight.training.state import Run
 
 HOLD = Path(__file__).with_name("hold.py")
 SHARE = 0.7  # of what an iteration or validation needs: all of its rows do not fit, half of them do
@@ -84,7 +85,7 @@ class Disturbed:
 def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
     """Train under the disturbances that were asked for."""
     trainer.train_step = Disturbed(trainer.train_step, chosen.in_iteration)
-    trainer.validate = Disturbed(trainer.validate, chosen.in_validation)
+    validation.validate = Disturbed(validation.validate, chosen.in_validation)
     small = chosen.leave is not None and torch.cuda.is_available()
     with another_program(chosen.leave) if small else nullcontext():
         return trainer.train(recipe)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from overnight.core.files import atomic_write
 from overnight.device.device import Device
-from overnight.run_dir.directory import environment
+from overnight.doctor.machine import environment
 
 OTHERS = ("triton", "pyarrow", "tokenizers", "fastokens", "liger-kernel", "lm_eval")
 

@@ -20,9 +20,10 @@ from torch._dynamo.utils import counters
 from overnight.cli import recipe_command
 from overnight.core.files import atomic_write
 from overnight.device.device import GIB
+from overnight.device.launch import launch
 from overnight.recipe.schema import Recipe
 from overnight.training.probe import probe_run
-from overnight.training.setup import Run, launch
+from overnight.training.state import Run
 from overnight.training.train import train_step
 
 ITERATIONS = 4  # of each size; the first compiles

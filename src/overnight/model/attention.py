@@ -1,4 +1,4 @@
-"""Attention in training: causal over whole rows, without a mask, by a fused kernel where the device has one.
+"""Which kernel attention runs: a fused one, without a mask, where the device has one.
 
 A fused kernel never holds the (time, time) scores: flash, cuDNN's, and on a CPU its own flash. The others of PyTorch's
 SDPA (efficient, math) serve where there is none.
@@ -13,38 +13,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
 from overnight.errors import InputError
 from overnight.recipe.schema import Recipe
 
 KERNEL = r"aten::_scaled_dot_product_(?!.*backward).*"
 FUSED = r"_scaled_dot_product_(flash|cudnn)_attention(_for_cpu)?"
-
-
-def causal_only(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Causal attention over whole packed rows; query, key and value are (batch, heads, time, head_dim).
-
-    transformers builds no mask for an attention of this name, neither in eager mode nor under torch.compile, where its
-    `sdpa` would build one and lose the fused kernel. With a key-value cache `is_causal` would be wrong: refused.
-    """
-    if query.shape[2] != key.shape[2]:
-        raise ValueError("causal_only attends over whole rows and takes no key-value cache")
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
-    return out.transpose(1, 2), None  # (batch, time, heads, head_dim)
-
-
-AttentionInterface.register("causal_only", causal_only)
 
 
 @dataclass(frozen=True)

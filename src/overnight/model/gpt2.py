@@ -1,19 +1,43 @@
 """A GPT-2 whose forward takes (ids, targets) and returns the summed loss, and the plain model that is published of it.
 
-While training the vocabulary is padded to a multiple of 64 rows, attention is attention.py's, and the logits are made
+While training the vocabulary is padded to a multiple of 64 rows, attention is `causal_only`, and the logits are made
 and used up chunk by chunk. `published` gives the stock GPT2LMHeadModel of the same weights.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
-from overnight.model.attention import causal_only
 from overnight.model.loss import summed_loss
 from overnight.planning.model_size import padded_vocabulary
 from overnight.recipe.schema import Model
+
+
+def causal_only(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention over whole packed rows; query, key and value are (batch, heads, time, head_dim).
+
+    transformers builds no mask for an attention of this name, neither in eager mode nor under torch.compile, where its
+    `sdpa` would build one and lose the fused kernel. With a key-value cache `is_causal` would be wrong: refused.
+    """
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("causal_only attends over whole rows and takes no key-value cache")
+    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    return out.transpose(1, 2), None  # (batch, time, heads, head_dim)
+
+
+AttentionInterface.register("causal_only", causal_only)
 
 
 def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Config:

@@ -116,6 +116,7 @@ def forecast(
             f"{len(used)} validations after iteration {first_told(recipe)} are too few for a forecast: {FEWEST} are"
             f" needed, which are there at iteration {enough}"
         )
+    # Where the points lie: e-folds of effective tokens from the last validation, which is at 0.
     points = [point for point, _ in used] + list(wanted)
     n, losses = len(used), np.array([loss for _, loss in used])
     last = max(point.iteration for point, _ in used)
@@ -123,25 +124,30 @@ def forecast(
     time = np.array(
         [math.log(effective_tokens_at(recipe, point, unique) / now) for point in points]
     )  # e-folds of tokens
+    # The grid: what each curve makes of level, slope and gain, and how each scatter lets points vary together.
     prior = prior_of(recipe, now, losses[-1])
     basis, log_prior = curves(prior, points, time, max(1, decay_iters(recipe.schedule)))  # (curves, points, 3)
     residual, noise = scatter(prior, points, time)  # (scatters, points, points), (scatters,)
 
+    # Whitening: the losses, the curves and the points that are wanted, in units of the scatter, by its Cholesky factor.
     factor = np.linalg.cholesky(residual[:, :n, :n] + noise[:, None, None] ** 2 * np.eye(n))
     columns = np.column_stack([losses, basis[:, :n].swapaxes(0, 1).reshape(n, -1)])  # one solution serves all curves
     white = np.linalg.solve(factor, np.broadcast_to(columns, (len(noise), *columns.shape)))
     white_basis = white[..., 1:].reshape(len(noise), n, -1, 3).swapaxes(1, 2)  # (scatters, curves, n, 3)
     white_across = np.linalg.solve(factor, residual[:, :n, n:])[:, None]  # (scatters, 1, n, wanted)
+    # Bayesian linear regression: the posterior of level, slope and gain, for each scatter and curve.
     surprise = white[:, None, :, :1] - (white_basis @ prior.mean)[..., None]  # (scatters, curves, n, 1)
     precision = white_basis.mT @ white_basis + np.diag(prior.sigma**-2)
     pull = white_basis.mT @ surprise
     shift = np.linalg.solve(precision, pull)  # of level, slope and gain from their prior means
     beyond = basis[:, n:] - white_across.mT @ white_basis  # (scatters, curves, wanted, 3)
 
+    # The evidence of each scatter and curve (Rasmussen & Williams, equation 2.43), as weights that add up to 1.
     log_weight = log_prior - ((surprise**2).sum((2, 3)) - (pull * shift).sum((2, 3))) / 2
     log_weight -= np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)[:, None] + np.linalg.slogdet(precision)[1] / 2
     share = np.exp(log_weight - log_weight.max())
     share /= share.sum()
+    # The mixture: its mean, and by the law of total variance its covariance.
     means = basis[:, n:] @ prior.mean + (white_across.mT @ surprise + beyond @ shift)[..., 0]
     mean = np.einsum("sc,scw->w", share, means)
     covariances = residual[:, None, n:, n:] - white_across.mT @ white_across

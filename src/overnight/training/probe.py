@@ -17,7 +17,9 @@ from overnight.data.manifest import Manifest, dtype_for
 from overnight.data.shards import Shards, Split, SplitWriter
 from overnight.device.launch import launch
 from overnight.doctor.machine import environment
+from overnight.model import optim
 from overnight.planning.model_size import derive, memory_gib
+from overnight.recipe.schedule import lr_at
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.training.setup import assemble, device_facts
@@ -79,6 +81,7 @@ def probe(recipe: Recipe, iterations: int = ITERATIONS) -> dict:
         console.log(f"{iterations} iterations of {tokens}, {duration(seconds * run.grad_accum * iterations)}")
         for _ in range(iterations):
             started = time.monotonic()
+            optim.set_lr(run.optimizers, lr_at(run.iteration, run.schedule))
             train_step(run)
             run.throughput.add(time.monotonic() - started)
             run.iteration += 1

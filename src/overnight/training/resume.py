@@ -25,13 +25,6 @@ def save_due(run: Run) -> bool:
     return run.overdue or run.iteration % run.recipe.checkpoint.every == 0 or run.iteration in needed
 
 
-def save_overdue(run: Run) -> bool:
-    """Whether the main process has not saved for `checkpoint.every_minutes`."""
-    return run.accelerator.is_main_process and (
-        time.monotonic() - run.saved_at > 60 * run.recipe.checkpoint.every_minutes
-    )
-
-
 def save(run: Run) -> None:
     """Begin a checkpoint on the main process; it is written while training goes on."""
     run.saved_at = time.monotonic()

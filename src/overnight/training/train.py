@@ -36,7 +36,7 @@ from overnight.training.log import (
     log_step,
     print_finished,
 )
-from overnight.training.resume import finish_saving, resume, save, save_due, save_overdue
+from overnight.training.resume import finish_saving, resume, save, save_due
 from overnight.training.setup import found_identity, open_data, print_plan, set_up
 from overnight.training.state import Run, Throughput, TimeLimit
 from overnight.training.time_limit import begin, target_in_time, tonight
@@ -117,7 +117,6 @@ def fit(run: Run, targets: list[int]) -> int:
 
 def train_step(run: Run) -> tuple[float, float, bool]:
     """One update on exactly `tokens_per_iter` tokens: (loss in nats a token, gradient norm, was the weight updated)."""
-    optim.set_lr(run.optimizers, lr_at(run.iteration, run.schedule))
     while (prepared := prepare_update(run)) is None:  # out of memory: the same tokens again, fewer of them at once
         micro_batch.halve(run)
     loss, grad_norm, changes = prepared
@@ -137,7 +136,7 @@ def prepare_update(run: Run) -> tuple[float, float, list[Callable[[], None]]] | 
     loss = accumulate(run)
     if loss is None:
         return None
-    asked, values = [float(run.signalled), float(save_overdue(run))], None
+    asked, values = [float(run.signalled), float(run.save_overdue)], None
     with until_memory_runs_out():
         grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optim.grad_clip)
         changes = optim.prepared(run.optimizers)
@@ -194,6 +193,7 @@ def loop(run: Run) -> int:
         run.target_iters = measure(run) or run.target_iters
     while run.iteration < run.target_iters and not run.stopping:
         started = time.monotonic()
+        optim.set_lr(run.optimizers, lr_at(run.iteration, run.schedule))
         loss, grad_norm, finite = train_step(run)
         run.throughput.add(time.monotonic() - started)
         run.iteration += 1
