@@ -96,6 +96,7 @@ def test_f5_text_from_recipes_and_results_stays_text(run):
     links = re.findall(r'(?:href|src)="([^"]*)"', html)
     assert sorted(links) == ["curve.png", "evaluation/comparison.md", "recipe.yaml"]
     assert html.count("<h1>") == 1 and html.count("<h2>") == 6
+    assert "{{7*7}}" in html  # a value is no template
     assert "49" not in text("{{7*7}}") and "{{7*7}}" in MarkdownIt().render(text("{{7*7}}"))
     for awkward in ("a `b` c", "**bold**", "# head", "1 | 2", "http://evil.example", "<b>", "x_y_z", "a\n---\nb"):
         shown = MarkdownIt("commonmark", {"html": True}).enable("table").render("x " + text(awkward))
@@ -129,9 +130,10 @@ def test_report_writes_a_folder_for_each_finished_model(run, root):
 def test_the_nights_card_has_what_was_claimed_beside_what_was_expected_and_reached(root):
     recipe = load(root / "recipes" / "fineweb_edu_40m_ladder.yaml")
     ends = [{"kind": "event", "event": "finished", "iteration": m, "val_loss": 3.3} for m in (6_000, 20_000)]
-    table = budgets(recipe, ends, {"unique_tokens": 3_680_000_000}).splitlines()
-    assert table[2] == "| 6,000 | 3.15B | - | 3.269 to 3.467 | - | 3.300 |"
-    assert table[3] == "| 20,000 | 10.5B | 2.42-2.55 in 15-20 hours | 3.113 to 3.311 | - | 3.300 |"
+    assert budgets(recipe, ends, unique_tokens=3_680_000_000) == [
+        ["6,000", "3.15B", "-", "3.269 to 3.467", "-", "3.300"],
+        ["20,000", "10.5B", "2.42-2.55 in 15-20 hours", "3.113 to 3.311", "-", "3.300"],
+    ]
     assert not claims(load(root / "recipes" / "quickstart.yaml"))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from overnight.core.console import count, duration, plain
 from overnight.core.files import atomic_write
@@ -28,10 +28,8 @@ from overnight.run_dir.layout import finished, finished_in, folder_name, read_ru
 from overnight.run_dir.metrics import Record
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
+TEMPLATE, UNFINISHED = (Path(__file__).with_name(name) for name in ("model_card.md", "unfinished_card.md"))
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb", "None")  # None: the embedded corpus
-ATTRIBUTION = {
-    "odc-by": "Contains information made available under the Open Data Commons Attribution License (ODC-By)."
-}
 
 
 def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
@@ -68,12 +66,8 @@ def reported(run: Path) -> list[int]:
 def unfinished_card(recipe: Recipe, iteration: int, repo_id: str) -> str:
     """The README.md of weights that were not annealed."""
     data = ModelCardData(license=recipe.hub.license, library_name="transformers", pipeline_tag="text-generation")
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {text(repo_id)}: a run on its way, {iteration:,} iterations\n\n"
-        "**Not annealed, and not a finished model.** These weights are from the trunk of a run that goes on, at its"
-        " full learning rate; a finished model of as many iterations has a clearly lower loss. Finished models are on"
-        " the branches `iter-...` and, the best of them, on `main`, as soon as there are any.\n"
-    )
+    values = {"repo_id": text(repo_id), "iterations": f"{iteration:,}"}
+    return str(ModelCard.from_template(data, str(UNFINISHED), **values)) + "\n"
 
 
 def shown(recipe: Recipe) -> dict[str, Any]:
@@ -104,107 +98,65 @@ def corpus(recipe: Recipe) -> str:
 
 
 def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id: str | None) -> str:
-    """The whole README.md."""
-    budget = end["iteration"]
+    """The whole README.md: the template with the values of the run."""
+    model, context = folder_name(end["iteration"]), recipe.model.n_positions
     facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    results = run / "evaluation" / folder_name(budget) / "results.json"
+    results = run / "evaluation" / model / "results.json"
     scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
-    parts = [
-        f"---\n{metadata(recipe, end, scores).to_yaml()}\n---",
-        f"# {text(repo_id or recipe.name)}, {budget:,} iterations",
-        summary(recipe, end, facts),
-        "## How to use it\n\n" + usage(run, recipe, budget, repo_id),
-        "## Training\n\n![losses and forecasts](curve.png)\n\n" + budgets(recipe, records, facts),
-        "## Evaluation\n\n" + evaluation(scores),
-        "## Data\n\n" + data(recipe, facts),
-        "## How it was made\n\n" + making(recipe, end, facts),
-        "## Limits\n\n" + limits(recipe),
-    ]
-    return "\n\n".join(parts) + "\n"
+    dataset = scaling_law.DATASETS.get(str(recipe.data.path))
+    here = json.dumps(str(run / "models" / model))
+    values: dict[str, Any] = {
+        "recipe": recipe,
+        "end": end,
+        "facts": facts,
+        "scores": scores,
+        "repo_id": repo_id,
+        "corpus": corpus(recipe),
+        "from_where": f'{json.dumps(repo_id)}, revision="{model}"' if repo_id else here,
+        "prompt": json.dumps(next((each for each in recipe.validation.prompts if len(each) <= context // 2), "The")),
+        "new_tokens": min(40, context // 2),
+        "claimed": bool(claims(recipe)),
+        "budgets": budgets(recipe, records, facts["unique_tokens"]),
+        "in_fit_range": scaling_law.in_fit_range(recipe),
+        "recipe_yaml": yaml.safe_dump(shown(recipe), sort_keys=False),
+        "dataset": dataset,
+        "gpt2": gpt2_loss(dataset) if dataset else None,
+    }
+    values |= {"text": text, "fenced": fenced, "count": count, "duration": duration, "thousands": "{:,}".format}
+    return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values)) + "\n"
 
 
 def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> ModelCardData:
     """What the Hub reads: license, data set, results."""
-    of_hub = recipe.data.source == "datasets"
-    results = [result("validation set of the run", corpus(recipe), "loss", end["val_loss"])]
+    measured = [("validation set of the run", corpus(recipe), "loss", end["val_loss"])]
     for name, found in (scores["models"][0]["tasks"] if scores else {}).items():
         if found["metric"] in found["metrics"]:
-            results.append(result(name, name, found["metric"], found["metrics"][found["metric"]]))
+            measured.append((name, name, found["metric"], found["metrics"][found["metric"]]))
     return ModelCardData(
         license=recipe.hub.license,
         language="en" if str(recipe.data.path) in ENGLISH else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "overnight"],
-        datasets=[recipe.data.path] if of_hub and isinstance(recipe.data.path, str) else None,
+        datasets=[recipe.data.path] if recipe.data.source == "datasets" and isinstance(recipe.data.path, str) else None,
         model_name=recipe.name,
-        eval_results=results,
+        eval_results=[
+            EvalResult("text-generation", dataset, name, metric, value) for name, dataset, metric, value in measured
+        ],
     )
 
 
-def result(name: str, dataset: str, metric: str, value: float) -> EvalResult:
-    """One measurement, as the Hub shows it."""
-    return EvalResult(
-        task_type="text-generation", dataset_name=name, dataset_type=dataset, metric_type=metric, metric_value=value
-    )
-
-
-def summary(recipe: Recipe, end: Record, facts: dict[str, Any]) -> str:
-    """What it is, in a paragraph."""
-    model = recipe.model
-    return (
-        f"A GPT-2 of {facts['parameters']:,} parameters ({model.n_layer} layers, width {model.n_embd}, {model.n_head}"
-        f" heads, context {model.n_positions:,}, vocabulary {model.vocab_size:,}), trained from nothing for"
-        f" {end['iteration']:,} iterations of {recipe.batch.tokens_per_iter:,} tokens, {count(end['tokens'])} in all,"
-        f" on {text(corpus(recipe))}. Its loss on the held-out validation set of that data is"
-        f" **{end['val_loss']:.4f}** nats a token, which compares with no loss of another vocabulary or data set."
-    )
-
-
-def usage(run: Path, recipe: Recipe, budget: int, repo_id: str | None) -> str:
-    """Code that runs as it stands."""
-    context = recipe.model.n_positions
-    prompt = next((each for each in recipe.validation.prompts if len(each) <= context // 2), "The")
-    name = repo_id or str(run / "models" / folder_name(budget))
-    revision = f', revision="{folder_name(budget)}"' if repo_id else ""
-    code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{revision})
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{revision})
-ids = tokenizer({json.dumps(prompt)}, return_tensors="pt").input_ids
-sampling = {{"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}}
-out = model.generate(ids, max_new_tokens={min(40, context // 2)}, **sampling)
-print(tokenizer.decode(out[0]))
-"""
-    return fenced(code, "python") + "\n\nIt continues text; it was not taught to answer or to follow instructions."
-
-
-def budgets(recipe: Recipe, records: list[Record], facts: dict[str, Any]) -> str:
-    """Every budget of the run: predicted before it, forecast on the way, reached."""
-    ends = finished_in(records)
-    claimed = claims(recipe)
-    columns = ["iterations", "tokens", *(["claimed by what circulates"] if claimed else [])]
-    columns += ["predicted before the run, 90 %", "forecast in the run, 90 %", "reached"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for budget in sorted(ends):
-        tokens = count(budget * recipe.batch.tokens_per_iter)
-        before = (
-            interval(*scaling_law.expected(recipe, budget, facts["unique_tokens"]).interval())
-            if scaling_law.in_fit_range(recipe)
-            else "-"
-        )
-        on_the_way, reached = forecast(recipe, records, budget), f"{ends[budget]['val_loss']:.3f}"
-        cells = [f"{budget:,}", tokens, *([claimed.get(budget, "-")] if claimed else []), before, on_the_way, reached]
-        lines.append("| " + " | ".join(cells) + " |")
-    why = (
-        "Predicted by a scaling law of public runs."
-        if scaling_law.in_fit_range(recipe)
-        else "Nothing is predicted before the run: it is outside of the data of the scaling law."
-    )
-    return "\n".join(lines) + (
-        f"\n\n{why} Forecasts are from the run's own curve, and were recorded while it ran: for each budget the one"
-        " made nearest to half of the iterations before its decay."
-    )
+def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[list[str]]:
+    """A row for each budget of the run: its length, what was claimed, predicted and forecast of it, what it reached."""
+    claimed, rows = claims(recipe), []
+    for budget, end in sorted(finished_in(records).items()):
+        before = "-"
+        if scaling_law.in_fit_range(recipe):
+            before = interval(*scaling_law.expected(recipe, budget, unique_tokens).interval())
+        length = [f"{budget:,}", count(budget * recipe.batch.tokens_per_iter)]
+        claim = [claimed.get(budget, "-")] if claimed else []
+        rows.append([*length, *claim, before, forecast_of(recipe, records, budget), f"{end['val_loss']:.3f}"])
+    return rows
 
 
 def claims(recipe: Recipe) -> dict[int, str]:
@@ -215,7 +167,7 @@ def claims(recipe: Recipe) -> dict[int, str]:
     return {int(row["max_iters"]): row["claim"] for row in facts_of("claims.csv")}
 
 
-def forecast(recipe: Recipe, records: list[Record], budget: int) -> str:
+def forecast_of(recipe: Recipe, records: list[Record], budget: int) -> str:
     """What was said of a budget at half of its trunk, and when."""
     said = {
         record["iteration"]: row
@@ -234,81 +186,6 @@ def forecast(recipe: Recipe, records: list[Record], budget: int) -> str:
 def interval(low: float, high: float) -> str:
     """`3.121 to 3.303`"""
     return f"{low:.3f} to {high:.3f}"
-
-
-def evaluation(scores: dict[str, Any] | None) -> str:
-    """The verdicts, or that nothing was measured."""
-    if scores is None:
-        return "Not measured yet beyond the loss."
-    lines = ["[comparison.md](evaluation/comparison.md) has losses, methods and figures."]
-    for each in scores["comparisons"]:
-        words = [task["verdict"] for task in each["tasks"]]
-        lines.append(
-            f"**Against {text(each['opponent'])}**: better on {words.count('better')} of {len(words)} tasks, worse on"
-            f" {words.count('worse')}, no difference shown on {words.count('no difference shown')}."
-        )
-        table = ["| task (metric) | ours | theirs | difference, 95 % | verdict |", "|---|---|---|---|---|"]
-        for task in each["tasks"]:
-            difference = f"{100 * task['difference']:+.1f} ({100 * task['low']:+.1f} to {100 * task['high']:+.1f})"
-            name = f"{text(task['task'])} ({text(task['metric'])})"
-            scores_of = f"{task['ours']:.1%} | {task['theirs']:.1%}"
-            table.append(f"| {name} | {scores_of} | {difference} points | {text(task['verdict'])} |")
-        lines.append("\n".join(table))
-    if scores["settings"]["limit"]:
-        lines.append(f"Only the first {scores['settings']['limit']} items of each task: a look, and no result.")
-    return "\n\n".join(lines)
-
-
-def data(recipe: Recipe, facts: dict[str, Any]) -> str:
-    """Where the text came from, and under which license."""
-    chosen = recipe.data
-    lines = [f"- source: {text(corpus(recipe))} {text(chosen.files or '')}".rstrip()]
-    lines += [f"- revision: {text(chosen.revision)}"] if chosen.revision else []
-    lines += [f"- {text(facts['text'])}"] if "text" in facts else []
-    lines.append(f"- {facts['unique_tokens']:,} training tokens and {facts['validation_tokens']:,} held out by text")
-    license = f"- license: {text(chosen.license)}" if chosen.license else "- license: not stated in the recipe"
-    lines.append(f"{license}. {ATTRIBUTION.get(chosen.license or '', '')}".rstrip())
-    return "\n".join(lines)
-
-
-def making(recipe: Recipe, end: Record, facts: dict[str, Any]) -> str:
-    """Machine, energy, recipe, and the command that does it again."""
-    rate, kwh, watts = end["tokens_per_second"], end["kwh"], end["mean_watts"]
-    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-    hours = f"{duration(end['tokens'] / rate)} at that speed" if rate else "not measured"
-    rows = [
-        ("device", facts["device"]),
-        ("precision", facts["precision"]),
-        ("attention", facts["attention"]),
-        ("speed", f"{count(rate)} tokens a second" if rate else "not measured"),
-        ("time", hours),
-        ("energy", f"{kwh:.2f} kWh, {watts:.0f} W in the mean" if kwh is not None else "not measured"),
-        ("software", f"Python {facts['python']}, {packages}"),
-    ]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {text(value)} |" for name, value in rows)])
-    commit = facts["commit"] or "unknown"
-    prepare = "" if recipe.data.source == "embedded" else "python recipes/prepare.py recipe.yaml\n"
-    again = f"git checkout {commit}\n{prepare}python recipes/train.py recipe.yaml"
-    return (
-        f"{table}\n\nThe same again, with Overnight and the [recipe.yaml](recipe.yaml) of this repository:\n\n"
-        f"{fenced(again, 'sh')}\n\n{fenced(yaml.safe_dump(shown(recipe), sort_keys=False), 'yaml')}"
-    )
-
-
-def limits(recipe: Recipe) -> str:
-    """What not to expect."""
-    lines = [
-        "- A small model: it writes fluently and knows little. What it says is often false.",
-        "- It has the biases of its text, and no filter of its own.",
-        "- One run on one seed; another seed ends with a slightly different loss.",
-    ]
-    if str(recipe.data.path) in scaling_law.DATASETS:
-        dataset = scaling_law.dataset_of(recipe)
-        lines.append(
-            f"- GPT-2 124M's published {gpt2_loss(dataset):.4f} on {dataset} is of another validation split; only a"
-            " loss that was measured beside it on the same tokens compares."
-        )
-    return "\n".join(lines)
 
 
 def text(value: object) -> str:
