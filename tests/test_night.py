@@ -1,5 +1,6 @@
 """`make overnight`: its plan skips what is done, signals reach the running step once, restarts need progress."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from overnight import pipeline
 from overnight.core.processes import handled
@@ -70,6 +72,29 @@ def test_one_process_is_started_directly_and_several_through_the_launcher(root: 
     command, _, one_process = pipeline.launched(several, "train.py", ["a.yaml"])
     assert not one_process
     assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(several)]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"use_cpu": True, "mixed_precision": "bf16", "debug": True},
+        {"gpu_ids": "1", "dynamo_config": {"dynamo_backend": "INDUCTOR"}},
+    ],
+    ids=str,
+)
+def test_a_process_that_is_started_directly_is_told_what_accelerates_launcher_would_tell(said, tmp_path: Path):
+    config, script = tmp_path / "one.yaml", tmp_path / "environment.py"
+    config.write_text(yaml.safe_dump({"distributed_type": "NO", "num_processes": 1} | said))
+    script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+    upstream = json.loads(subprocess.run(launcher, capture_output=True, text=True, check=True).stdout)
+    _, ours, _ = pipeline.launched(config, "train.py", [])
+
+    names = "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEBUG_MODE", "CUDA_VISIBLE_DEVICES"
+    assert [ours.get(name) for name in names] == [upstream.get(name) for name in names]
+    backend = ours.get("ACCELERATE_DYNAMO_BACKEND", "NO")  # compared with the default, which is left out
+    assert backend == upstream["ACCELERATE_DYNAMO_BACKEND"]
 
 
 def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """The project's own files hold together: pins, the names of scripts, the accelerate configuration, no private hosts."""
 
+import ast
 import importlib.machinery
 import itertools
 import re
@@ -108,6 +109,27 @@ def test_no_file_names(root: Path, pattern: str):
         text = path.read_text(encoding="utf-8", errors="replace")
         found += [f"{path.relative_to(root)}: {hit.group(0)}" for hit in re.finditer(pattern, text, re.MULTILINE)]
     assert not found
+
+
+def touched_at_import(path: Path) -> list[str]:
+    """The statements that a module runs as it is imported and that change, or may change, what is not its own."""
+    tree = ast.parse(path.read_text())
+    own = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            called = node.value.func
+            touches = ast.unparse(called).split(".")[0] not in own
+        else:
+            targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [getattr(node, "target", None)]
+            touches = any(isinstance(target, ast.Attribute | ast.Subscript) for target in targets)
+        found += [f"{path.name} {node.lineno}: {ast.unparse(node)}"] if touches else []
+    return found
+
+
+def test_an_import_changes_no_environment_library_logger_or_warning(root: Path):
+    modules = (root / "src" / "overnight").rglob("*.py")
+    assert not [statement for path in modules for statement in touched_at_import(path)]
 
 
 def test_make_lists_its_targets(root: Path):

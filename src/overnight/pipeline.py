@@ -1,8 +1,8 @@
 """The whole night in one command: checks, prepare, train, evaluate, each step skipped when it is done.
 
-The trainer is started as `accelerate launch` would start it, but for two things. Where the configuration names one
-process, that process is started directly: accelerate's launcher turns every exit code into 1, and dies of a signal
-without passing it on. And the trainer gets a process group of its own, so that Ctrl-C reaches it once, through us.
+The trainer is started under a configuration of accelerate's, with two things of our own. Where it means one process,
+that process is started directly: accelerate's launcher turns every exit code into 1, and dies of a signal without
+passing it on. And the trainer gets a process group of its own, so that Ctrl-C reaches it once, through us.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from overnight.cli import default_recipe, recipe_command
 from overnight.core.processes import handled
@@ -22,6 +23,9 @@ from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import finished, folder_name, iteration_of
+
+if TYPE_CHECKING:
+    from accelerate.commands.config.config_args import ClusterConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_DOCTOR = 1
@@ -209,15 +213,29 @@ def publish(recipe: Recipe, child: Child) -> int:
 
 def launched(config_file: Path, script: str, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
     """A script's command and environment under an accelerate configuration, and whether it is one process."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
 
-    launch = ["--config_file", str(config_file), str(ROOT / "recipes" / script), *arguments]
-    options, _, _ = _validate_launch_command(launch_command_parser().parse_args(launch))
-    if options.multi_gpu or options.use_fsdp or options.use_deepspeed or options.use_megatron_lm or options.tpu:
-        return [sys.executable, "-m", "accelerate.commands.launch", *launch], dict(os.environ), False
-    command, environment = prepare_simple_launcher_cmd_env(options)
-    return command, environment, True
+    config = load_config_from_file(str(config_file))
+    command = [str(ROOT / "recipes" / script), *arguments]
+    if config.distributed_type == DistributedType.NO:
+        return [sys.executable, *command], dict(os.environ) | environment_of(config), True
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
+    return [*launcher, *command], dict(os.environ), False
+
+
+def environment_of(config: ClusterConfig) -> dict[str, str]:
+    """What accelerate's launcher tells its one process of a configuration; the number of threads is the recipe's."""
+    told = {
+        "ACCELERATE_USE_CPU": str(config.use_cpu),
+        "ACCELERATE_MIXED_PRECISION": config.mixed_precision or "no",
+        **{f"ACCELERATE_{key.upper()}": str(value) for key, value in config.dynamo_config.items()},
+    }
+    if config.debug:
+        told["ACCELERATE_DEBUG_MODE"] = "true"
+    if config.gpu_ids not in (None, "all"):
+        told["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
+    return told
 
 
 def accelerate_config() -> Path:

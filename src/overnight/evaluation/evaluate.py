@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -240,6 +241,7 @@ def launch() -> Accelerator:
     """The Accelerator of an evaluation, on whatever topology it was launched with."""
     disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     take_over_environment(os.environ)
     accelerator = Accelerator(cpu=not cuda_wanted())
     refuse_lone_processes(accelerator)

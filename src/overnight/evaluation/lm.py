@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-import lm_eval.utils
 from accelerate import Accelerator
-from jinja2 import StrictUndefined
-from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -20,13 +16,7 @@ from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Answer, Request, batches_of
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)
 LM_EVAL_BATCH = 8  # rows, where a model reads no trees and lm-eval's own code serves
-
-# lm-eval renders the templates of a task file without a sandbox, in which a template can reach any Python object.
-_sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-_sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
-lm_eval.utils.env = _sandbox
 
 
 class SharedContextLM(HFLM):

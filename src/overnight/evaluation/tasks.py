@@ -14,7 +14,10 @@ from typing import Any
 import datasets
 import lm_eval.api.metrics  # fills the registry
 import lm_eval.tasks
+import lm_eval.utils
 import yaml
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
@@ -49,7 +52,15 @@ def load_benchmarks(names: list[str], index: dict[str, Entry], data_dir: Path | 
 
     Raises InputError for a kind of task that is not scored by log-likelihoods, and for items that cannot be had.
     """
+    render_in_sandbox()
     return [Benchmark(name, [_build(index[leaf], data_dir) for leaf in leaves_of(name, index)]) for name in names]
+
+
+def render_in_sandbox() -> None:
+    """Have lm-eval render the templates of task files in a sandbox; in its own a template can reach any object."""
+    sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
+    lm_eval.utils.env = sandbox
 
 
 def index_of(names: list[str], tasks_dir: Path | None = None, *, trust: bool = False) -> dict[str, Entry]:

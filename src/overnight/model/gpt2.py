@@ -37,9 +37,6 @@ def causal_only(
     return out.transpose(1, 2), None  # (batch, time, heads, head_dim)
 
 
-AttentionInterface.register("causal_only", causal_only)
-
-
 def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Config:
     """The GPT2Config of a recipe: padded and mask-free while training, plain when published."""
     config = GPT2Config(
@@ -56,6 +53,7 @@ def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Confi
         eos_token_id=eos_token_id,
         use_cache=not training,
     )
+    AttentionInterface.register(causal_only.__name__, causal_only)
     config._attn_implementation = causal_only.__name__ if training else "sdpa"
     return config
 
