@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from texts import SILENT, digests, documents_of, gpt2
 
+from overnight.core.lock import hold
 from overnight.data.encoder import Encoder
 from overnight.data.shards import open_shards
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
@@ -172,14 +173,12 @@ def test_a_folder_of_other_files_is_left_alone(data):
 
 
 def test_two_preparations_of_one_folder_are_not_mixed(data):
-    import fcntl
-
-    Path(data.dir + ".partial").mkdir()
-    lock = os.open(data.dir + ".partial/lock", os.O_CREAT | os.O_WRONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another process is preparing it"):
+    partial = Path(data.dir + ".partial")
+    partial.mkdir()
+    lock = hold(partial, "wait")
+    with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on .*or name another `data\.dir`"):
         prepare(data, VOCAB, **SILENT)
-    os.close(lock)
+    lock.release()
     prepare(data, VOCAB, **SILENT)
 
 

@@ -134,9 +134,9 @@ def assert_refused_once(done: subprocess.CompletedProcess, line: str) -> None:
 
 def test_what_only_the_main_process_sees_ends_both_and_is_said_once(workplace):
     (workplace / "runs" / "busy").mkdir(parents=True, exist_ok=True)
-    holder = hold(workplace / "runs" / "busy")
+    holder = hold(workplace / "runs" / "busy", "wait")
     done = on_two_cards(workplace, *SAME, *ONE_THREAD, "--name", "busy")
-    holder.close()
+    holder.release()
     assert_refused_once(done, f"runs/busy is in use by process {os.getpid()}")
 
 

@@ -222,9 +222,9 @@ def test_c7_a_second_run_in_one_directory_is_refused_and_a_dead_one_leaves_no_lo
     assert re.search(rf"runs/busy is in use by process {process.pid} on \S+; wait for it, stop it", refused.stderr)
     process.kill()
     process.wait()
-    holder = hold(in_process / "runs" / "busy")
-    assert json.loads(Path(holder.name).read_text())["pid"] == os.getpid()
-    holder.close()
+    holder = hold(in_process / "runs" / "busy", "wait")
+    assert json.loads(Path(holder.lock_file).read_text())["pid"] == os.getpid()
+    holder.release()
 
 
 def test_c7_of_many_processes_that_take_a_lock_at_once_one_gets_it(tmp_path):
@@ -242,10 +242,10 @@ def test_c7_of_many_processes_that_take_a_lock_at_once_one_gets_it(tmp_path):
 
 def _race(folder: Path, results) -> None:
     try:
-        lock = hold(folder)
+        lock = hold(folder, "wait")
         results.put("got it")
         time.sleep(60)
-        lock.close()
+        lock.release()
     except InputError:
         results.put("refused")
 

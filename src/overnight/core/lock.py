@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from overnight.errors import InputError
 
 LOCK = ".lock"
 
 
-def hold(folder: Path) -> IO[str]:
-    """Lock `folder` for as long as the returned file is open; `InputError` names the process that has it.
+def hold(folder: Path, otherwise: str) -> FileLock:
+    """Lock `folder` for as long as the returned lock is kept and not released.
 
-    The lock is the kernel's (flock), and so it ends with the process that holds it, however that ends: what the file
-    says of a dead process is overwritten.
+    `InputError` names the process that has it, and says what to do `otherwise`.
     """
-    file = (folder / LOCK).open("a+", encoding="utf-8")
+    lock = kernel_lock(folder / LOCK)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = _holder(file.read())
-        file.close()
-        raise InputError(f"{folder} is in use by {holder}; wait for it, stop it, or take another --name") from None
-    file.truncate(0)
-    json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
-    file.flush()
-    return file
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder} is in use by {_holder(folder / LOCK)}; {otherwise}") from None
+    (folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+    return lock
 
 
-def _holder(said: str) -> str:
+def kernel_lock(path: Path) -> FileLock:
+    """A lock of the kernel's (flock), which ends with the process that holds it, however that ends.
+
+    Where the file system has no such lock, taking it raises OSError: filelock's other kind outlives a kill.
+    """
+    return FileLock(path, thread_local=False, fallback_to_soft=False)
+
+
+def _holder(path: Path) -> str:
     try:
-        holder = json.loads(said)
+        holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):  # caught between its lock and its words
+    except ValueError:  # caught between its lock and its words
         return "another process"

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -25,6 +24,7 @@ from datatrove.pipeline.base import PipelineStep
 from transformers import PreTrainedTokenizerFast
 
 from overnight.core.files import disk_full_error
+from overnight.core.lock import hold, kernel_lock
 from overnight.data.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
 from overnight.data.shards import verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
@@ -98,17 +98,17 @@ def _claimed(folder: Path) -> Iterator[Path]:
     """Lend the folder of the work in hand to one process, when no worker of an earlier one is left in it."""
     partial = _partial(folder)
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("a") as lock, (partial / "workers.lock").open("a") as workers:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"`data.dir` is {folder}: another process is preparing it; wait for it to end") from None
-        fcntl.flock(workers, fcntl.LOCK_EX)  # those of a killed process die with it
-        fcntl.flock(workers, fcntl.LOCK_UN)
+    lock = hold(partial, "wait for it to end, or name another `data.dir`")
+    try:
+        for worker in partial.glob("workers/*"):
+            with kernel_lock(worker):  # those of a killed process die with it
+                pass
         for left in [partial / "errors", partial / "progress", *partial.glob("stage/*.partial")]:
             shutil.rmtree(left, ignore_errors=True)
         (partial / "progress").mkdir()
         yield partial
+    finally:
+        lock.release()
 
 
 def _job(

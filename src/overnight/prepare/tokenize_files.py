@@ -11,7 +11,6 @@ together (prepare.py). A staged file is a folder that has its name only when it 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from overnight.core import files
+from overnight.core.lock import kernel_lock
 from overnight.core.processes import die_with_parent
 from overnight.data.encoder import encoder_of
 from overnight.data.manifest import DType, InputRecord, little_endian
@@ -158,7 +158,7 @@ class StageTokens(PipelineStep):
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         """Stage file number `rank`; a problem with the input is left in `Job.error`, and no further task begins."""
         job = self.job
-        with _bound_to_parent(job.folder):
+        with _bound_to_parent(job.folder, rank):
             if job.stage(rank).exists() or any(job.error(0).parent.glob("*.json")) or _enough_before(job, rank):
                 return
             try:
@@ -301,13 +301,13 @@ def raise_left(folder: Path) -> None:
 
 
 @contextmanager
-def _bound_to_parent(folder: Path) -> Iterator[None]:
-    """In a worker process: die with the one that started it, leave Ctrl-C to it, and hold the lock of the workers."""
+def _bound_to_parent(folder: Path, rank: int) -> Iterator[None]:
+    """In a worker process: die with the one that started it, leave Ctrl-C to it, and hold the lock of this task."""
     import multiprocess
 
     if multiprocess.parent_process() is not None:
         die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with (folder / "workers.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    (folder / "workers").mkdir(exist_ok=True)
+    with kernel_lock(folder / "workers" / f"{rank:05}"):
         yield

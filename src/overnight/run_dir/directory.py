@@ -7,9 +7,10 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from overnight.core.files import atomic_write
 from overnight.core.lock import hold
@@ -33,7 +34,7 @@ class RunDirectory:
         self.models = self.path / "models"
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self.changes: list[dict[str, Any]] = []  # of the run's identity since it began: {"key", "before", "now"}
-        self._lock: IO[str] | None = None
+        self._lock: FileLock | None = None
 
     def cooldown_of(self, goal: int) -> Path:
         """The checkpoints of the decay towards a budget."""
@@ -118,7 +119,7 @@ class RunDirectory:
             return
         try:
             self.models.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(self.path)
+            self._lock = hold(self.path, "wait for it, stop it, or take another --name")
         except OSError as error:
             raise InputError(
                 f"{self.path} cannot be written to: {error.strerror} ({error.filename}); mend that, or change to"
