@@ -9,15 +9,19 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
 from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 10
 
 # ANSI/OSC sequences, then every other control character but newline and tab, and marks that turn the direction of text:
 # sampled text must not drive the terminal.
@@ -68,6 +72,40 @@ def step_line(record: dict, max_iters: int) -> str:
     )
 
 
+class Progress:
+    """How far a piece of work is: a bar with words beside it on a terminal, in a log the words every ten seconds."""
+
+    def __init__(self, rich: RichConsole, log: Callable[[str], None] | None = None, done: float = 0.0):
+        """`log` takes the lines, where there are to be any; `done` is the share that was done before."""
+        self.log, self.done = log, done
+        self.started = self._logged = time.monotonic()
+        self._bar = RichProgress(BarColumn(), TextColumn("{task.description}"), console=rich, transient=True)
+        self._task = self._bar.add_task("", total=1)
+
+    def update(self, share: float, words: str) -> None:
+        """Show how much is done, and the words."""
+        if self._bar.console.is_terminal:
+            self._bar.start()
+            self._bar.update(self._task, completed=share, description=words)
+        elif self.log and time.monotonic() - self._logged > SECONDS_BETWEEN_LINES:
+            self._logged = time.monotonic()
+            self.log(words)
+
+    def seconds(self) -> float:
+        """Since the beginning, and never 0."""
+        return max(time.monotonic() - self.started, 1e-3)
+
+    def left(self, share: float) -> str:
+        """The time that is left at the pace so far."""
+        gained = share - self.done
+        return duration((1 - share) / gained * self.seconds()) if gained > 0 else "-"
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar.console.is_terminal:
+            self._bar.stop()
+
+
 class Console:
     """Prints for one process; the other processes of a run get one that is `quiet`."""
 
@@ -75,7 +113,7 @@ class Console:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # of a sample, what a terminal's encoding has no character for
         self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
+        self._progress: Progress | None = None
 
     def log(self, text: str = "") -> None:
         """One line, as it is."""
@@ -105,18 +143,12 @@ class Console:
         self._print(Panel(Text(plain("\n".join(lines))), title=Text(plain(title)), expand=False), soft_wrap=False)
 
     def progress(self, iteration: int, max_iters: int) -> None:
-        """Move the bar, where there is a terminal."""
-        if not self.rich.is_terminal:
-            return
-        if self._bar is None:
-            columns = (BarColumn(), TextColumn("{task.completed}/{task.total} iterations"))
-            self._bar = Progress(*columns, console=self.rich, transient=True)
-            self._bar.add_task("", total=max_iters)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=iteration, total=max_iters)
+        """Move the bar, where there is a terminal; in a log the iterations have lines of their own."""
+        self._progress = self._progress or Progress(self.rich)
+        self._progress.update(iteration / max_iters, f"{iteration}/{max_iters} iterations")
 
     def stop(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._progress:
+            self._progress.stop()
+            self._progress = None

@@ -10,21 +10,18 @@ import json
 import os
 import platform
 import signal
-import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console as RichConsole
 
-from overnight.core.console import count, duration
+from overnight.core.console import Progress, count
 from overnight.errors import Unreachable
 from overnight.prepare.tokenize_files import Job, read_stage
 
-SECONDS_BETWEEN_LINES = 10
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -57,36 +54,28 @@ class Watcher:
     """Adds up what the tasks report."""
 
     def __init__(self, job: Job, report: Callable[[str], None]):
-        self.job, self.report = job, report
+        self.job = job
         self.stopped = threading.Event()
         self.killed: int | None = None
         self.done: dict[int, Counter[str]] = {}  # of files that are staged
-        self.started = time.monotonic()
         self.look()
         self.before = self._sums()  # by an earlier command
+        self.progress = Progress(RichConsole(), report, done=self.before["share"])
 
     def watch(self) -> None:
         """Look until `stopped`."""
-        last = self.started
-        with Progress(BarColumn(), TextColumn("{task.description}"), transient=True, disable=not terminal()) as bar:
-            shown = bar.add_task("", total=1)
-            while not self.stopped.wait(SECONDS_BETWEEN_LOOKS):
-                self.look()
-                bar.update(shown, completed=self._sums()["share"], description=self.line())
-                if time.monotonic() - last > SECONDS_BETWEEN_LINES and not terminal():
-                    last = time.monotonic()
-                    self.report(self.line())
+        while not self.stopped.wait(SECONDS_BETWEEN_LOOKS):
+            self.look()
+            self.progress.update(self._sums()["share"], self.line())
+        self.progress.stop()
 
     def line(self) -> str:
         """Files, documents, tokens, speed and time left."""
         now = self._sums()
-        seconds = max(time.monotonic() - self.started, 1e-3)
-        speed = (now["text_bytes"] - self.before["text_bytes"]) / seconds
-        gained = now["share"] - self.before["share"]
-        left = duration((1 - now["share"]) / gained * seconds) if gained > 0 else "-"
+        speed = (now["text_bytes"] - self.before["text_bytes"]) / self.progress.seconds()
         return (
             f"{len(self.done)}/{len(self.job.files)} files, {count(now['documents'])} documents, "
-            f"{count(now['tokens'])} tokens, {speed / 1e6:.1f} MB/s, {left} left"
+            f"{count(now['tokens'])} tokens, {speed / 1e6:.1f} MB/s, {self.progress.left(now['share'])} left"
         )
 
     def look(self) -> None:
@@ -119,11 +108,6 @@ class Watcher:
         read += sum(sizes[rank] * about["share"] for rank, about in self.running.items())
         sums["share"] = read / max(sum(sizes), 1)
         return sums
-
-
-def terminal() -> bool:
-    """Whether a person looks on."""
-    return sys.stdout.isatty()
 
 
 def _lives(pid: int) -> bool:
