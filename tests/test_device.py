@@ -9,18 +9,19 @@ from accelerate import Accelerator
 from runs import ROOT, set_up, tiny
 
 from overnight import cli
+from overnight.core import nvml
 from overnight.core.console import Console
+from overnight.core.nvml import DetectedGpu, Driver
 from overnight.device import device
 from overnight.device.device import Device
-from overnight.doctor import machine, unusable_gpu
-from overnight.doctor.machine import Driver, Gpu
+from overnight.doctor import unusable_gpu
 from overnight.errors import InputError
 from overnight.model.gpt2 import LanguageModel
 from overnight.recipe.load import load
 from overnight.training import setup
 from overnight.training import train as train_module
 
-RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * 2**30, total=12 * 2**30, capability=(8, 9))
+RTX_4070 = DetectedGpu("NVIDIA GeForce RTX 4070", free_gib=11, total_gib=12, capability=(8, 9))
 OLD = Driver("550.54", (12, 4), (RTX_4070,))
 NEW = Driver("580.95", (13, 0), (RTX_4070,))
 
@@ -185,7 +186,7 @@ def test_a_driver_that_does_not_answer_is_none(monkeypatch, call):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
     monkeypatch.setattr(pynvml, call, lambda *handle: raised(pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)))
-    assert machine.driver() is None
+    assert nvml.driver() is None
 
 
 def test_the_default_recipe_is_the_nights_also_where_the_card_does_not_answer(monkeypatch, capsys):

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from overnight.doctor.checks import GIB, Check, checks
-from overnight.doctor.machine import Driver, Gpu, Machine, Place, filesystem_of, pins
+from overnight.core.nvml import DetectedGpu, Driver
+from overnight.doctor.checks import Check, checks
+from overnight.doctor.machine import Machine, Place, filesystem_of, pins
 
-RTX_4070 = Gpu("NVIDIA GeForce RTX 4070", free=11 * GIB, total=12 * GIB, capability=(8, 9))
+RTX_4070 = DetectedGpu("NVIDIA GeForce RTX 4070", free_gib=11, total_gib=12, capability=(8, 9))
 GOOD = Machine(
     python=(3, 12),
     installed={"torch": "2.13.0", "numpy": "2.4.6"},
@@ -84,7 +85,7 @@ def test_a_gpu_older_than_the_build_fails_and_one_without_bf16_warns():
 
 
 def test_memory_held_by_other_programs_is_a_warning():
-    busy = dataclasses.replace(RTX_4070, free=2 * GIB)
+    busy = dataclasses.replace(RTX_4070, free_gib=2)
     assert findings(driver=Driver("580", (13, 0), (busy,)))["gpu"].status == "warn"
 
 

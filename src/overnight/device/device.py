@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from overnight.core.nvml import nvml
 from overnight.errors import InputError
 from overnight.planning.gpus import match_gpu
 from overnight.recipe.schema import Recipe
@@ -111,12 +112,10 @@ def _energy_counter(power_meter) -> float:
 
 def _nvml_handle(device: torch.device):
     """NVML's name for a card, by which its power is read; None where there is no NVML, as in some containers."""
-    try:
-        import pynvml
-    except ImportError:
+    pynvml = nvml()
+    if pynvml is None:
         return None
     try:
-        pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except pynvml.NVMLError:
         return None

@@ -12,10 +12,10 @@ from typing import Literal
 
 from rich.console import Console
 
-from overnight.doctor.machine import Driver, Gpu, Machine, Place, survey
+from overnight.core.nvml import DetectedGpu, Driver
+from overnight.doctor.machine import Machine, Place, survey
 from overnight.recipe.schema import Recipe
 
-GIB = 2**30
 OLDEST_PYTHON = (3, 11)
 # From NVIDIA's table "CUDA Toolkit and Minimum Required Driver Version for CUDA Minor Version Compatibility", Linux.
 OLDEST_DRIVER = {11: "450.80", 12: "525.60", 13: "580"}
@@ -111,16 +111,16 @@ def is_wsl(kernel: str) -> bool:
     return "microsoft" in kernel.lower()
 
 
-def check_gpu(gpu: Gpu, archs: tuple[str, ...]) -> Check:
+def check_gpu(gpu: DetectedGpu, archs: tuple[str, ...]) -> Check:
     """The GPU is one that this PyTorch was built for, has bf16, and has its memory free."""
     major, minor = gpu.capability
-    text = f"{gpu.name}, {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free, compute capability {major}.{minor}"
+    text = f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free, compute capability {major}.{minor}"
     oldest = min((int(number) for number in re.findall(r"sm_(\d+)", " ".join(archs))), default=0)
     if 10 * major + minor < oldest:
         return Check("gpu", "fail", f"{text}; this PyTorch begins at {oldest // 10}.{oldest % 10}", "use a newer GPU")
     if major < 8:
         return Check("gpu", "warn", f"{text}: no bf16, so `precision: auto` takes float32, several times slower")
-    if gpu.free < gpu.total / 2:
+    if gpu.free_gib < gpu.total_gib / 2:
         return Check("gpu", "warn", f"{text}; other programs hold the rest", "nvidia-smi shows which; end them")
     return Check("gpu", "ok", f"{text}, bf16")
 

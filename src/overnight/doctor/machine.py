@@ -14,32 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overnight.core.nvml import nvml
-from overnight.planning.model_size import data_bytes, is_ready, run_bytes
+from overnight.core.nvml import Driver, driver
+from overnight.planning.model_size import data_bytes, run_bytes
 from overnight.recipe.schema import Recipe
 
 CONSTRAINTS = Path(__file__).resolve().parents[3] / "constraints.txt"  # beside the source of an editable install
 RECORDED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pydantic")
 """Packages whose versions decide what a run computes."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA GPU as NVML describes it; memory in bytes."""
-
-    name: str
-    free: int
-    total: int
-    capability: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Driver:
-    """The NVIDIA driver: its version, the newest CUDA it can run, and its GPUs."""
-
-    version: str
-    cuda: tuple[int, int]
-    gpus: tuple[Gpu, ...]
 
 
 @dataclass(frozen=True)
@@ -128,7 +109,7 @@ def normalised(name: str) -> str:
 
 def _installed(recipe: Recipe | None) -> dict[str, str | None]:
     """The version of every direct dependency, None where it is missing; of what prepares data where that is to come."""
-    extras = ["gpu", *(["prepare"] if recipe and not is_ready(recipe) else [])]
+    extras = ["gpu", *(["prepare"] if recipe and data_bytes(recipe) else [])]
     try:
         required = importlib.metadata.requires("overnight") or []
     except importlib.metadata.PackageNotFoundError:
@@ -153,28 +134,6 @@ def _torch_build() -> tuple[str | None, str | None, tuple[str, ...]]:
     except ImportError:
         return None, None, ()
     return torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list())
-
-
-def driver() -> Driver | None:
-    """The driver and its GPUs as NVML describes them; None where there is none, as in some containers, or no answer."""
-    pynvml = nvml()
-    if pynvml is None:
-        return None
-    try:
-        return _described_by(pynvml)
-    except pynvml.NVMLError:
-        return None
-
-
-def _described_by(pynvml: Any) -> Driver:
-    cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    gpus = []
-    for handle in handles:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        gpus.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.free, memory.total, tuple(capability)))
-    return Driver(pynvml.nvmlSystemGetDriverVersion(), (cuda // 1000, cuda % 1000 // 10), tuple(gpus))
 
 
 def _places(recipe: Recipe | None) -> tuple[Place, ...]:

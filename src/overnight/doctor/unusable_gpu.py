@@ -9,8 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from overnight.core.console import Console
+from overnight.core.nvml import DetectedGpu, driver
+from overnight.device.device import GIB
 from overnight.doctor.checks import check_gpu, check_torch, is_wsl
-from overnight.doctor.machine import Gpu, driver, gpus_hidden
+from overnight.doctor.machine import gpus_hidden
 from overnight.errors import InputError
 from overnight.planning.model_size import derive
 from overnight.recipe.schema import Recipe
@@ -33,7 +35,8 @@ def mind_unusable_gpu(recipe: Recipe, accelerator: Accelerator, console: Console
 
 def refuse_without_kernels() -> None:
     """Raise `InputError` for a CUDA device that is older than what this PyTorch was built for."""
-    gpu = Gpu(torch.cuda.get_device_name(), *torch.cuda.mem_get_info(), torch.cuda.get_device_capability())
+    free, total = torch.cuda.mem_get_info()
+    gpu = DetectedGpu(torch.cuda.get_device_name(), free / GIB, total / GIB, torch.cuda.get_device_capability())
     check = check_gpu(gpu, tuple(torch.cuda.get_arch_list()))
     if check.status == "fail":
         raise InputError(f"{check.text}; mend: {check.mend}; {ALL_THE_SAME}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 
-from overnight.core.nvml import nvml
+from overnight.core.nvml import driver
 from overnight.errors import InputError
 
 USUAL = "rtx-4070"  # the card that the recipes are written for
@@ -76,12 +76,8 @@ def match_gpu(cuda_name: str, total_gib: float) -> Gpu | None:
 
 def present() -> tuple[str, Gpu | None] | None:
     """The CUDA name of the first card here, from NVML, and the known card that it is; None without one."""
-    pynvml = nvml()
-    if pynvml is None:
+    found = driver()
+    if found is None or not found.gpus:
         return None
-    try:
-        card = pynvml.nvmlDeviceGetHandleByIndex(0)
-        name, total = pynvml.nvmlDeviceGetName(card), pynvml.nvmlDeviceGetMemoryInfo(card).total
-    except pynvml.NVMLError:
-        return None
-    return name, match_gpu(name, total / 2**30)
+    gpu = found.gpus[0]
+    return gpu.name, match_gpu(gpu.name, gpu.total_gib)

@@ -223,17 +223,10 @@ def run_bytes(recipe: Recipe) -> int:
 
 def data_bytes(recipe: Recipe) -> int:
     """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
-    from overnight.data.manifest import dtype_for, little_endian  # with numpy, which may be missing
+    from overnight.data.manifest import dtype_for, is_prepared, little_endian  # with numpy, which may be missing
 
-    if is_ready(recipe):
+    if is_prepared(Path(recipe.data.dir)):
         return 0
     tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
     token_bytes = little_endian(dtype_for(recipe.model.vocab_size)).itemsize
     return 2 * tokens * token_bytes + int((recipe.data.download_gb or 0) * 1e9)
-
-
-def is_ready(recipe: Recipe) -> bool:
-    """Whether the recipe's shards are prepared."""
-    from overnight.data.manifest import is_prepared  # with numpy, which may be missing
-
-    return is_prepared(Path(recipe.data.dir))
