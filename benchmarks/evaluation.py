@@ -41,7 +41,7 @@ def score(arm: str, folder: Path, task_name: str, items: int, batch_size: int) -
     from overnight.evaluation.tasks import index_of, load_benchmarks
 
     logging.disable(logging.WARNING)
-    eval_model = models.load(str(folder / "model"), torch.device("cpu"), torch.float32)
+    eval_model = models.load_model(str(folder / "model"), torch.device("cpu"), torch.float32)
     [benchmark] = load_benchmarks([task_name], index_of([task_name]), folder / "items")
     [task] = benchmark.tasks
     if arm == "ours":

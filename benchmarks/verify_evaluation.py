@@ -36,7 +36,7 @@ def main() -> int:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     data = benchmark_items(args.folder)
-    ours = models.load(str(pretrained_model(args.folder)), torch.device("cpu"), torch.float32)
+    ours = models.load_model(str(pretrained_model(args.folder)), torch.device("cpu"), torch.float32)
     upstream = HFLM(pretrained=ours.model, tokenizer=ours.tokenizer, batch_size=8)
     print(f"SmolLM2-135M, trees {'are' if ours.scorer.reads_trees else 'are NOT'} read, {args.limit} items a task")
     failed = not ours.scorer.reads_trees

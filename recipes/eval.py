@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"tasks: {', '.join(config.tasks) or 'none'}, {config.limit or 'all'} items of each")
         print(f"texts: {', '.join(config.texts) or 'none'}")
         return 0
-    from overnight.evaluation.evaluate import Plan, Session, launch
+    from overnight.evaluation.evaluate import Plan, Session, launch_evaluation
 
     shards = options.shards or (origin.recipe.data.dir if origin else "none")
     plan = Plan(
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         out=out,
         origin=origin,
     )
-    Session(plan, launch()).run()
+    Session(plan, launch_evaluation()).run()
     return 0
 
 

@@ -23,12 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from overnight.report.curve import draw
+    from overnight.report.curve import draw_curve
     from overnight.report.model_card import report, reported
 
     if options.curve:
         file = options.out or options.runs[0] / "report" / "curve.png"
-        draw(options.runs, file)
+        draw_curve(options.runs, file)
         print(f"written: {file}")
         return 0
     for folder in options.runs:

@@ -63,7 +63,7 @@ def in_process(workplace: Path, monkeypatch) -> Path:
     from overnight.model import export
 
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(export, "verify", lambda *arguments: None)
+    monkeypatch.setattr(export, "verify_export", lambda *arguments: None)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return workplace

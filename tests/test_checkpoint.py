@@ -38,7 +38,7 @@ def bits(model, optimizers) -> dict:
 def save(folder: Path, iteration: int, model, optimizers, **state) -> Path:
     final = folder / layout.folder_name(iteration)
     tensors = checkpoint.state_tensors(model, optimizers)
-    assert checkpoint.write(final, tensors, json.dumps({"iteration": iteration, **state})) is None
+    assert checkpoint.write_checkpoint(final, tensors, json.dumps({"iteration": iteration, **state})) is None
     return final
 
 
@@ -53,7 +53,7 @@ def test_loading_gives_back_every_bit_of_weights_and_optimizers(tmp_path, name):
     assert sorted(file.name for file in path.iterdir()) == FILES
     other, other_optimizers = trained(name, steps=0)
     assert checkpoint.read_state(path) == {"iteration": 2, "joules": 1.5}
-    checkpoint.load(path, other, other_optimizers)
+    checkpoint.load_checkpoint(path, other, other_optimizers)
     before, after = bits(model, optimizers), bits(other, other_optimizers)
     assert before.keys() == after.keys() and len(before) > 2 * len(list(model.parameters()))
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -65,7 +65,7 @@ def test_tensors_of_another_model_are_refused_before_any_is_copied(tmp_path):
         other = LanguageModel(SHAPE.model_copy(update={"n_layer": 2}), 0, compile=False)
     before = {name: parameter.clone() for name, parameter in other.named_parameters()}
     with pytest.raises(KeyError, match="other parameters"):
-        checkpoint.load(path, other, optim.build(other, Optim()))
+        checkpoint.load_checkpoint(path, other, optim.build(other, Optim()))
     assert all(torch.equal(before[name], parameter) for name, parameter in other.named_parameters())
 
 
@@ -117,13 +117,13 @@ def test_pruning_keeps_the_newest_and_the_branch_point(tmp_path):
 def test_c8_older_checkpoints_go_only_when_the_new_one_reads_back_as_it_was_written(tmp_path, monkeypatch):
     model, optimizers = trained()
     older = [save(tmp_path, iteration, model, optimizers) for iteration in (10, 20, 30)]
-    real = checkpoint.publish
+    real = checkpoint.put_in_place
 
     def rotten(aside, final):
         real(aside, final)
         damage(final / "optimizer.safetensors", "flipped")
 
-    monkeypatch.setattr(checkpoint, "publish", rotten)
+    monkeypatch.setattr(checkpoint, "put_in_place", rotten)
     saver = checkpoint.Saver(keep=2)
     tensors = checkpoint.state_tensors(model, optimizers)
     saver.start(tmp_path / "iter-000040", tensors, {"iteration": 40}, kept_for_ever=set())

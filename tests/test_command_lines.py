@@ -60,10 +60,10 @@ def of_night() -> list[list[str]]:
     recipe = load(Path(QUICKSTART), ["--hub.repo_id", "alice/small", "--name", "never-run"])
     given, child = [QUICKSTART, "--name", "never-run", "--until", "07:30"], Recorder()
     for file in ("accelerate_config.yaml", "recipes/accelerate_configs/multi_gpu.yaml"):
-        pipeline.train(recipe, given, ROOT / file, child)
-        pipeline.evaluate(Path("runs/never-run/models/iter-000320"), ROOT / file, child)
-    pipeline.prepare(given[:-2], child)
-    pipeline.publish(recipe, child)
+        pipeline.run_train(recipe, given, ROOT / file, child)
+        pipeline.run_evaluate(Path("runs/never-run/models/iter-000320"), ROOT / file, child)
+    pipeline.run_prepare(given[:-2], child)
+    pipeline.run_publish(recipe, child)
     return child.commands
 
 

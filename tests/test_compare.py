@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from overnight.evaluation.results import implausible, published
+from overnight.evaluation.results import implausible, published_scores
 from overnight.evaluation.statistics import (
     ALPHA,
     Paired,
@@ -135,7 +135,7 @@ def test_a_measurement_of_gpt2_far_from_the_published_one_is_warned_about():
         [verdict] = verdicts([Paired("hellaswag", "acc_norm", 0.25, right, right)])
         return verdict
 
-    assert published("openai-community/gpt2", measured(0.31)) == 0.3114
+    assert published_scores("openai-community/gpt2", measured(0.31)) == 0.3114
     assert implausible("openai-community/gpt2", measured(0.315)) is None
     assert "3.4 standard errors" in str(implausible("openai-community/gpt2", measured(0.2955)))  # the other protocol
     assert implausible("someone/else", measured(0.5)) is None

@@ -11,7 +11,16 @@ import pytest
 
 from overnight.errors import DamagedData, InputError
 from overnight.prepare.docstrings import embedded_documents
-from overnight.prepare.documents import LONGEST_ROW, NOT_TEXT, TOO_LONG, Row, is_reserved, normalised, rows, text_hash
+from overnight.prepare.documents import (
+    LONGEST_ROW,
+    NOT_TEXT,
+    TOO_LONG,
+    SourceRow,
+    is_reserved,
+    normalised_text,
+    rows,
+    text_hash,
+)
 from overnight.prepare.sources import find
 from overnight.recipe.schema import Data
 
@@ -28,7 +37,7 @@ def write_parquet(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[SourceRow]:
     return list(rows(path, path.suffix, "text", path.name))
 
 
@@ -57,7 +66,7 @@ def test_the_key_of_a_text_is_the_hash_of_its_normal_form(monkeypatch):
     draw = random.Random(1)
     for _ in range(2000):
         text = "".join(draw.choices("ab \t\n\r\v\f\x1c\x1f\x00\x7f\xa0\u2003\u0301e", k=draw.randint(0, 12)))
-        assert text_hash(text) == hashlib.sha256(normalised(text).encode()).digest()[:16], repr(text)
+        assert text_hash(text) == hashlib.sha256(normalised_text(text).encode()).digest()[:16], repr(text)
 
 
 def test_jsonl_and_parquet_give_the_same_documents(tmp_path):

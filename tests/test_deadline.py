@@ -16,7 +16,7 @@ from overnight.run_dir.layout import saved_iterations
 from overnight.training import time_limit
 from overnight.training import train as train_module
 from overnight.training.state import KeptLimit, TimeLimit
-from overnight.training.time_limit import fitting, next_time
+from overnight.training.time_limit import longest_in_time, next_time
 
 LONG = ("--schedule.max_iters", "100000", "--validation.every", "50", "--checkpoint.every", "100")
 LONG += ("--logging.every", "5", "--validation.prompts", "[]")
@@ -40,7 +40,7 @@ def night_of(seconds: float, recipe, pace, monkeypatch, *, warmup: int = 5) -> t
             told.all_validations, told.validation_seconds = told.all_validations + 10.0, 10.0
         point = branch_point(towards(recipe.schedule, limit.target_iters or recipe.schedule.max_iters))
         if run.iteration % 10 == 0 and run.iteration <= point:
-            budget = fitting(run, limit)
+            budget = longest_in_time(run, limit)
             if budget is not None:
                 limit.kept = KeptLimit("", "", seconds, budget)
                 spent.append(budget)

@@ -159,7 +159,7 @@ def test_g1_a_device_that_is_lost_in_an_evaluation_ends_it_with_75_and_no_answer
 
 @pytest.mark.parametrize("at_once", [3, 1])
 def test_g2_what_does_not_fit_the_memory_at_once_is_scored_in_halves(workplace, undisturbed, monkeypatch, at_once):
-    scorer = models.load(str(workplace / MODEL), torch.device("cpu"), torch.float32).scorer
+    scorer = models.load_model(str(workplace / MODEL), torch.device("cpu"), torch.float32).scorer
     ids = torch.randint(0, 500, (7, 20))
     requests = [Request(tuple(row[:12].tolist()), tuple(row[12:].tolist())) for row in ids]
     [trees], _ = batches_of(requests, 64, 512)
@@ -192,7 +192,7 @@ def test_g1_a_device_that_is_lost_is_not_taken_for_a_model_that_reads_no_trees(w
 
     monkeypatch.setattr(Scorer, "score", lost)
     with pytest.raises(torch.AcceleratorError):
-        models.load(str(workplace / MODEL), torch.device("cpu"), torch.float32)
+        models.load_model(str(workplace / MODEL), torch.device("cpu"), torch.float32)
 
 
 def journal_lines(cache: Path) -> list[bytes]:

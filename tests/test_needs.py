@@ -16,7 +16,7 @@ from runs import ROOT, records, slow
 
 from overnight.core.extras import EXTRAS
 from overnight.doctor import machine
-from overnight.doctor.machine import normalised
+from overnight.doctor.machine import canonical_name
 from overnight.planning import gpus
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,10 +28,10 @@ def with_what_they_need(requirements: list[str]) -> dict[str, importlib.metadata
     left = [Requirement(line) for line in requirements]
     while left:
         wanted = left.pop()
-        if normalised(wanted.name) in found:
+        if canonical_name(wanted.name) in found:
             continue
         distribution = importlib.metadata.distribution(wanted.name)
-        found[normalised(wanted.name)] = distribution
+        found[canonical_name(wanted.name)] = distribution
         needs = map(Requirement, distribution.requires or [])
         left += [each for each in needs if each.marker is None or each.marker.evaluate({"extra": ""})]
     return found
@@ -148,9 +148,11 @@ def test_every_module_that_an_extra_is_asked_for_is_brought_by_it():
             if line == "overnight[figures]"
             for each in PROJECT["optional-dependencies"]["figures"]
         ]
-        names = {normalised(Requirement(line).name) for line in lines}
+        names = {canonical_name(Requirement(line).name) for line in lines}
         for module in modules:
-            distributions = {normalised(name) for name in brought.get(module, [module])}  # trackers are not installed
+            distributions = {
+                canonical_name(name) for name in brought.get(module, [module])
+            }  # trackers are not installed
             assert distributions & names, f"{module} is none of {names}"
 
 

@@ -53,7 +53,7 @@ def test_the_trainer_is_started_again_only_after_progress_and_not_without_end():
 def test_preparing_is_started_again_when_the_network_stayed_away(codes, result, monkeypatch):
     child, runs = pipeline.Child(), []
     monkeypatch.setattr(child, "run", lambda command, environment: runs.append(command) or codes[len(runs) - 1])
-    assert pipeline.prepare(["a.yaml"], child) == result
+    assert pipeline.run_prepare(["a.yaml"], child) == result
     assert len(runs) == min(codes.index(result) + 1 if result != 75 else len(codes), pipeline.MAX_RESTARTS + 1)
 
 
@@ -100,7 +100,7 @@ def test_a_process_that_is_started_directly_is_told_what_accelerates_launcher_wo
 def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     recipe = load(root / "recipes" / "fineweb_edu_40m.yaml")
-    _, prepare, train, compare, publish = pipeline.plan(recipe)
+    _, prepare, train, compare, publish = pipeline.steps(recipe)
     assert publish == "publish  skipped: no `hub.repo_id`"
     assert "recipes/prepare.py" in prepare
     assert "20,000 iterations" in train
@@ -111,16 +111,16 @@ def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: py
     (shards / "manifest.json").write_text("{}")
     run = tmp_path / "runs" / recipe.name
     (run / "checkpoints" / "iter-000500").mkdir(parents=True)
-    _, prepare, train, *_ = pipeline.plan(recipe)
+    _, prepare, train, *_ = pipeline.steps(recipe)
     assert prepare.startswith("prepare  skipped")
     assert "goes on at iteration 500 of 20,000" in train
 
     (run / "models" / "iter-020000").mkdir(parents=True)
-    assert "done" in pipeline.plan(recipe)[2]
-    assert "recipes/eval.py" in pipeline.plan(recipe)[3]
+    assert "done" in pipeline.steps(recipe)[2]
+    assert "recipes/eval.py" in pipeline.steps(recipe)[3]
     (run / "evaluation" / "iter-020000").mkdir(parents=True)
     (run / "evaluation" / "iter-020000" / "comparison.md").write_text("")
-    assert "skipped" in pipeline.plan(recipe)[3]
+    assert "skipped" in pipeline.steps(recipe)[3]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from overnight.data.shards import open_shards
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from overnight.errors import DamagedData, InputError
 from overnight.prepare.cost import expected_cost
-from overnight.prepare.documents import is_reserved, normalised, text_hash
+from overnight.prepare.documents import is_reserved, normalised_text, text_hash
 from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
 
@@ -56,7 +56,7 @@ def test_d10_equal_texts_are_written_once_and_never_on_both_sides(data):
     write(Path(data.path or "") / "b.jsonl", second + planted + second[:50])
     manifest = prepare(data, VOCAB, **SILENT)
     assert manifest.counts.duplicates == 250
-    train, val = ([normalised(text) for text in documents_of(data.dir, side)] for side in ("train", "val"))
+    train, val = ([normalised_text(text) for text in documents_of(data.dir, side)] for side in ("train", "val"))
     assert len(set(train)) == len(train)
     expected = [text for text in first + second if not is_reserved(text_hash(text), data.reserved_fraction)]
     assert train == expected  # in order, the first occurrence surviving

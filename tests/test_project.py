@@ -1,6 +1,7 @@
 """The project's own files hold together: pins, the names of scripts, the accelerate configuration, no private hosts."""
 
 import ast
+import collections
 import importlib.machinery
 import itertools
 import re
@@ -130,6 +131,24 @@ def touched_at_import(path: Path) -> list[str]:
 def test_an_import_changes_no_environment_library_logger_or_warning(root: Path):
     modules = (root / "src" / "overnight").rglob("*.py")
     assert not [statement for path in modules for statement in touched_at_import(path)]
+
+
+def defined_in(path: Path) -> set[str]:
+    """The functions, classes and constants of a module's top level, `main` and dunder names left out."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return {name for name in found if name != "main" and not name.startswith("__")}
+
+
+def test_few_names_mean_two_things(root: Path):
+    modules = (root / "src" / "overnight").rglob("*.py")
+    times = collections.Counter(name for path in modules for name in defined_in(path))
+    assert len([name for name, number in times.items() if number > 1]) <= 8, times.most_common(12)
 
 
 def test_make_lists_its_targets(root: Path):

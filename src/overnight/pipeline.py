@@ -64,7 +64,7 @@ def night(
     hours = recipe.schedule.hours
     time = f"until {until}" if until else f"in {hours:g} hours" if hours else None
     print(f"The night of {recipe.name}, the steps that are done are skipped:")
-    for number, line in enumerate(plan(recipe, time), start=1):
+    for number, line in enumerate(steps(recipe, time), start=1):
         print(f"  {number}. {line}", flush=True)
     if dry_run:
         return 0
@@ -74,16 +74,16 @@ def night(
     child = Child()
     with handled(child.pass_on):
         if not prepares_itself(recipe) and not is_prepared(Path(recipe.data.dir)):
-            code = prepare(arguments, child)
+            code = run_prepare(arguments, child)
             if code != 0:
                 return EXIT_INTERRUPTED if child.stopped_by else code
         timed = ["--until", until] if until else []
-        code = train(recipe, [*arguments, *timed], config_file, child)
-        code = code or evaluate(finished_model(recipe, timed=time is not None), config_file, child)
-        return code or publish(recipe, child)
+        code = run_train(recipe, [*arguments, *timed], config_file, child)
+        code = code or run_evaluate(target_model(recipe, timed=time is not None), config_file, child)
+        return code or run_publish(recipe, child)
 
 
-def plan(recipe: Recipe, time: str | None = None) -> list[str]:
+def steps(recipe: Recipe, time: str | None = None) -> list[str]:
     """One line a step: what will be done, or why it is skipped; `time` says what the night is limited to."""
     if prepares_itself(recipe):
         prepare = "skipped: the trainer makes the shards of the embedded corpus itself, in seconds"
@@ -92,7 +92,7 @@ def plan(recipe: Recipe, time: str | None = None) -> list[str]:
     else:
         size = f", {recipe.data.download_gb:g} GB to download" if recipe.data.download_gb else ""
         prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"
-    done, finished = newest_checkpoint(recipe), finished_model(recipe)
+    done, finished = newest_checkpoint(recipe), target_model(recipe)
     if time:
         train = f"recipes/train.py, goes on at iteration {done or 0:,} to the budget that can be finished {time}"
     elif finished.exists():
@@ -123,7 +123,7 @@ def prepares_itself(recipe: Recipe) -> bool:
     return recipe.data.source == "embedded"
 
 
-def finished_model(recipe: Recipe, *, timed: bool = False) -> Path:
+def target_model(recipe: Recipe, *, timed: bool = False) -> Path:
     """Where the run's finished model lies once the run is over; of a run in nights, the longest budget's so far."""
     directory = RunDirectory(recipe)
     last = directory.flat_end() or recipe.schedule.max_iters
@@ -145,7 +145,7 @@ def checkpoints(recipe: Recipe) -> set[Path]:
     return set(RunDirectory(recipe).checkpoints.glob("**/iter-*"))
 
 
-def prepare(arguments: list[str], child: Child) -> int:
+def run_prepare(arguments: list[str], child: Child) -> int:
     """Prepare the shards, again when the network stayed away for a minute; returns the last exit code."""
     command = [sys.executable, str(ROOT / "recipes" / "prepare.py"), *arguments]
     for restart in range(MAX_RESTARTS + 1):
@@ -156,7 +156,7 @@ def prepare(arguments: list[str], child: Child) -> int:
     return code
 
 
-def train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child) -> int:
+def run_train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child) -> int:
     """Run the trainer until it ends, starting it again where `goes_on` says so; returns its last exit code."""
     command, environment, one_process = launched(config_file, "train.py", arguments)
     restarts = 0
@@ -191,7 +191,7 @@ def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bo
     return interrupted and progressed and restarts < MAX_RESTARTS
 
 
-def evaluate(model: Path, config_file: Path, child: Child) -> int:
+def run_evaluate(model: Path, config_file: Path, child: Child) -> int:
     """Measure a finished model as its recipe says, unless that was done; returns the exit code."""
     if comparison(model).exists():
         return 0
@@ -202,7 +202,7 @@ def evaluate(model: Path, config_file: Path, child: Child) -> int:
     return EXIT_INTERRUPTED if child.stopped_by else code if code >= 0 else 128 - code
 
 
-def publish(recipe: Recipe, child: Child) -> int:
+def run_publish(recipe: Recipe, child: Child) -> int:
     """Send what the evaluation added, and what the trainer may have left; returns the exit code."""
     if not recipe.hub.repo_id:
         return 0

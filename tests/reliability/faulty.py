@@ -66,14 +66,14 @@ def kill_at(stage: str, iteration: str) -> None:
 
 def slow(seconds: str, iteration: str) -> None:
     """Have the writer of one checkpoint wait."""
-    real = checkpoint.write
+    real = checkpoint.write_checkpoint
 
     def write(final: Path, *rest) -> str | None:
         if final.name == layout.folder_name(int(iteration)):
             time.sleep(float(seconds))
         return real(final, *rest)
 
-    checkpoint.write = write
+    checkpoint.write_checkpoint = write
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def test_b3_a_spike_is_told_and_its_history_survives_a_resume(in_process, quick,
     monkeypatch.chdir(in_process)
     monkeypatch.setattr(setup, "check_attention", lambda *given: ("not looked at", 0.0))
     monkeypatch.setattr(validation, "validate", lambda run: 1.0)
-    monkeypatch.setattr("overnight.model.export.verify", lambda *arguments: None)
+    monkeypatch.setattr("overnight.model.export.verify_export", lambda *arguments: None)
     forward_with(monkeypatch, tripled)
     monkeypatch.setattr(train_module, "train_step", stops)
     assert train_module.train(tiny(in_process, "--name", "spikes-again")) == 75

@@ -262,8 +262,8 @@ def test_c9_what_a_compiled_model_saved_a_plain_one_loads_and_the_other_way_roun
         tensors = checkpoint.state_tensors(first, optim.build(first, Optim()))
         assert not [name for name in tensors[checkpoint.MODEL] if "_orig_mod" in name]
         path = tmp_path / f"iter-{first is models[0]:06d}"
-        assert checkpoint.write(path, tensors, "{}") is None
-        checkpoint.load(path, second, optim.build(second, Optim()))
+        assert checkpoint.write_checkpoint(path, tensors, "{}") is None
+        checkpoint.load_checkpoint(path, second, optim.build(second, Optim()))
         theirs = dict(second.named_parameters())
         assert all(torch.equal(theirs[name], tensor) for name, tensor in first.named_parameters())
 

@@ -21,13 +21,13 @@ SPLIT_KEYS = {"reserved_fraction", "val_tokens", "train_tokens"}
 """With the tokenizer and the vocabulary, what a prepared folder must agree in to serve a recipe."""
 
 
-class Record(BaseModel):
+class ShardRecord(BaseModel):
     """Strict and closed: a manifest of another version is refused, not guessed at."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class FileRecord(Record):
+class FileRecord(ShardRecord):
     """What a shard must be: `path` inside the folder, sizes, and the SHA-256 of the tokens and of the index."""
 
     path: str
@@ -38,14 +38,14 @@ class FileRecord(Record):
     index_sha256: str
 
 
-class TokenizerRecord(Record):
+class TokenizerRecord(ShardRecord):
     """The tokenizer by the name the recipe gave, and `tokenizer.fingerprint` of the one saved in the folder."""
 
     name: str
     sha256: str
 
 
-class SourceRecord(Record):
+class SourceRecord(ShardRecord):
     """What the recipe named; `commit` is what a Hub dataset's revision meant."""
 
     source: str
@@ -57,7 +57,7 @@ class SourceRecord(Record):
     license: str | None
 
 
-class InputRecord(Record):
+class InputRecord(ShardRecord):
     """An input file as it was read: size and SHA-256, rows, and of the documents in them number, characters, UTF-8
     bytes. `rejected` names rows that were not used, at most 100, and why."""
 
@@ -71,7 +71,7 @@ class InputRecord(Record):
     rejected: list[str]
 
 
-class SplitRule(Record):
+class SplitRule(ShardRecord):
     """How documents came to a side, and the budgets asked for. Sides that came from elsewhere are "adopted": whether
     a text stands on both was not checked."""
 
@@ -82,7 +82,7 @@ class SplitRule(Record):
     train_tokens: int | None
 
 
-class Counts(Record):
+class Counts(ShardRecord):
     """What was read and written nowhere: exact duplicates, reserved documents validation did not need, whitespace
     only, rows that are no text, rows that are too long, and training documents after `train_tokens`."""
 
@@ -94,7 +94,7 @@ class Counts(Record):
     after_budget: int
 
 
-class Manifest(Record):
+class Manifest(ShardRecord):
     """The content of `manifest.json`. `inputs` are in the order in which their documents were written; files that
     `train_tokens` made needless are not among them."""
 

@@ -88,7 +88,7 @@ def gpus_hidden() -> bool:
 def pins(constraints: str) -> dict[str, str]:
     """`name==version` lines as a dictionary with normalised names."""
     found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", constraints, re.MULTILINE)
-    return {normalised(name): version for name, version in found}
+    return {canonical_name(name): version for name, version in found}
 
 
 def filesystem_of(path: Path, mounts: str) -> str:
@@ -102,7 +102,7 @@ def filesystem_of(path: Path, mounts: str) -> str:
     return kind
 
 
-def normalised(name: str) -> str:
+def canonical_name(name: str) -> str:
     """A distribution's name as the package index compares it: `PyYAML` and `pyyaml` are one."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -118,7 +118,7 @@ def _installed(recipe: Recipe | None) -> dict[str, str | None]:
         line for line in required if "extra ==" not in line or re.search(rf"extra == .({'|'.join(extras)})\b", line)
     ]
     names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in asked]
-    return {normalised(name): _version(name) for name in names}
+    return {canonical_name(name): _version(name) for name in names}
 
 
 def _version(name: str) -> str | None:

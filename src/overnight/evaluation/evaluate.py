@@ -26,7 +26,7 @@ from overnight.errors import InputError
 from overnight.evaluation import models, results
 from overnight.evaluation.cache import ResponseCache, cache_folder
 from overnight.evaluation.lm import SharedContextLM, answer_items
-from overnight.evaluation.loss import Losses, losses_over, read_texts, text_rows, validation_rows
+from overnight.evaluation.loss import RowLosses, losses_over, read_texts, text_rows, validation_rows
 from overnight.evaluation.models import UNIGRAM, UNTRAINED, EvalModel, Origin
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.results import Comparison, Results, Scores
@@ -36,7 +36,7 @@ from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load
 from overnight.recipe.schema import QUICK, Evaluation
 
 SAMPLE = 16  # items of a task, whose length is measured beforehand
-CHARACTERS_PER_TOKEN = 4.0  # of English, about
+ENGLISH_CHARACTERS_PER_TOKEN = 4.0  # of English, about
 LONG = 1800  # seconds, after which a CPU is told of --quick
 ANSWERED = ("loglikelihoods", "greedy", "metrics")
 Item = dict[str, Any]
@@ -48,7 +48,7 @@ class Measured:
     """One model: its scores, the losses of the validation rows, and its items by benchmark (main process alone)."""
 
     scores: Scores
-    losses: Losses | None
+    losses: RowLosses | None
     items: dict[str, list[Item]]
 
 
@@ -112,7 +112,7 @@ class Session:
         """The model of a name, on the device."""
         device, dtype = self.accelerator.device, DTYPES[self.plan.dtype]
         if name not in (UNTRAINED, UNIGRAM):
-            return models.load(name, device, dtype)
+            return models.load_model(name, device, dtype)
         if self.plan.origin is None or self.shards is None:
             raise InputError(f"`--against {name}` needs a model of a run, as runs/NAME/models/iter-...")
         make: Callable = models.untrained if name == UNTRAINED else models.unigram_model
@@ -173,7 +173,7 @@ class Session:
             home = "the embedded documentation" if source.source == "embedded" else str(source.path)
         notes = results.notes(settings, home)
         result = Results(settings, [each.scores for each in measured], comparisons, notes)
-        results.write(result, by_item(measured), self.plan.out)
+        results.write_results(result, by_item(measured), self.plan.out)
         for comparison in comparisons:
             self.console.log(f"\nagainst {comparison.opponent}")
             for line in results.verdict_lines(comparison):
@@ -224,8 +224,8 @@ class Session:
         """Say how long it will take, from the rate of one batch and the tokens of a few items of each task."""
         tokens = sum(tokens_of(benchmark, self.plan.config.limit) for benchmark in self.benchmarks)
         tokens += self.shards.val.tokens if self.shards else 0  # and twice the texts, whose windows overlap by half
-        tokens += sum(2 * len(t) / CHARACTERS_PER_TOKEN for documents in self.texts.values() for t in documents)
-        rate = probe(eval_model)
+        tokens += sum(2 * len(t) / ENGLISH_CHARACTERS_PER_TOKEN for documents in self.texts.values() for t in documents)
+        rate = tokens_per_second(eval_model)
         seconds = tokens / rate / self.accelerator.num_processes
         self.console.log(
             f"  about {count(tokens)} tokens at {count(rate)} a second: {duration(seconds)}, less what is known"
@@ -237,7 +237,7 @@ class Session:
         self.console.log(f"  {what}: {found} ({duration(self.meter.end())})")
 
 
-def launch() -> Accelerator:
+def launch_evaluation() -> Accelerator:
     """The Accelerator of an evaluation, on whatever topology it was launched with."""
     disable_progress_bar()
     datasets.disable_progress_bars()
@@ -256,11 +256,11 @@ def tokens_of(benchmark: Benchmark, limit: int | None) -> float:
         items = min(len(task.eval_docs), limit or len(task.eval_docs))
         task.build_all_requests(limit=min(SAMPLE, items))
         texts = {(instance.doc_id, text) for instance in task.instances for text in instance.args}
-        total += sum(len(text) for _, text in texts) / CHARACTERS_PER_TOKEN * items / min(SAMPLE, items)
+        total += sum(len(text) for _, text in texts) / ENGLISH_CHARACTERS_PER_TOKEN * items / min(SAMPLE, items)
     return total
 
 
-def probe(eval_model: EvalModel) -> float:
+def tokens_per_second(eval_model: EvalModel) -> float:
     """Tokens a second of a full batch, the second of two."""
     length = min(64, eval_model.context)
     rows = eval_model.scorer.budget // length
@@ -298,7 +298,7 @@ def paired(benchmark: str, ours: Measured, theirs: Measured) -> Paired | None:
     return Paired(benchmark, metric, ours.scores.tasks[benchmark]["chance"], *right)
 
 
-def difference(ours: Losses | None, theirs: Losses | None) -> dict[str, float] | None:
+def difference(ours: RowLosses | None, theirs: RowLosses | None) -> dict[str, float] | None:
     """Our loss on the validation set minus theirs, in nats per token, with its interval over resampled rows."""
     if ours is None or theirs is None:
         return None

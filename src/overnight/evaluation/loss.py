@@ -54,7 +54,7 @@ class TokenLoss(evaluate.Metric):
 
 
 @dataclass
-class Losses:
+class RowLosses:
     """What a model reached on a text, and its rows, in an order that is the same for every model."""
 
     summary: dict[str, float | int | None]
@@ -62,11 +62,11 @@ class Losses:
     tokens: np.ndarray  # (rows,) int64
 
 
-Rows = Iterable[tuple[torch.Tensor, torch.Tensor, int]]
+RowBatches = Iterable[tuple[torch.Tensor, torch.Tensor, int]]
 """Batches of ids and targets, (rows, time) int64 each, and from which column on the targets count."""
 
 
-def losses_over(batches: Rows, of: EvalModel, accelerator: Accelerator, meter: Meter) -> Losses:
+def losses_over(batches: RowBatches, of: EvalModel, accelerator: Accelerator, meter: Meter) -> RowLosses:
     """Score every target once on one of the processes; all of them return the same."""
     sizes = bytes_of_tokens(of.tokenizer)
     mine: list[tuple[float, int, int]] = []
@@ -78,7 +78,7 @@ def losses_over(batches: Rows, of: EvalModel, accelerator: Accelerator, meter: M
     nats, tokens, size = (np.array(column) for column in zip(*gather_object(mine), strict=True))
     metric = TokenLoss(keep_in_memory=True)
     metric.add_batch(nats=nats, tokens=tokens.astype(np.int64), bytes=size.astype(np.int64))
-    return Losses(metric.compute() or {}, nats, tokens)
+    return RowLosses(metric.compute() or {}, nats, tokens)
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
@@ -95,7 +95,7 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return sizes
 
 
-def validation_rows(val: Split, length: int, of: EvalModel, accelerator: Accelerator, meter: Meter) -> Rows:
+def validation_rows(val: Split, length: int, of: EvalModel, accelerator: Accelerator, meter: Meter) -> RowBatches:
     """The whole validation set in the trainer's rows, strided over the processes without filling up."""
     device = of.scorer.device
     meter.expect(val.tokens // accelerator.num_processes)
@@ -110,7 +110,7 @@ def validation_rows(val: Split, length: int, of: EvalModel, accelerator: Acceler
         yield ids, targets, 0
 
 
-def text_rows(documents: list[str], of: EvalModel, context: int, accelerator: Accelerator, meter: Meter) -> Rows:
+def text_rows(documents: list[str], of: EvalModel, context: int, accelerator: Accelerator, meter: Meter) -> RowBatches:
     """Documents in windows of `context` tokens that overlap by half, each token scored once.
 
     A document begins after an end-of-text token, which is no target. Every token but those of the first window has at

@@ -90,7 +90,7 @@ def origin_of(model: str) -> Origin | None:
         raise InputError(f"{stored}: not the recipe of a run of this version: {error}") from None
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
+def load_model(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
     """The model of a folder or a Hub name. Raises InputError for what is none, or would need code or a pickle."""
     try:
         config, _ = PretrainedConfig.get_config_dict(name)

@@ -59,7 +59,7 @@ class Results:
                 "wins minus losses": headline(each.verdicts),
                 "tasks": [
                     asdict(v)
-                    | {"difference": v.difference, "verdict": v.word, "published": published(each.opponent, v)}
+                    | {"difference": v.difference, "verdict": v.word, "published": published_scores(each.opponent, v)}
                     for v in each.verdicts
                 ],
                 "validation": each.validation,
@@ -71,7 +71,7 @@ class Results:
         return {"settings": self.settings, "models": models, "comparisons": compared, "notes": self.notes}
 
 
-def published(model: str, verdict: Verdict) -> float | None:
+def published_scores(model: str, verdict: Verdict) -> float | None:
     """The published figure of GPT-2 124M under lm-eval for a task and metric, from facts/; None for anything else."""
     if model not in GPT2_NAMES:
         return None
@@ -85,7 +85,7 @@ def published(model: str, verdict: Verdict) -> float | None:
 
 def implausible(model: str, verdict: Verdict) -> str | None:
     """A warning when what we measured of GPT-2 is more than three standard errors from what was published."""
-    known = published(model, verdict)
+    known = published_scores(model, verdict)
     if known is None:
         return None
     error = math.sqrt(known * (1 - known) / verdict.items)
@@ -97,7 +97,7 @@ def implausible(model: str, verdict: Verdict) -> str | None:
     )
 
 
-def write(outcome: Results, items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """Write the folder; `items` are the lines of each benchmark. comparison.md comes last."""
     (folder / "items").mkdir(parents=True, exist_ok=True)
     for name, lines in items.items():
@@ -105,7 +105,7 @@ def write(outcome: Results, items: dict[str, list[dict[str, Any]]], folder: Path
     atomic_write(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
     for comparison in outcome.comparisons:
         if comparison.verdicts:
-            draw(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))
+            draw_differences(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))
     atomic_write(folder / "comparison.md", markdown(outcome))
 
 
@@ -150,11 +150,11 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         f"{len(found) - better - worse}: wins minus losses {headline(found):+d}.**",
         "",
     ]
-    reference = any(published(comparison.opponent, verdict) is not None for verdict in found)
+    reference = any(published_scores(comparison.opponent, verdict) is not None for verdict in found)
     heads = COLUMNS + (" published |" if reference else "")
     lines += [heads, "|" + "---|" * (heads.count("|") - 1)]
     for v in found:
-        known = published(comparison.opponent, v)
+        known = published_scores(comparison.opponent, v)
         row = [
             f"{v.task} ({v.metric}, {v.items:,} items)",
             f"{v.chance:.1%}",
@@ -237,7 +237,7 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def draw(comparison: Comparison, ours: str, path: Path) -> None:
+def draw_differences(comparison: Comparison, ours: str, path: Path) -> None:
     """The differences with their intervals, one line a task."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 

@@ -22,10 +22,10 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # of a forward
 HEAD_ROWS = {"cpu": 128, "cuda": 2048}  # of logits that exist at once
 LARGEST_TREE = 256  # tokens, or twice a sequence: attention is dense, so a large tree pays for pairs without a use
 LEAST_SHARED = 0.25  # of a sequence, for it to join a tree
-TOLERANCE = 1e-3  # of log-probabilities, for a model to be taken for one that reads trees
+TREE_TOLERANCE = 1e-3  # of log-probabilities, for a model to be taken for one that reads trees
 
 
-Rows = TypeVar("Rows", list["Tree"], Tensor)
+TreesOrTensor = TypeVar("TreesOrTensor", list["Tree"], Tensor)
 
 
 class Request(NamedTuple):
@@ -150,7 +150,7 @@ class Scorer:
         pairs = zip(self._halves(ids), self._halves(targets), strict=True)
         return np.concatenate([self.losses(*half) for half in pairs])
 
-    def _halves(self, rows: Rows) -> tuple[Rows, Rows]:
+    def _halves(self, rows: TreesOrTensor) -> tuple[TreesOrTensor, TreesOrTensor]:
         """Two halves of what does not fit into the memory at once, which is given back as far as nothing holds it."""
         if len(rows) == 1:
             raise torch.cuda.OutOfMemoryError(f"CUDA out of memory with a single row of {len(rows[0])} tokens")
@@ -236,4 +236,4 @@ class Scorer:
             if out_of_memory(error) or lost(error):
                 raise
             return False
-        return max(found) <= TOLERANCE
+        return max(found) <= TREE_TOLERANCE

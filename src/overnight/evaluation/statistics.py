@@ -17,7 +17,7 @@ ALPHA = 0.05
 RESAMPLES = 10_000
 LEVEL = 0.95
 SEED = 1337
-METRICS = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm"}  # of all others: acc
+TASK_METRICS = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm"}  # of all others: acc
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Paired:
 
 def metric_of(task: str) -> str:
     """The metric that decides a task, fixed before any score is seen."""
-    return METRICS.get(task, "acc")
+    return TASK_METRICS.get(task, "acc")
 
 
 def verdicts(tasks: Sequence[Paired], *, seed: int = SEED) -> list[Verdict]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from overnight.core.files import forget_cached, sha256, sync
 from overnight.run_dir.layout import saved_iterations
 
-MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+MODEL, OPTIMIZER, STATE_FILE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 
 Tensors = dict[str, dict[str, Tensor]]  # by file, by name in the file
 
@@ -62,7 +62,7 @@ class Saver:
         held = time.monotonic() - started
 
         def work() -> Saved:
-            problem = write(final, copies, text)
+            problem = write_checkpoint(final, copies, text)
             if problem is None:
                 prune(final.parent, self.keep, kept_for_ever)
             return Saved(final, held, time.monotonic() - started, problem)
@@ -97,7 +97,7 @@ def host_memory_like(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device="cpu")
 
 
-def write(final: Path, tensors: Tensors, state: str) -> str | None:
+def write_checkpoint(final: Path, tensors: Tensors, state: str) -> str | None:
     """Write a checkpoint, aside first; it gets its name when it is whole, and keeps it when the disk gives it back.
 
     Returns None, or why there is none: then nothing of it is left, and older ones are as they were.
@@ -108,8 +108,8 @@ def write(final: Path, tensors: Tensors, state: str) -> str | None:
         aside.mkdir(parents=True)
         for name, named in tensors.items():
             save_file(named, aside / name)
-        (aside / STATE).write_text(state, encoding="utf-8")
-        publish(aside, final)
+        (aside / STATE_FILE).write_text(state, encoding="utf-8")
+        put_in_place(aside, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         return str(error)
@@ -125,7 +125,7 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names), encoding="utf-8")
 
 
-def publish(aside: Path, final: Path) -> None:
+def put_in_place(aside: Path, final: Path) -> None:
     """Checksum and sync what is in `aside`, then give it its `final` name; an older folder of that name is replaced."""
     write_sums(aside)
     for path in aside.iterdir():
@@ -145,7 +145,7 @@ def damage(folder: Path) -> str | None:
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError) as error:
         return f"{SUMS}: {error}"
-    if missing := {MODEL, OPTIMIZER, STATE} - sums.keys():
+    if missing := {MODEL, OPTIMIZER, STATE_FILE} - sums.keys():
         return f"{SUMS} does not list {', '.join(sorted(missing))}"
     for name, digest in sums.items():
         try:
@@ -183,10 +183,10 @@ def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The `state.json` of a verified checkpoint."""
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
 
 
-def load(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     """Put the tensors of a verified checkpoint into `model` and `optimizers`; KeyError on misfits, changing nothing."""
     weights, moments = load_file(path / MODEL), load_file(path / OPTIMIZER)
     parameters = dict(model.named_parameters())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from overnight.model.checkpoint import publish
+from overnight.model.checkpoint import put_in_place
 
 TOLERANCE = 1e-5  # of the logits, float32 against float32 on the same CPU
 
@@ -33,14 +33,14 @@ def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: P
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        verify(model, aside, probe)
-        publish(aside, folder)
+        verify_export(model, aside, probe)
+        put_in_place(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-def verify(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
+def verify_export(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
     """Raise RuntimeError unless a fresh process reads the same model from `folder` as `model` is."""
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         stored = Path(scratch) / "probe.safetensors"
@@ -53,7 +53,7 @@ def verify(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
         raise RuntimeError(f"{folder} does not load as the model that was trained:\n{result.stdout}{result.stderr}")
 
 
-def differences(folder: str, probe: str) -> list[str]:
+def export_faults(folder: str, probe: str) -> list[str]:
     """What a fresh reader of `folder` finds different from the logits stored in `probe`; empty when all is well."""
     model: Any
     info: dict
@@ -71,6 +71,6 @@ def differences(folder: str, probe: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    problems = differences(*sys.argv[1:3])
+    problems = export_faults(*sys.argv[1:3])
     print("\n".join(problems))
     sys.exit(1 if problems else 0)

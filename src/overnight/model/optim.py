@@ -29,7 +29,7 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.mT
 
 
-Work = tuple[Tensor, Tensor, dict]  # a parameter, its gradient, its group
+MatrixUpdate = tuple[Tensor, Tensor, dict]  # a parameter, its gradient, its group
 
 
 class Muon(torch.optim.Optimizer):
@@ -52,14 +52,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def prepared(self) -> Callable[[], None]:
         """An update up to where weights and momentum change: a call that changes them, and takes no memory for it."""
-        by_shape: dict[tuple[int, int], list[Work]] = defaultdict(list)
+        by_shape: dict[tuple[int, int], list[MatrixUpdate]] = defaultdict(list)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     by_shape[len(param), param.shape[1] // group["blocks"]].append((param, param.grad, group))
         return partial(self._change, [(work, self._directions(work)) for work in by_shape.values()])
 
-    def _directions(self, work: list[Work]) -> Tensor:
+    def _directions(self, work: list[MatrixUpdate]) -> Tensor:
         """(blocks of all parameters, rows, columns), for parameters whose blocks have one shape."""
         blocks: list[Tensor] = []
         for param, grad, group in work:
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         return newton_schulz(torch.stack(blocks))
 
     @torch.no_grad()
-    def _change(self, prepared: list[tuple[list[Work], Tensor]]) -> None:
+    def _change(self, prepared: list[tuple[list[MatrixUpdate], Tensor]]) -> None:
         for work, directions in prepared:
             scale = 0.2 * math.sqrt(max(directions.shape[1:]))
             of_each = directions.split([group["blocks"] for _, _, group in work])

@@ -39,7 +39,7 @@ def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], d
     else:
         _print(recipe, budgets, unique, prices)
     if chosen.plot:
-        draw(budgets, chosen.plot)
+        draw_plan(budgets, chosen.plot)
     return 0
 
 
@@ -152,7 +152,7 @@ def _print(recipe: Recipe, budgets: list[Budget], unique: int | None, prices: Pr
         print("\n".join(lines(each, prices)))
 
 
-def draw(budgets: list[Budget], file: Path) -> None:
+def draw_plan(budgets: list[Budget], file: Path) -> None:
     """Loss against hours, or against iterations where no speed is known, with the intervals and GPT-2's line."""
     require("figures", "`--plot`")
     import matplotlib

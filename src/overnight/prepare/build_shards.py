@@ -28,7 +28,7 @@ from overnight.prepare.tokenize_files import DUPLICATE, EMPTY, Job, Stage, read_
 from overnight.recipe.schema import Data
 
 
-def finish(job: Job, folder: Path, commit: str | None) -> Manifest:
+def build_shards(job: Job, folder: Path, commit: str | None) -> Manifest:
     """Put the staged files together and give the folder its name. Raises InputError when they fall short."""
     staged, chosen = _staged(job)
     whole = job.folder / "whole"

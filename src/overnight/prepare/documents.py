@@ -27,7 +27,7 @@ ASCII_SPACES = bytes(SPACE if chr(code).isspace() and code < 128 else code for c
 NOT_TEXT, TOO_LONG = "no UTF-8 text", f"over {LONGEST_ROW >> 20} MiB"
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """One row of a file: its text or else why it has none, and how much of the file was read with it (0 to 1)."""
 
     text: str | None
@@ -35,19 +35,19 @@ class Row(NamedTuple):
     share: float
 
 
-def normalised(text: str) -> str:
+def normalised_text(text: str) -> str:
     """Return `text` in Unicode NFC with every run of whitespace made one space: what makes two documents equal."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def text_hash(text: str) -> bytes:
     """Return the first 16 bytes of the SHA-256 of the normalised text, the key of deduplication and of the split."""
-    raw = _normalised_ascii(text) if text.isascii() else normalised(text).encode()
+    raw = _normalised_ascii(text) if text.isascii() else normalised_text(text).encode()
     return hashlib.sha256(raw).digest()[:16]
 
 
 def _normalised_ascii(text: str) -> bytes:
-    """`normalised` for text in which nothing composes, without cutting it into words."""
+    """`normalised_text` for text in which nothing composes, without cutting it into words."""
     raw = text.encode().translate(ASCII_SPACES)
     if b"  " in raw:
         codes = np.frombuffer(raw, np.uint8)
@@ -70,7 +70,7 @@ def is_reserved(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < first_training_key(fraction)
 
 
-def rows(path: Path, suffix: str, column: str, name: str) -> Iterator[Row]:
+def rows(path: Path, suffix: str, column: str, name: str) -> Iterator[SourceRow]:
     """Yield every row of the file at `path`, in order; `suffix` is its format and `name` what messages call it.
 
     Raises InputError naming `data.text_column` when there is no such column, and DamagedData when the file cannot be
@@ -79,12 +79,12 @@ def rows(path: Path, suffix: str, column: str, name: str) -> Iterator[Row]:
     read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[suffix]
     for raw, share in read(path, column, name):
         if raw is None:
-            yield Row(None, NOT_TEXT, share)
+            yield SourceRow(None, NOT_TEXT, share)
         elif len(raw) > LONGEST_ROW:
-            yield Row(None, TOO_LONG, share)
+            yield SourceRow(None, TOO_LONG, share)
         else:
             text = _decoded(raw)
-            yield Row(text, "" if text is not None else NOT_TEXT, share)
+            yield SourceRow(text, "" if text is not None else NOT_TEXT, share)
 
 
 def _decoded(raw: bytes) -> str | None:

@@ -30,7 +30,7 @@ from overnight.data.shards import verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from overnight.errors import InputError
 from overnight.prepare import sources
-from overnight.prepare.build_shards import finish
+from overnight.prepare.build_shards import build_shards
 from overnight.prepare.cost import require_room
 from overnight.prepare.documents import is_reserved, rows, text_hash
 from overnight.prepare.progress import watched
@@ -82,7 +82,7 @@ def prepare(
         with watched(job, report):
             _stage(job, workers)
         raise_left(job.error(0).parent)
-        manifest = finish(job, folder, commit)
+        manifest = build_shards(job, folder, commit)
     shutil.rmtree(partial)
     train, val = (sum(record.tokens for record in side) for side in (manifest.train, manifest.val))
     report(f"{folder}: {train:,} training and {val:,} validation tokens")
@@ -195,7 +195,7 @@ class Finish(PipelineStep):
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
         """Make the prepared folder."""
         raise_left(self.job.error(0).parent)
-        finish(self.job, self.folder, self.commit)
+        build_shards(self.job, self.folder, self.commit)
         shutil.rmtree(self.job.folder)
 
 

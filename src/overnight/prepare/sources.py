@@ -33,7 +33,7 @@ BLOCK = 32 * 2**20
 """Bytes of one request; what is lost at most when a transfer breaks."""
 PAUSES = (1, 2, 4, 8, 16, 32)
 """Seconds before each further try of a request that failed; progress starts them anew."""
-REFUSALS = {400, 401, 403, 404, 405, 410, 451}
+REFUSED_STATUS = {400, 401, 403, 404, 405, 410, 451}
 """HTTP answers that another try does not change."""
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def pinned_commit(data: Data) -> str | None:
     if not isinstance(name, str) or name.count("/") != 1:
         raise InputError(f"`data.path` is {name}; the name of one dataset, owner/name, would work")
     place = f"{name} at {data.revision or 'its main branch'}"
-    return patiently(lambda: HfApi().dataset_info(name, revision=data.revision), place).sha
+    return with_retries(lambda: HfApi().dataset_info(name, revision=data.revision), place).sha
 
 
 def _hub_url(data: Data, commit: str | None) -> str:
@@ -116,16 +116,16 @@ def _published(path: Path) -> str | None:
 
 
 def _remote(pattern: str) -> Iterator[SourceFile]:
-    system, root = patiently(lambda: url_to_fs(pattern), pattern)
+    system, root = with_retries(lambda: url_to_fs(pattern), pattern)
     names = [root]
     if glob.has_magic(root) and not pattern.startswith("http"):
-        names = patiently(lambda: [name for name in system.glob(root) if Path(name).suffix in SUFFIXES], pattern)
+        names = with_retries(lambda: [name for name in system.glob(root) if Path(name).suffix in SUFFIXES], pattern)
         if not names:
             raise InputError(f"`data.path` or `data.files` is {pattern}: no {', '.join(SUFFIXES)} file found there")
     for name in names:
         url = system.unstrip_protocol(name)
         _require_format(url, pattern)
-        about = patiently(partial(system.info, name), url)
+        about = with_retries(partial(system.info, name), url)
         if not about.get("size"):
             raise InputError(f"`data.path`: {url} has no size, or its server does not tell it; copy it to a local file")
         sha256 = (about.get("lfs") or {}).get("sha256")
@@ -138,7 +138,7 @@ def _require_format(name: str, pattern: str) -> None:
         raise InputError(f"`data.path` is {pattern}: cannot read {name}; files end in {', '.join(SUFFIXES)}")
 
 
-def patiently(action: Callable[[], T], name: str) -> T:
+def with_retries(action: Callable[[], T], name: str) -> T:
     """Return `action()`, tried again with growing pauses while the network fails.
 
     Raises InputError when the answer is a refusal, and Unreachable when it still fails after the last pause.
@@ -167,7 +167,7 @@ def _is_refusal(error: BaseException) -> bool:
         return _is_refusal(error.__cause__)  # fsspec says so of every file of a server that it cannot reach
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
-        return status in REFUSALS
+        return status in REFUSED_STATUS
     return isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError | OfflineModeIsEnabled)
 
 
@@ -175,7 +175,7 @@ def fetch(file: SourceFile, folder: Path) -> tuple[Path, str]:
     """Return where the whole file lies on this machine, and its SHA-256.
 
     `folder` keeps what was fetched, and the sums, between two calls. Raises DamagedData when the SHA-256 is not the
-    published one, and what `patiently` raises.
+    published one, and what `with_retries` raises.
     """
     path = folder / f"{file.key}{file.suffix}" if file.remote or file.name == EMBEDDED else Path(file.name)
     known = folder / f"{file.key}.sha256"
@@ -201,7 +201,7 @@ def _fetch_remote(file: SourceFile, path: Path) -> None:
     with aside.open("ab") as out:
         while (have := out.tell()) < file.size:
             end = min(have + BLOCK, file.size)
-            out.write(patiently(partial(_block, system, root, have, end), file.name))
+            out.write(with_retries(partial(_block, system, root, have, end), file.name))
         out.flush()
         os.fsync(out.fileno())
     aside.rename(path)
@@ -215,7 +215,7 @@ def _block(system: fsspec.AbstractFileSystem, root: str, start: int, end: int) -
     return block
 
 
-def discard(file: SourceFile, folder: Path) -> None:
+def discard_fetched(file: SourceFile, folder: Path) -> None:
     """Remove what `fetch` keeps of a file that is done with; a local file itself is the user's."""
     for path in (folder / f"{file.key}{file.suffix}", folder / f"{file.key}.sha256"):
         path.unlink(missing_ok=True)

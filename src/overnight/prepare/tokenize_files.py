@@ -164,7 +164,7 @@ class StageTokens(PipelineStep):
             try:
                 with files.disk_full_error(job.folder, "data.dir"):
                     self._stage(data, rank)
-                sources.discard(job.files[rank], job.inputs)
+                sources.discard_fetched(job.files[rank], job.inputs)
             except InputError as error:
                 _leave(job.error(rank), error)
             finally:

@@ -17,7 +17,7 @@ from overnight.run_dir.metrics import Record
 HIGHEST = 1.2  # nats above the median validation loss that are shown
 
 
-def draw(runs: Sequence[Path], file: Path) -> None:
+def draw_curve(runs: Sequence[Path], file: Path) -> None:
     """Draw the runs over each other into `file`, a .png, .svg or .pdf.
 
     Raises `InputError` for a folder that is no run, and a file that cannot be written.

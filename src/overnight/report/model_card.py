@@ -23,7 +23,7 @@ from overnight.planning.gpus import facts as facts_of
 from overnight.planning.table import gpt2_loss
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
-from overnight.report.curve import draw
+from overnight.report.curve import draw_curve
 from overnight.run_dir.layout import finished, finished_in, folder_name, read_run
 from overnight.run_dir.metrics import Record
 
@@ -42,7 +42,7 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     end = finished(run)[budget]
     folder = run / "report" / folder_name(budget)
     folder.mkdir(parents=True, exist_ok=True)
-    draw([run], folder / CURVE)
+    draw_curve([run], folder / CURVE)
     atomic_write(folder / RECIPE, yaml.safe_dump(shown(recipe), sort_keys=False))
     path_there = [r for r in records if r["iteration"] <= budget and r.get("cooldown", budget) == budget]
     atomic_write(folder / METRICS, "".join(json.dumps(record) + "\n" for record in path_there))

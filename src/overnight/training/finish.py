@@ -77,7 +77,7 @@ def abort_diverged(run: Run, problem: str) -> int:
     return EXIT_DIVERGED
 
 
-def without_device(run: Run, error: RuntimeError) -> int:
+def end_without_device(run: Run, error: RuntimeError) -> int:
     """End a run whose device was lost, or has no memory left for what cannot be done in smaller pieces.
 
     What is on the device is not saved: it may be gone, or half of an update. A save that is underway has its copies in
@@ -88,7 +88,7 @@ def without_device(run: Run, error: RuntimeError) -> int:
     if run.accelerator.is_main_process:
         run.record("event", event="device failed", problem=problem)
     run.console.stop()
-    return end(error, f"stopped after iteration {run.iteration} {goes_on(run)}{command(run)}")
+    return end(error, f"stopped after iteration {run.iteration} {where_it_goes_on(run)}{command(run)}")
 
 
 def close(run: Run) -> None:
@@ -105,11 +105,11 @@ def interrupted(run: Run) -> int:
     if run.accelerator.is_main_process:
         run.record("event", event="interrupted")
         log_lost(run)
-    run.console.log(f"interrupted after iteration {run.iteration} {goes_on(run)}{command(run)}")
+    run.console.log(f"interrupted after iteration {run.iteration} {where_it_goes_on(run)}{command(run)}")
     return EXIT_INTERRUPTED
 
 
-def goes_on(run: Run) -> str:
+def where_it_goes_on(run: Run) -> str:
     """Whether the iteration at hand was saved, and where the same command goes on."""
     saved = run.directory.resumable(run.schedule)
     if saved and saved[0].name == folder_name(run.iteration):

@@ -87,12 +87,12 @@ def probe(recipe: Recipe, iterations: int = ITERATIONS) -> dict:
             run.iteration += 1
             console.progress(run.iteration, iterations)
         console.stop()
-        measured = evaluate(run, facts, recipe)
+        measured = probed(run, facts, recipe)
     console.table("probe", measured.report())
     return asdict(measured) | {"environment": environment()}
 
 
-def evaluate(run: Run, facts: dict[str, str], recipe: Recipe) -> Probe:
+def probed(run: Run, facts: dict[str, str], recipe: Recipe) -> Probe:
     """The figures of a run that has just been timed; `recipe` is the whole one."""
     seconds, batch = run.throughput.per_iteration(), run.recipe.batch
     assert seconds is not None, "fewer iterations than are thrown away as cold"

@@ -82,7 +82,7 @@ def resume(run: Run) -> None:
         return
     state = checkpoint.read_state(found)
     refuse_foreign(run, found, state)
-    checkpoint.load(found, run.model, run.optimizers)
+    checkpoint.load_checkpoint(found, run.model, run.optimizers)
     run.iteration, run.joules = state["iteration"], state["joules"]
     run.history = LossHistory.from_json(state["history"])
     if run.accelerator.is_main_process:

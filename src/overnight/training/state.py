@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from overnight.cli import RECIPES
 from overnight.core.console import Console
 from overnight.core.processes import beside
 from overnight.data.batches import TrainingBatches
@@ -30,8 +31,6 @@ from overnight.planning.model_size import Derived
 from overnight.recipe.schedule import decaying, towards
 from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.directory import RunDirectory
-
-RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 SPIKE_WINDOW = 64  # training losses that a new one is compared with
 SPIKE_FEWEST = 16  # losses below which nothing is called a spike

@@ -73,7 +73,7 @@ def forecast_ends(run: Run) -> tuple[int, int] | None:
     if outlook is None:
         return None
     longer = outlook.flat(goals(run.recipe.schedule), run.recipe.stop.min_gain_nats)
-    tell(run, outlook, longer, started)
+    tell_forecast(run, outlook, longer, started)
     return None if longer is None else (outlook.budgets[0], longer)
 
 
@@ -101,7 +101,7 @@ def to_come(recipe: Recipe, aimed: Schedule, iteration: int) -> set[int]:
     return {budget for budget in ahead if budget > iteration}
 
 
-def tell(run: Run, outlook: Outlook, flat: int | None, started: float) -> None:
+def tell_forecast(run: Run, outlook: Outlook, flat: int | None, started: float) -> None:
     """One line on the screen, one record in metrics.jsonl."""
     seconds, power = run.throughput.per_iteration(), watts(run)
     told: list[str] = []

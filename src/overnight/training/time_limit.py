@@ -109,18 +109,18 @@ def target_in_time(run: Run) -> int | None:
     limit = run.time_limit
     if limit is None or run.iteration % run.recipe.logging.every or run.decaying:
         return None
-    chosen = [fitting(run, limit) if run.accelerator.is_main_process else None]
+    chosen = [longest_in_time(run, limit) if run.accelerator.is_main_process else None]
     (target,) = broadcast_object_list(chosen)
     if target is None:
         return None
     before, limit.kept = limit.target_iters, replace(limit.kept, target_iters=target)
     if run.accelerator.is_main_process:
-        tell(run, limit, before)
+        tell_target(run, limit, before)
         keep(run, limit)
     return target
 
 
-def fitting(run: Run, limit: TimeLimit) -> int | None:
+def longest_in_time(run: Run, limit: TimeLimit) -> int | None:
     """The longest target that is finished in time; None where the pace is not known, or the one chosen fits."""
     now = time.monotonic() - run.throughput.all_validations
     limit.marks.append((now, run.iteration))
@@ -144,7 +144,7 @@ def fitting(run: Run, limit: TimeLimit) -> int | None:
     return None if holds or fits == limit.target_iters else fits
 
 
-def tell(run: Run, limit: TimeLimit, before: int | None) -> None:
+def tell_target(run: Run, limit: TimeLimit, before: int | None) -> None:
     """Say and record what was chosen, in place of what."""
     target, until = limit.target_iters, limit.kept.until
     assert target is not None

@@ -40,7 +40,7 @@ from overnight.training.resume import finish_saving, resume, save, save_due
 from overnight.training.setup import found_identity, open_data, print_plan, set_up
 from overnight.training.state import Run, Throughput, TimeLimit
 from overnight.training.time_limit import begin, target_in_time, tonight
-from overnight.training.validation import measure, validation_due
+from overnight.training.validation import validation_due, validation_step
 
 
 def train(
@@ -110,7 +110,7 @@ def fit(run: Run, targets: list[int]) -> int:
             log_quick_evals(run, wait=True)
             return code
     except RuntimeError as error:
-        return finish.without_device(run, error)
+        return finish.end_without_device(run, error)
     finally:
         finish.close(run)
 
@@ -186,11 +186,11 @@ def loop(run: Run) -> int:
     gc.collect()
     gc.freeze()  # what set-up made stays: collecting it again and again only stalls the device
     if run.iteration == 0:
-        run.target_iters = measure(run) or run.target_iters
+        run.target_iters = validation_step(run) or run.target_iters
         if run.recipe.validation.ngram_baselines and run.accelerator.is_main_process:
             log_baselines(run)
     elif validation_due(run):  # and not done: the session before was asked to stop in the middle of it
-        run.target_iters = measure(run) or run.target_iters
+        run.target_iters = validation_step(run) or run.target_iters
     while run.iteration < run.target_iters and not run.stopping:
         started = time.monotonic()
         optim.set_lr(run.optimizers, lr_at(run.iteration, run.schedule))
@@ -203,7 +203,7 @@ def loop(run: Run) -> int:
         if run.iteration % run.recipe.logging.every == 0 or run.iteration == run.target_iters:
             log_step(run, loss, grad_norm)
         if validation_due(run):
-            run.target_iters = measure(run) or run.target_iters
+            run.target_iters = validation_step(run) or run.target_iters
         run.target_iters = target_in_time(run) or run.target_iters
         if save_due(run) or run.stopping:
             save(run)

@@ -25,7 +25,7 @@ def validation_due(run: Run) -> bool:
     return due and (last is None or last[0] < run.iteration)
 
 
-def measure(run: Run) -> int | None:
+def validation_step(run: Run) -> int | None:
     """Validate, remember the loss, tell it and what it forecasts; nothing of these when a signal came first.
 
     Returns the target to end with where the curve is flat and the recipe wants that, otherwise None. A loss that is not
