@@ -6,7 +6,6 @@ Every check is a pure function of the plain values that machine.py reads off thi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +21,7 @@ OLDEST_DRIVER = {11: "450.80", 12: "525.60", 13: "580"}
 SLOW_MOUNTS = {"9p", "drvfs", "v9fs", "cifs", "smb3", "nfs", "nfs4", "vboxsf", "fuse.sshfs"}
 
 Status = Literal["ok", "warn", "fail"]
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @dataclass(frozen=True)
@@ -177,18 +177,12 @@ def check_threads(threads: int, omp_threads: str | None) -> Check:
     return Check("threads", "ok", f"{threads} CPU threads{note}")
 
 
-def show(found: Iterable[Check], console: Console) -> None:
-    """Print one line a check, and under it the command that mends it."""
-    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    for check in found:
-        console.print(f"{check.status:<4}", style=colours[check.status], end=" ")
-        console.print(f"{check.name:<10}  {check.text}", markup=False, highlight=False, soft_wrap=True)
-        if check.mend:
-            console.print(f"{'':<15}  mend: {check.mend}", markup=False, highlight=False, soft_wrap=True)
-
-
 def examine(recipe: Recipe | None = None) -> bool:
-    """Check this machine, print what was found, and return whether training can start."""
-    found = checks(survey(recipe))
-    show(found, Console())
+    """Check this machine and print a line a check, and under it what mends it; returns whether training can start."""
+    console, found = Console(highlight=False, soft_wrap=True), checks(survey(recipe))
+    for check in found:
+        console.print(f"{check.status:<4}", style=COLOURS[check.status], end=" ")
+        console.print(f"{check.name:<10}  {check.text}", markup=False)
+        if check.mend:
+            console.print(f"{'':<15}  mend: {check.mend}", markup=False)
     return all(check.status != "fail" for check in found)
