@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from hub_server import OTHER, READ, WRITE, Hub
-from runs import ROOT, final_sums, start, train, train_in_a_fresh_process
+from runs import ROOT, final_sums, start, tiny, train, train_in_a_fresh_process
 
+from overnight.core.console import Console
+from overnight.hub.background import Uploader
 from overnight.hub.contents import MODEL_FILES, allowed_files
+from overnight.run_dir.directory import RunDirectory
 
 PUBLISH = [sys.executable, str(ROOT / "recipes" / "publish.py")]
 LADDER = ("--schedule.milestones", "[20, 30]", "--validation.prompts", "[]")
@@ -224,6 +227,20 @@ def test_e5_e6_only_what_is_allowed_is_sent_and_no_secret_is_anywhere(workplace,
             assert WRITE.encode() not in path.read_bytes()
 
 
+def test_an_upload_that_a_signal_ends_is_reported_with_what_sends_the_rest(workplace, copy, hub, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    recipe = tiny(workplace, "--name", "copied", "--hub.repo_id", "alice/ended")
+    uploader = Uploader(RunDirectory(recipe), Console(), active=True)
+    uploader.poll()
+    uploader.process.send_signal(signal.SIGTERM)
+    uploader.process.wait()
+    uploader.poll()
+    said = capsys.readouterr().out
+    assert "ended by signal 15. What is still missing, this sends: python recipes/publish.py runs/copied" in said
+    assert uploader.process is None and uploader.active
+
+
 @pytest.mark.slow
 def test_an_evaluation_that_came_later_is_added(workplace, copy, hub, tmp_path):
     assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/scored").returncode == 0
@@ -257,6 +274,11 @@ def test_killed_here_and_resumed_from_the_hub_elsewhere_to_the_same_bits(workpla
     elsewhere.mkdir()
     shutil.copy(workplace / "tiny.yaml", elsewhere)
     environment = hub.settings(WRITE, tmp_path / "b")
+    hub.fault("bytes", "GET .*/resolve/.*/model.safetensors", times=1)
+    damaged = train_in_a_fresh_process(
+        elsewhere, "tiny.yaml", "--name", "moved", *options[:6], "--resume", "hub:alice/moved", **environment
+    )
+    assert damaged.returncode == 3 and "did not arrive as sent" in damaged.stderr
     resumed = train_in_a_fresh_process(
         elsewhere, "tiny.yaml", "--name", "moved", *options[:6], "--resume", "hub:alice/moved", **environment
     )

@@ -18,7 +18,6 @@ from overnight.errors import EXIT_INTERRUPTED
 from overnight.run_dir.directory import RunDirectory
 
 FIRST_WORD = 5.0  # seconds in which, before the first iteration, it can be known whether the Hub lets us
-AGAIN = 300.0  # seconds until an upload that used up its patience is tried again
 GRACE = 5.0  # seconds after the patience at a run's end in which a request may still come back
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -28,91 +27,74 @@ class Uploader:
 
     def __init__(self, directory: RunDirectory, console: Console, *, active: bool):
         self.run, self.hub, self.console = directory.path, directory.recipe.hub, console
-        self.active = active  # until nothing can be sent any more
+        self.active = active  # until the Hub refuses
+        self.last_line = ""
         self.over = False  # the run: what is missing is still sent
-        self.refusal = ""  # why nothing can be sent any more, in a line
+        self.news = True  # what an earlier session may have left
+        self.checkpoints_due = time.monotonic() + 3600 * self.hub.every_hours
         self.process: subprocess.Popen[str] | None = None
-        self.due, self.checkpoints_due = 0.0, self._from_now(3600 * self.hub.every_hours)
 
     def first_word(self) -> None:
         """Wait for it, a little: what keeps everything from being sent is then said before the first iteration."""
         self.poll()
         self._wait(FIRST_WORD)
 
-    def model_finished(self) -> None:
-        """Have it sent as soon as nothing else is being sent."""
-        self.due = 0.0
-
     def poll(self) -> None:
-        """Say what an upload has said that ended, and start one where it is time."""
+        """Tell what an upload that ended has said, and start another where there is news and none goes on."""
         if self.process is not None and self.process.poll() is not None:
             self._wait(0)
-        if self.active and self.process is None and time.monotonic() >= min(self.due, self.checkpoints_due):
-            self._start(checkpoints=time.monotonic() >= self.checkpoints_due)
+        if self.process is None and self.active and (self.news or time.monotonic() >= self.checkpoints_due):
+            self._start()
 
     def close(self) -> None:
-        """When the run is over, give what is missing the Hub's patience; otherwise end at once."""
-        deadline = self._from_now(60 * self.hub.patience_minutes + GRACE)
-        if self.refusal:
-            self.console.log(self.refusal)  # which was said hours ago perhaps
+        """When the run is over, give what is missing the patience of the recipe; otherwise end at once."""
+        if self.last_line and not self.active:
+            self.console.log(self.last_line)  # which was said hours ago perhaps
         if self.over:
+            deadline = time.monotonic() + 60 * self.hub.patience_minutes + GRACE
             self._wait(deadline - time.monotonic())
-            if self.active and self.process is None:
-                self._start(checkpoints=False)
+            if self.process is None and self.active:
+                self._start()
                 self._wait(deadline - time.monotonic())
         if self.process is not None:
             self.process.kill()
-            self._say(self.process.communicate()[0])
-            if self.over:
-                self._say(f"hub: no answer. {self._later()}")
+            self._tell(self.process.communicate()[0])
+            self._tell(f"hub: no answer. {self._later()}" if self.over else "")
 
-    def _start(self, *, checkpoints: bool) -> None:
-        self.process = beside(
-            *("-m", "overnight.hub.upload", str(self.run), *(["--checkpoints"] if checkpoints else [])),
-            environment=ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            process_group=0,  # Ctrl-C is for the trainer
-        )
-        self.due = float("inf")
-        if checkpoints:
-            self.checkpoints_due = self._from_now(3600 * self.hub.every_hours)
+    def _start(self) -> None:
+        arguments = ["-m", "overnight.hub.upload", str(self.run)]
+        if time.monotonic() >= self.checkpoints_due and not self.over:
+            arguments.append("--checkpoints")
+            self.checkpoints_due = time.monotonic() + 3600 * self.hub.every_hours
+        self.news = False
+        group = {"process_group": 0}  # Ctrl-C is for the trainer
+        self.process = beside(*arguments, environment=ENVIRONMENT, stdin=subprocess.DEVNULL, **group)
 
     def _wait(self, seconds: float) -> None:
-        """Wait for the upload, where there is one, and no longer than this; then say how it ended."""
+        """Wait for the upload, where there is one, but no longer than this; then tell how it ended."""
         if self.process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
-            said, _ = self.process.communicate(timeout=max(0.0, seconds))
-            self._ended(self.process, said)
+            self._tell(self.process.communicate(timeout=max(0.0, seconds))[0])
+            code, self.process = self.process.returncode, None
+            self.active = code in (0, EXIT_INTERRUPTED) or code < 0
+            if code < 0:
+                self._tell(f"hub: the upload was ended by signal {-code}. {self._later()}")
 
-    def _ended(self, process: subprocess.Popen[str], said: str) -> None:
-        self.process = None
-        self._say(said)
-        if process.returncode < 0:
-            self._say(f"hub: the upload was ended by signal {-process.returncode}. {self._later()}")
-        if process.returncode < 0 or process.returncode == EXIT_INTERRUPTED:
-            self.due = min(self.due, self._from_now(AGAIN))
-            if "--checkpoints" in process.args:  # type: ignore[operator]  # which is a list here
-                self.checkpoints_due = self._from_now(AGAIN)
-        elif process.returncode:
-            self.active, self.refusal = False, (said.splitlines() or ["hub: the upload failed"])[-1]
-
-    def _say(self, lines: str) -> None:
+    def _tell(self, lines: str) -> None:
         for line in lines.splitlines():
             self.console.log(line)
+            self.last_line = line
 
     def _later(self) -> str:
         return f"What is still missing, this sends: python recipes/publish.py {self.run}"
-
-    @staticmethod
-    def _from_now(seconds: float) -> float:
-        return time.monotonic() + seconds
 
 
 @contextlib.contextmanager
 def uploading(accelerator: Accelerator, directory: RunDirectory, console: Console) -> Iterator[Uploader]:
     """Publish what the run finishes while the block goes on, and at its end if `over` was set."""
-    uploader = Uploader(directory, console, active=bool(directory.recipe.hub.repo_id) and accelerator.is_main_process)
+    wanted = directory.recipe.hub.repo_id is not None and accelerator.is_main_process
+    uploader = Uploader(directory, console, active=wanted)
     try:
         yield uploader
     finally:

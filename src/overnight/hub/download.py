@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
 from overnight.hub.contents import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
@@ -38,17 +38,16 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
         staged = fetch(repo_id, STATE, directory, [*RUN_FILES, "checkpoints/*"])
         for target in finished_in(Metrics(staged / "metrics.jsonl").records()):
             fetch_model(repo_id, folder_name(target), directory)
-    except DamagedData:
+    except InputError:
         raise
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise InputError(f"`--resume {source}`: no state to be seen there ({first_line(error)})") from None
-    except HfHubHTTPError as error:
-        raise Unreachable(f"`--resume {source}`: {first_line(error)}") from None
-    except ValueError as error:  # a name that the Hub would not take
-        raise InputError(f"`--resume {source}`: {first_line(error)}") from None
-    except Exception as error:  # httpx's transport errors, which huggingface_hub passes on
+    except Exception as error:  # huggingface_hub passes on httpx's transport errors, which have no class in common
         raise Unreachable(f"`--resume {source}`: {type(error).__name__}: {first_line(error)}") from None
-    place(staged, directory)
+    for name, path in allowed_files(staged, STATE_FILES).items():
+        there = directory.path / name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(there)
     shutil.rmtree(directory.path / STAGED)
 
 
@@ -78,11 +77,3 @@ def fetch_model(repo_id: str, name: str, directory: RunDirectory) -> None:
     folder = fresh(directory.models / name)
     for file, path in allowed_files(staged, MODEL_FILES).items():
         path.rename(folder / file)
-
-
-def place(staged: Path, directory: RunDirectory) -> None:
-    """Move a fetched state to where a run is gone on from."""
-    for name, path in allowed_files(staged, STATE_FILES).items():
-        there = directory.path / name
-        there.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(there)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from json import JSONDecodeError
@@ -32,10 +30,9 @@ from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
 from overnight.core.files import sha256
-from overnight.core.lock import hold
 from overnight.core.processes import die_with_parent
 from overnight.errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError, Unreachable, first_line
-from overnight.hub.contents import CHECKPOINTS, STAGED, STATE, Commit, commits
+from overnight.hub.contents import Commit, commits
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.layout import recipe_of
 
@@ -87,10 +84,6 @@ class HubRepo:
             return {}
         return {e.rfilename: e.lfs.sha256 if e.lfs else e.blob_id or "" for e in info.siblings or []}
 
-    def lacks(self, commit: Commit) -> bool:
-        """Whether the branch lacks anything of a commit, or holds other bytes where they may not change."""
-        return bool(differing(commit.files, self.digests(commit.branch)))
-
     def push(self, commit: Commit) -> None:
         """Send a commit; `NotAsSent` unless the listing then shows every byte of it."""
         if commit.branch != "main":
@@ -106,13 +99,12 @@ class HubRepo:
 
 
 def differing(files: dict[str, Path], digests: dict[str, str]) -> list[str]:
-    """The names of those local files whose digest is not among the Hub's, or is another there."""
-    return [name for name, path in sorted(files.items()) if name not in digests or not matches(path, digests[name])]
+    """The names of those local files whose digest the Hub does not have: SHA-256 where it is that, or git's SHA-1."""
 
+    def digest(name: str) -> str:
+        return sha256(files[name]) if len(digests[name]) == 64 else git_hash(files[name].read_bytes())
 
-def matches(path: Path, digest: str) -> bool:
-    """Whether a local file has a digest: SHA-256 where it is 64 digits long, git's SHA-1 otherwise."""
-    return digest == (sha256(path) if len(digest) == 64 else git_hash(path.read_bytes()))
+    return [name for name in sorted(files) if name not in digests or digest(name) != digests[name]]
 
 
 def refusal(error: Exception) -> str | None:
@@ -158,34 +150,19 @@ def with_exponential_backoff(act: Callable[[], Result], *, patience: float, log:
 def publish(run: Path, recipe: Recipe, log: Log, *, checkpoints: bool = False) -> None:
     """Send what the Hub lacks of a run: finished models, and with `checkpoints` what there is of the unfinished one.
 
-    Raises `InputError` where the Hub refuses, and `Unreachable` where it stays away or another process is sending.
+    Raises `InputError` where the Hub refuses, and `Unreachable` where it stays away.
     """
     repo = HubRepo(recipe.hub.repo_id or "", recipe.hub.private)
     attempt = partial(with_exponential_backoff, patience=60 * recipe.hub.patience_minutes, log=log)
     attempt(repo.open)
-    with staging(run):
-        for commit in attempt(partial(commits, run, recipe, repo.repo_id, checkpoints=checkpoints)):
-            if attempt(partial(repo.lacks, commit)):
-                attempt(partial(repo.push, commit))
-                log(f"hub: {repo.repo_id}, {commit.branch}: {commit.message}, verified")
-            if commit.tag:
-                tag = partial(repo.api.create_tag, tag=commit.tag, revision=commit.branch, exist_ok=True)
-                attempt(partial(tag, repo.repo_id))
+    for commit in attempt(partial(commits, run, recipe, repo.repo_id, checkpoints=checkpoints)):
+        if differing(commit.files, attempt(partial(repo.digests, commit.branch))):
+            attempt(partial(repo.push, commit))
+            log(f"hub: {repo.repo_id}, {commit.branch}: {commit.message}, verified")
+        if commit.tag:
+            tag = partial(repo.api.create_tag, tag=commit.tag, revision=commit.branch, exist_ok=True)
+            attempt(partial(tag, repo.repo_id))
     log(f"hub: {repo.repo_id}, {'private' if repo.private else 'public'}, holds every finished model of {run}")
-
-
-@contextmanager
-def staging(run: Path) -> Iterator[None]:
-    """Keep other processes from sending the same run meanwhile, and tidy up; `Unreachable` where one does."""
-    (run / STAGED).mkdir(exist_ok=True)
-    try:
-        lock = hold(run / STAGED)
-    except InputError as error:
-        raise Unreachable(error.problems) from None
-    with lock:
-        yield
-        for branch in (CHECKPOINTS, STATE):  # whose links would keep what was pruned on the disk
-            shutil.rmtree(run / STAGED / branch, ignore_errors=True)
 
 
 def main() -> int:

@@ -106,7 +106,7 @@ def fit(run: Run, targets: list[int], uploader: Uploader) -> int:
                 with disk_full_error(run.directory.path, "name"):
                     resume(run)
                 code = loop(run, uploader)
-                uploader.model_finished()
+                uploader.news = code == 0
                 if code or run.target_iters != target:  # flat, or out of time: it ended with another target
                     break
             log_quick_evals(run, wait=True)
