@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hub_server import OTHER, READ, WRITE, Hub
 from runs import ROOT, final_sums, start, tiny, train, train_in_a_fresh_process
@@ -227,7 +228,9 @@ def test_e5_e6_only_what_is_allowed_is_sent_and_no_secret_is_anywhere(workplace,
             assert WRITE.encode() not in path.read_bytes()
 
 
-def test_an_upload_that_a_signal_ends_is_reported_with_what_sends_the_rest(workplace, copy, hub, monkeypatch, capsys):
+def test_e1_an_upload_that_a_signal_ends_is_reported_with_what_sends_the_rest(
+    workplace, copy, hub, monkeypatch, capsys
+):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     recipe = tiny(workplace, "--name", "copied", "--hub.repo_id", "alice/ended")
@@ -239,6 +242,21 @@ def test_an_upload_that_a_signal_ends_is_reported_with_what_sends_the_rest(workp
     said = capsys.readouterr().out
     assert "ended by signal 15. What is still missing, this sends: python recipes/publish.py runs/copied" in said
     assert uploader.process is None and uploader.active
+
+
+@pytest.mark.slow
+def test_e1_a_killed_trainer_leaves_no_upload_behind(workplace, hub, tmp_path):
+    hub.fault("hang")
+    options = ("--name", "left", "--hub.repo_id", "alice/left")
+    trainer = start(workplace, "tiny.yaml", *options, **hub.settings(WRITE, tmp_path))
+    deadline = time.monotonic() + 120
+    while not hub.requests and time.monotonic() < deadline:
+        time.sleep(0.1)
+    uploads = [child for child in psutil.Process(trainer.pid).children() if "overnight.hub.upload" in child.cmdline()]
+    trainer.kill()
+    trainer.wait()
+    gone, left = psutil.wait_procs(uploads, timeout=60)
+    assert (len(gone), left) == (1, [])
 
 
 @pytest.mark.slow

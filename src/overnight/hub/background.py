@@ -68,7 +68,10 @@ class Uploader:
             self.checkpoints_due = time.monotonic() + 3600 * self.hub.every_hours
         self.news = False
         group = {"process_group": 0}  # Ctrl-C is for the trainer
-        self.process = beside(*arguments, environment=ENVIRONMENT, stdin=subprocess.DEVNULL, **group)
+        try:
+            self.process = beside(*arguments, environment=ENVIRONMENT, stdin=subprocess.DEVNULL, **group)
+        except OSError as error:  # no memory to fork with
+            self._tell(f"hub: the upload cannot be started ({error}). {self._later()}")
 
     def _wait(self, seconds: float) -> None:
         """Wait for the upload, where there is one, but no longer than this; then tell how it ended."""

@@ -115,15 +115,9 @@ def exact_state(run: Path) -> Commit | None:
 
 def allowed_files(folder: Path, names: re.Pattern[str]) -> dict[str, Path]:
     """The files of a folder whose path in it is allowed; never a link, nor anything behind one."""
-    found = {}
-    for root, folders, files in os.walk(folder):  # which does not follow links
-        folders.sort()
-        for name in sorted(files):
-            path = Path(root) / name
-            relative = path.relative_to(folder).as_posix()
-            if names.fullmatch(relative) and not path.is_symlink():
-                found[relative] = path
-    return found
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    found = {path.relative_to(folder).as_posix(): path for path in paths}  # rglob enters no folder that is a link
+    return {name: path for name, path in found.items() if names.fullmatch(name)}
 
 
 def fresh(folder: Path) -> Path:
