@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hub_server import OTHER, READ, WRITE, Hub
-from runs import ROOT, final_sums, start, train, train_in_a_fresh_process
+from runs import ROOT, final_sums, start, tiny, train, train_in_a_fresh_process
 
+from overnight.core.console import Console
+from overnight.hub.background import Uploader
 from overnight.hub.contents import MODEL_FILES, allowed_files
+from overnight.run_dir.directory import RunDirectory
 
 PUBLISH = [sys.executable, str(ROOT / "recipes" / "publish.py")]
 LADDER = ("--schedule.milestones", "[20, 30]", "--validation.prompts", "[]")
@@ -20,8 +24,8 @@ MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 REPORT = {"README.md", "curve.png", "metrics.jsonl", "recipe.yaml"}
 # Pushes without the pauses that a real Hub is given.
 IMPATIENT = (
-    "import sys, overnight.hub.upload as hub; from pathlib import Path; hub.FIRST_WAIT, hub.LONGEST_WAIT = 0.05, 0.1;"
-    "sys.exit(hub.publish(Path(sys.argv[1]), sys.argv[2], public=False, dry_run=False))"
+    "import runpy, sys, overnight.hub.upload as upload; upload.FIRST_WAIT, upload.LONGEST_WAIT = 0.05, 0.1;"
+    f"sys.argv[:] = ({PUBLISH[1]!r}, *sys.argv[1:]); runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 
@@ -42,7 +46,7 @@ def pushed(
 
 
 def impatiently(folder: Path, hub: Hub, home: Path, run: str, repo: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", IMPATIENT, run, repo]
+    command = [sys.executable, "-c", IMPATIENT, run, "--repo-id", repo]
     environment = hub.environment(home=home)
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -100,7 +104,7 @@ def test_a_run_with_three_budgets_is_on_the_hub_when_it_ends(workplace, hub, tmp
         assert f"iter-0000{budget}: {budget} iterations, validation loss" in done.stdout
     assert holds(hub, "alice/ladder", "main", run / "models" / "iter-000040")
     assert set(files_of(hub, "alice/ladder", "main")) == MODEL | REPORT
-    assert "owed" not in done.stdout
+    assert "missing" not in done.stdout
 
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
@@ -120,13 +124,13 @@ def test_a_run_with_three_budgets_is_on_the_hub_when_it_ends(workplace, hub, tmp
 
 
 @pytest.mark.slow
-def test_e1_a_hub_that_hangs_stops_no_iteration_and_what_is_owed_is_sent_later(workplace, hub, tmp_path):
+def test_e1_a_hub_that_hangs_stops_no_iteration_and_what_is_missing_is_sent_later(workplace, hub, tmp_path):
     hub.fault("hang")
     options = ("--schedule.max_iters", "20", "--hub.repo_id", "alice/later", "--hub.patience_minutes", "0.02")
     done = train(workplace, "tiny.yaml", "--name", "later", *options, **hub.settings(WRITE, tmp_path))
     assert done.returncode == 0, done.stderr
     said = done.stdout
-    assert said.index("runs/later is finished") < said.index("What is still owed, this sends")
+    assert said.index("runs/later is finished") < said.index("What is still missing, this sends")
     assert "python recipes/publish.py runs/later" in said
     hub.heal()
     sent = pushed(workplace, hub, tmp_path, "runs/later")
@@ -224,6 +228,37 @@ def test_e5_e6_only_what_is_allowed_is_sent_and_no_secret_is_anywhere(workplace,
             assert WRITE.encode() not in path.read_bytes()
 
 
+def test_e1_an_upload_that_a_signal_ends_is_reported_with_what_sends_the_rest(
+    workplace, copy, hub, monkeypatch, capsys
+):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    recipe = tiny(workplace, "--name", "copied", "--hub.repo_id", "alice/ended")
+    uploader = Uploader(RunDirectory(recipe), Console(), active=True)
+    uploader.poll()
+    uploader.process.send_signal(signal.SIGTERM)
+    uploader.process.wait()
+    uploader.poll()
+    said = capsys.readouterr().out
+    assert "ended by signal 15. What is still missing, this sends: python recipes/publish.py runs/copied" in said
+    assert uploader.process is None and uploader.active
+
+
+@pytest.mark.slow
+def test_e1_a_killed_trainer_leaves_no_upload_behind(workplace, hub, tmp_path):
+    hub.fault("hang")
+    options = ("--name", "left", "--hub.repo_id", "alice/left")
+    trainer = start(workplace, "tiny.yaml", *options, **hub.settings(WRITE, tmp_path))
+    deadline = time.monotonic() + 120
+    while not hub.requests and time.monotonic() < deadline:
+        time.sleep(0.1)
+    uploads = [child for child in psutil.Process(trainer.pid).children() if "overnight.hub.upload" in child.cmdline()]
+    trainer.kill()
+    trainer.wait()
+    gone, left = psutil.wait_procs(uploads, timeout=60)
+    assert (len(gone), left) == (1, [])
+
+
 @pytest.mark.slow
 def test_an_evaluation_that_came_later_is_added(workplace, copy, hub, tmp_path):
     assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/scored").returncode == 0
@@ -234,7 +269,7 @@ def test_an_evaluation_that_came_later_is_added(workplace, copy, hub, tmp_path):
     assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/scored").returncode == 0
     commits = len(hub.repos["alice/scored"].commits)
     assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/scored").returncode == 0
-    assert len(hub.repos["alice/scored"].commits) == commits  # everything is there: nothing is owed
+    assert len(hub.repos["alice/scored"].commits) == commits  # everything is there: nothing is missing
     there = files_of(hub, "alice/scored", "main")
     assert there["evaluation/comparison.md"] == b"# compared\n"
     assert b"evaluation/comparison.md" in there["README.md"]
@@ -257,6 +292,11 @@ def test_killed_here_and_resumed_from_the_hub_elsewhere_to_the_same_bits(workpla
     elsewhere.mkdir()
     shutil.copy(workplace / "tiny.yaml", elsewhere)
     environment = hub.settings(WRITE, tmp_path / "b")
+    hub.fault("bytes", "GET .*/resolve/.*/model.safetensors", times=1)
+    damaged = train_in_a_fresh_process(
+        elsewhere, "tiny.yaml", "--name", "moved", *options[:6], "--resume", "hub:alice/moved", **environment
+    )
+    assert damaged.returncode == 3 and "did not arrive as sent" in damaged.stderr
     resumed = train_in_a_fresh_process(
         elsewhere, "tiny.yaml", "--name", "moved", *options[:6], "--resume", "hub:alice/moved", **environment
     )

@@ -1,155 +1,104 @@
-"""The trainer's side of the Hub: a process that sends, started beside the run, and a state to go on from, fetched."""
+"""The trainer's side of the Hub: `overnight.hub.upload`, a process at low priority that is started when there is news.
+
+No iteration waits for it: between two of them it is only looked at. There is one at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
-import threading
+import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from accelerate import Accelerator
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from overnight.core.console import Console
 from overnight.core.processes import beside
-from overnight.errors import DamagedData, InputError, Unreachable, first_line
-from overnight.hub.contents import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
-from overnight.model.checkpoint import damage
+from overnight.errors import EXIT_INTERRUPTED
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished_in, folder_name, saved_iterations
-from overnight.run_dir.metrics import Metrics
 
-FROM_HUB = "hub:"
 FIRST_WORD = 5.0  # seconds in which, before the first iteration, it can be known whether the Hub lets us
+GRACE = 5.0  # seconds after the patience at a run's end in which a request may still come back
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-class Dispatch:
-    """`python -m overnight.hub.upload RUN`, at low priority; its lines go to the console; no step sees it fail."""
+class Uploader:
+    """Has what a run finishes published while it goes on; no step sees that fail."""
 
-    def __init__(self, run: Path, console: Console):
-        self.run = run
-        self.over = False  # the run: what is owed is still sent
-        self.process = beside(
-            *("-m", "overnight.hub.upload", str(run)),
-            environment={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            process_group=0,  # Ctrl-C is for the trainer
-        )
-        self.console = console
-        self.said = ""
-        self.heard = threading.Event()
-        self.reader = threading.Thread(target=self._repeat, daemon=True)
-        self.reader.start()
-
-    def _repeat(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said = line.rstrip()
-            self.console.log(self.said)
-            self.heard.set()
-        self.heard.set()
+    def __init__(self, directory: RunDirectory, console: Console, *, active: bool):
+        self.run, self.hub, self.console = directory.path, directory.recipe.hub, console
+        self.active = active  # until the Hub refuses
+        self.last_line = ""
+        self.over = False  # the run: what is missing is still sent
+        self.news = True  # what an earlier session may have left
+        self.checkpoints_due = time.monotonic() + 3600 * self.hub.every_hours
+        self.process: subprocess.Popen[str] | None = None
 
     def first_word(self) -> None:
         """Wait for it, a little: what keeps everything from being sent is then said before the first iteration."""
-        self.heard.wait(FIRST_WORD)
+        self.poll()
+        self._wait(FIRST_WORD)
+
+    def poll(self) -> None:
+        """Tell what an upload that ended has said, and start another where there is news and none goes on."""
+        if self.process is not None and self.process.poll() is not None:
+            self._wait(0)
+        if self.process is None and self.active and (self.news or time.monotonic() >= self.checkpoints_due):
+            self._start()
 
     def close(self) -> None:
-        """Let it send what is owed when the run is over, and end; otherwise end at once.
+        """When the run is over, give what is missing the patience of the recipe; otherwise end at once."""
+        if self.last_line and not self.active:
+            self.console.log(self.last_line)  # which was said hours ago perhaps
+        if self.over:
+            deadline = time.monotonic() + 60 * self.hub.patience_minutes + GRACE
+            self._wait(deadline - time.monotonic())
+            if self.process is None and self.active:
+                self._start()
+                self._wait(deadline - time.monotonic())
+        if self.process is not None:
+            self.process.kill()
+            self._tell(self.process.communicate()[0])
+            self._tell(f"hub: no answer. {self._later()}" if self.over else "")
 
-        Where it gave up before, hours ago perhaps, that is said again.
-        """
-        assert self.process.stdin is not None
-        gave_up = self.process.poll() is not None
-        with contextlib.suppress(OSError):  # it has ended, and said why
-            self.process.stdin.write("over\n" if self.over else "\n")
-            self.process.stdin.close()
-        self.process.wait()
-        self.reader.join()
-        if self.process.returncode < 0:
-            later = f"python recipes/publish.py {self.run}"
-            self.console.log(
-                f"hub: sending was ended by signal {-self.process.returncode}; what is owed, this sends: {later}"
-            )
-        elif gave_up:
-            self.console.log(self.said)
+    def _start(self) -> None:
+        arguments = ["-m", "overnight.hub.upload", str(self.run)]
+        if time.monotonic() >= self.checkpoints_due and not self.over:
+            arguments.append("--checkpoints")
+            self.checkpoints_due = time.monotonic() + 3600 * self.hub.every_hours
+        self.news = False
+        group = {"process_group": 0}  # Ctrl-C is for the trainer
+        try:
+            self.process = beside(*arguments, environment=ENVIRONMENT, stdin=subprocess.DEVNULL, **group)
+        except OSError as error:  # no memory to fork with
+            self._tell(f"hub: the upload cannot be started ({error}). {self._later()}")
 
+    def _wait(self, seconds: float) -> None:
+        """Wait for the upload, where there is one, but no longer than this; then tell how it ended."""
+        if self.process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._tell(self.process.communicate(timeout=max(0.0, seconds))[0])
+            code, self.process = self.process.returncode, None
+            self.active = code in (0, EXIT_INTERRUPTED) or code < 0
+            if code < 0:
+                self._tell(f"hub: the upload was ended by signal {-code}. {self._later()}")
 
-class Nothing:
-    """In its place where no repository is named, and beside the main process."""
+    def _tell(self, lines: str) -> None:
+        for line in lines.splitlines():
+            self.console.log(line)
+            self.last_line = line
 
-    over = False
-
-    def first_word(self) -> None:
-        """There is none."""
+    def _later(self) -> str:
+        return f"What is still missing, this sends: python recipes/publish.py {self.run}"
 
 
 @contextlib.contextmanager
-def sending(accelerator: Accelerator, directory: RunDirectory, console: Console) -> Iterator[Dispatch | Nothing]:
-    """Send what the run finishes while the block goes on, and at its end if `over` was set."""
-    if not (directory.recipe.hub.repo_id and accelerator.is_main_process):
-        yield Nothing()
-        return
-    dispatch = Dispatch(directory.path, console)
+def uploading(accelerator: Accelerator, directory: RunDirectory, console: Console) -> Iterator[Uploader]:
+    """Publish what the run finishes while the block goes on, and at its end if `over` was set."""
+    wanted = directory.recipe.hub.repo_id is not None and accelerator.is_main_process
+    uploader = Uploader(directory, console, active=wanted)
     try:
-        yield dispatch
+        yield uploader
     finally:
-        dispatch.close()
-
-
-def fetch_state(source: str, directory: RunDirectory) -> None:
-    """Fill an empty run directory with the state and the finished models that a run has pushed.
-
-    `source` is hub:OWNER/NAME. Raises `InputError` when there is no such state, or a run of this name is here already,
-    `DamagedData` when what came is not what was saved, and `Unreachable` when the Hub stays away.
-    """
-    repo_id = source.removeprefix(FROM_HUB)
-    if repo_id == source:
-        raise InputError(f"`--resume {source}`: hub:OWNER/NAME would work")
-    if directory.resumable(directory.recipe.schedule):
-        raise InputError(
-            f"{directory.path} holds a run already: without `--resume` it goes on; `--name NAME` starts beside it"
-        )
-    staged = fresh(directory.path / STAGED / "fetched")
-    try:
-        snapshot_download(repo_id, revision=STATE, local_dir=staged, allow_patterns=["checkpoints/*", *RUN_FILES])
-        for budget in finished_in(Metrics(staged / "metrics.jsonl").records()):
-            fetch_model(repo_id, budget, directory)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise InputError(f"`--resume {source}`: no state to be seen there ({first_line(error)})") from None
-    except HfHubHTTPError as error:
-        raise Unreachable(f"`--resume {source}`: {first_line(error)}") from None
-    except ValueError as error:  # a name that the Hub would not take
-        raise InputError(f"`--resume {source}`: {first_line(error)}") from None
-    except Exception as error:  # httpx's transport errors, which huggingface_hub passes on
-        raise Unreachable(f"`--resume {source}`: {type(error).__name__}: {first_line(error)}") from None
-    place(staged, directory)
-
-
-def fetch_model(repo_id: str, budget: int, directory: RunDirectory) -> None:
-    """A finished model from its own branch; one that was never pushed is left out, and is trained again."""
-    folder = directory.models / folder_name(budget)
-    aside = fresh(directory.path / STAGED / folder_name(budget))
-    try:
-        snapshot_download(repo_id, revision=folder_name(budget), local_dir=aside)
-    except RevisionNotFoundError:
-        return
-    fresh(folder)
-    for name, path in allowed_files(aside, MODEL_FILES).items():
-        path.rename(folder / name)
-
-
-def place(staged: Path, directory: RunDirectory) -> None:
-    """Move a fetched state to where a run is gone on from, once every checkpoint in it is found whole."""
-    found = allowed_files(staged, STATE_FILES)
-    checkpoints = [*saved_iterations(staged / "checkpoints").values()]
-    for folder in (staged / "checkpoints").glob("cooldown-*"):
-        checkpoints += saved_iterations(folder).values()
-    for checkpoint in checkpoints:
-        if (problem := damage(checkpoint)) is not None:
-            raise DamagedData(f"{checkpoint.relative_to(staged)} of the Hub: {problem}")
-    for name, path in found.items():
-        there = directory.path / name
-        there.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(there)
+        uploader.close()

@@ -29,60 +29,57 @@ STATE_FILES = re.compile(
     + r"|checkpoints/(cooldown-\d+/)?iter-\d+/(model\.safetensors|optimizer\.safetensors|state\.json|SHA256SUMS)"
 )
 CHECKPOINTS, STATE = "checkpoints", "state"  # branches
-STAGED = ".hub"  # in a run directory: links to what is being sent, so that pruning takes nothing away
+STAGED = ".hub"  # in a run directory: copies and links of what is being sent, so that pruning takes nothing away
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Commit:
     """One commit on a branch. Files are given by their path in the repository."""
 
-    revision: str
-    title: str
+    branch: str
+    message: str
     files: dict[str, Path]  # which never change once they are there
-    beside: Callable[[], dict[str, Path]] = dict  # a card and what it shows, made when it is sent
+    report: Callable[[], dict[str, Path]] = dict  # a card and what it shows, made when it is sent
     tag: str | None = None
     replaces: re.Pattern[str] | None = None  # files of earlier commits that go, unless they are sent again
 
 
-def allowed_files(folder: Path, names: re.Pattern[str]) -> dict[str, Path]:
-    """The files of a folder whose path in it is allowed; never a link, nor anything behind one."""
-    found = {}
-    for root, folders, files in os.walk(folder):  # which does not follow links
-        folders.sort()
-        for name in sorted(files):
-            path = Path(root) / name
-            relative = path.relative_to(folder).as_posix()
-            if names.fullmatch(relative) and not path.is_symlink():
-                found[relative] = path
-    return found
+def commits(run: Path, recipe: Recipe, repo_id: str, *, checkpoints: bool) -> list[Commit]:
+    """All that belongs on the Hub, in the order in which it is sent; with `checkpoints`, of the unfinished run too.
+
+    The state comes last, since it tells of finished models without which it could not be gone on with.
+    """
+    unfinished = []
+    if checkpoints:  # staged before the finished models are looked for: it tells of none that is not among them
+        unfinished = [newest_weights(run, recipe, repo_id), exact_state(run) if recipe.hub.push_state else None]
+    return [*finished_models(run, recipe, repo_id), *(commit for commit in unfinished if commit)]
 
 
-def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Parcel]:
+def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Commit]:
     """A branch for each finished model, and `main` for the one with the lowest validation loss, which comes last."""
-    ends = {b: end["val_loss"] for b, end in finished(run).items()}
-    parcels = {budget: finished_model(run, recipe, repo_id, budget, loss) for budget, loss in ends.items()}
-    if not parcels:
+    losses = {target: end["val_loss"] for target, end in finished(run).items()}
+    models = {target: finished_model(run, recipe, repo_id, target, loss) for target, loss in losses.items()}
+    if not models:
         return []
-    best = parcels[min(ends, key=lambda budget: (ends[budget], -budget))]
-    return [*parcels.values(), replace(best, revision="main", tag=None)]
+    best = models[min(losses, key=lambda target: (losses[target], -target))]
+    return [*models.values(), replace(best, branch="main", tag=None)]
 
 
-def finished_model(run: Path, recipe: Recipe, repo_id: str, budget: int, loss: float) -> Parcel:
+def finished_model(run: Path, recipe: Recipe, repo_id: str, target: int, loss: float) -> Commit:
     """One finished model, with its evaluation where there is one."""
-    name, last = folder_name(budget), recipe.schedule.max_iters
+    name, last = folder_name(target), recipe.schedule.max_iters
     scored = allowed_files(run / "evaluation" / name, EVALUATION_FILES)
-    files = allowed_files(run / "models" / name, MODEL_FILES)
-    files |= {f"evaluation/{path}": file for path, file in scored.items()}
-    return Parcel(
-        revision=name,
-        title=f"{budget:,} iterations, validation loss {loss:.4f}",
-        files=files,
-        beside=lambda: allowed_files(report(run, budget, repo_id), REPORT_FILES),
-        tag=f"final-{last:06d}" if budget == last else None,
+    return Commit(
+        branch=name,
+        message=f"{target:,} iterations, validation loss {loss:.4f}",
+        files=allowed_files(run / "models" / name, MODEL_FILES)
+        | {f"evaluation/{path}": file for path, file in scored.items()},
+        report=lambda: allowed_files(report(run, target, repo_id), REPORT_FILES),
+        tag=f"final-{last:06d}" if target == last else None,
     )
 
 
-def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Parcel | None:
+def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Commit | None:
     """The newest weights of the trunk, before any decay, as a model that loads; None while there are none."""
     trunk = saved_iterations(run / "checkpoints")
     if not trunk:
@@ -94,10 +91,10 @@ def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Parcel | None:
     write_model(checkpoint, recipe, folder)
     atomic_write(folder / CARD, unfinished_card(recipe, iteration, repo_id))
     files = allowed_files(folder, MODEL_FILES)
-    return Parcel(CHECKPOINTS, f"{iteration:,} iterations, not annealed", files, lambda: {CARD: folder / CARD})
+    return Commit(CHECKPOINTS, f"{iteration:,} iterations, not annealed", files, lambda: {CARD: folder / CARD})
 
 
-def exact_state(run: Path) -> Parcel | None:
+def exact_state(run: Path) -> Commit | None:
     """The exact state to go on from elsewhere: the newest checkpoint of the trunk, and of a decay that is newer."""
     trunk = saved_iterations(run / "checkpoints")
     decays = [saved_iterations(folder) for folder in (run / "checkpoints").glob("cooldown-*")]
@@ -107,17 +104,20 @@ def exact_state(run: Path) -> Parcel | None:
     last_trunk = max(trunk, default=-1)
     chosen = [path for path in newest if path.parent.name == "checkpoints" or iteration_of(path) > last_trunk]
     staged = fresh(run / STAGED / STATE)
-    for path in chosen:
-        place = staged / path.relative_to(run)
-        place.mkdir(parents=True)
-        for file in path.iterdir():
-            os.link(file, place / file.name)  # a checkpoint's files are never changed, only removed
+    for path in chosen:  # as links: a checkpoint's files are never changed, only removed
+        shutil.copytree(path, staged / path.relative_to(run), copy_function=os.link)
     for name in RUN_FILES:
         if (run / name).is_file():
             shutil.copyfile(run / name, staged / name)
-    files = allowed_files(staged, STATE_FILES)
-    iteration = max(map(iteration_of, chosen))
-    return Parcel(STATE, f"the state after {iteration:,} iterations", files, replaces=STATE_FILES)
+    message = f"the state after {max(map(iteration_of, chosen)):,} iterations"
+    return Commit(STATE, message, allowed_files(staged, STATE_FILES), replaces=STATE_FILES)
+
+
+def allowed_files(folder: Path, names: re.Pattern[str]) -> dict[str, Path]:
+    """The files of a folder whose path in it is allowed; never a link, nor anything behind one."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    found = {path.relative_to(folder).as_posix(): path for path in paths}  # rglob enters no folder that is a link
+    return {name: path for name, path in found.items() if names.fullmatch(name)}
 
 
 def fresh(folder: Path) -> Path:

@@ -208,7 +208,7 @@ class Hub(Section):
     every_hours: PositiveFloat = 2.0
     """Hours between two pushes of the newest weights, not annealed, to the branch `checkpoints`."""
     patience_minutes: PositiveFloat = 5.0
-    """Minutes after the end of a run in which what is still owed is tried again; it can be sent later too."""
+    """Minutes after the end of a run in which what is still missing is tried again; it can be sent later too."""
     push_state: bool = False
     """Push the exact state too, to the branch `state`: `--resume hub:OWNER/NAME` goes on from it anywhere."""
 

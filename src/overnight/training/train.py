@@ -20,7 +20,8 @@ from overnight.core.files import disk_full_error
 from overnight.device.faults import until_memory_runs_out
 from overnight.device.launch import launch, on_main
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
-from overnight.hub.background import fetch_state, sending
+from overnight.hub.background import Uploader, uploading
+from overnight.hub.download import fetch_state
 from overnight.model import optim
 from overnight.recipe.schedule import goals, lr_at
 from overnight.recipe.schema import Recipe
@@ -78,14 +79,14 @@ def train(
         directory.refuse_unreachable(target, now=cooldown is not None)
     on_main(accelerator, directory.lock)
     run = set_up(recipe, accelerator, console, directory, shards, time_limit) if unfinished else None
-    with sending(accelerator, directory, console) as sent:
+    with uploading(accelerator, directory, console) as uploader:
         if run is None:
             print_finished(directory, console, targets[-1])
             code = 0
         else:
-            sent.first_word()
-            code = fit(run, unfinished)
-        sent.over = code == 0
+            uploader.first_word()
+            code = fit(run, unfinished, uploader)
+        uploader.over = code == 0
     return code
 
 
@@ -96,7 +97,7 @@ def targets_of(directory: RunDirectory, time_limit: TimeLimit | None) -> list[in
     return [*(milestone for milestone in whole if milestone < last), last]
 
 
-def fit(run: Run, targets: list[int]) -> int:
+def fit(run: Run, targets: list[int], uploader: Uploader) -> int:
     """Train to each target, ascending; between two, go back to the trunk. Returns the exit code."""
     try:
         with finish.stop_on_signal(run):
@@ -104,7 +105,8 @@ def fit(run: Run, targets: list[int]) -> int:
                 run.target_iters, run.throughput = target, Throughput()
                 with disk_full_error(run.directory.path, "name"):
                     resume(run)
-                code = loop(run)
+                code = loop(run, uploader)
+                uploader.news = code == 0
                 if code or run.target_iters != target:  # flat, or out of time: it ended with another target
                     break
             log_quick_evals(run, wait=True)
@@ -180,7 +182,7 @@ def dropout_seed(seed: int, iteration: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def loop(run: Run) -> int:
+def loop(run: Run, uploader: Uploader) -> int:
     """Train to the target, or until a signal asks to stop; returns the exit code."""
     begin(run)
     gc.collect()
@@ -208,6 +210,7 @@ def loop(run: Run) -> int:
         if save_due(run) or run.stopping:
             save(run)
         log_saved(run, run.saver.outcome(wait=False))
+        uploader.poll()
     finish_saving(run)
     if run.stopping:
         return finish.interrupted(run)
