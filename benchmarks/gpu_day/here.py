@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from overnight.device import Device
 from overnight.files import write_whole
+from overnight.nvml import nvml
 from overnight.rundir import environment
 
 OTHERS = ("triton", "pyarrow", "tokenizers", "fastokens", "liger-kernel", "lm_eval")
@@ -37,10 +38,10 @@ def card() -> dict[str, Any]:
 
 def driver() -> dict[str, Any] | str:
     """NVML's own words, or why there are none."""
-    import pynvml
-
+    pynvml = nvml()
+    if pynvml is None:
+        return "no NVML: nvidia-ml-py is not installed, or there is no driver under it"
     try:
-        pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         return {
             "version": pynvml.nvmlSystemGetDriverVersion(),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import psutil
 import torch
 
 from overnight.gpus import match_gpu
+from overnight.nvml import nvml
 from overnight.recipe import InputError, Recipe
 
 GIB = 2**30
+WHOLE_BLOCK_MIB = 180  # below any chunk of logits of GPT-2's vocabulary: not compiled it is 197
 MEMORY_SHARE = 0.9  # of a card's free memory; the rest is for NCCL, cuBLAS and the desktop's windows
 
 
@@ -93,6 +96,16 @@ class Device:
             return None
 
 
+def keep_large_blocks_whole(environ: MutableMapping[str, str]) -> None:
+    """Have CUDA's allocator cut no block above `WHOLE_BLOCK_MIB` for a smaller request, unless the user has set it up.
+
+    The loss's chunk of logits is by far the largest block. Cut for a tensor that lives longer, such as a gradient, it
+    would be made once more by the next micro-batch. To be called before anything lies on the device.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
+        environ["PYTORCH_ALLOC_CONF"] = f"max_split_size_mb:{WHOLE_BLOCK_MIB}"
+
+
 def allow_tf32() -> None:
     """Let CUDA's tensor cores multiply what stays in float32.
 
@@ -110,12 +123,10 @@ def _energy_counter(power_meter) -> float:
 
 def _nvml_handle(device: torch.device):
     """NVML's name for a card, by which its power is read; None where there is no NVML, as in some containers."""
-    try:
-        import pynvml
-    except ImportError:
+    pynvml = nvml()
+    if pynvml is None:
         return None
     try:
-        pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except pynvml.NVMLError:
         return None

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 
 from overnight.console import Console, count, duration
 from overnight.manifest import Manifest, dtype_for
-from overnight.plan import derive, memory_gib
+from overnight.micro_batch import formula_gib
+from overnight.plan import derive
 from overnight.progress import Pace
 from overnight.recipe import Recipe
 from overnight.rundir import RunDirectory, environment
@@ -103,7 +104,7 @@ def evaluate(run: Run, facts: dict[str, str], pace: Pace, recipe: Recipe) -> Pro
         tokens_per_second=rate,
         mfu=run.derived.mfu(rate, run.device.peak_flops),
         peak_gib=run.device.used_gib(),
-        formula_gib=memory_gib(run.recipe, run.micro_batch) if run.device.cuda else None,
+        formula_gib=formula_gib(run, run.micro_batch) if run.device.cuda else None,
         hours=recipe.schedule.max_iters * recipe.batch.tokens_per_iter / rate / 3600,
         watts=run.device.watts(),
     )

@@ -22,7 +22,7 @@ from overnight import checkpoint, micro_batch, optim
 from overnight.batches import TrainingBatches
 from overnight.console import Console, estimated_end
 from overnight.deadline import Night
-from overnight.device import Device, allow_tf32, resolve_precision
+from overnight.device import Device, allow_tf32, keep_large_blocks_whole, resolve_precision
 from overnight.extras import require
 from overnight.files import room_in
 from overnight.inform import informs
@@ -90,6 +90,7 @@ def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
     """
     disable_progress_bar()  # transformers' own, which break the lines of a log
     overruled = take_over_environment(os.environ)
+    keep_large_blocks_whole(os.environ)
     require_what_is_asked_for(recipe)
     cuda = cuda_wanted()
     precision = resolve_precision(
