@@ -200,12 +200,12 @@ def by_formula(case: Case, rows: int) -> tuple[int, int]:
     return tensors, tensors + sum(beside)
 
 
-def compare_on_cuda(asked: list[int]) -> None:
+def compare_on_cuda(cases: list[Case], asked: list[int]) -> None:
     """The table of --device cuda."""
     keep_large_blocks_whole(os.environ)
     print("the formula, and how far it is from what PyTorch's allocator holds; the CUDA context left out; MiB\n")
     print(f"{'':32} {'rows':>5} {'tensors':>8} {'formula':>16} {'reserved':>9} {'formula':>16}")
-    for case in CASES:
+    for case in cases:
         sizes = [rows * 1024 // SHAPES[case.shape].n_positions for rows in asked]
         for rows, tensors, reserved in on_cuda(case, sizes):
             formula, whole = by_formula(case, rows)
@@ -256,9 +256,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64], help="micro-batches of 1,024 tokens")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=(names := list(map(str, CASES))), default=names, help="on CUDA")
     chosen = parser.parse_args()
     if chosen.device == "cuda":
-        compare_on_cuda(chosen.rows)
+        compare_on_cuda([case for case in CASES if str(case) in chosen.cases], chosen.rows)
         return
     compare_with_stock(chosen.rows)
 

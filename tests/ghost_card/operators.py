@@ -237,7 +237,6 @@ def install(limit: int | None = None) -> torch.library.Library:
 
     Without a `limit` on the elements of a tensor every launch that is left is refused.
     """
-    torch.cuda.init()
     library = torch.library.Library("aten", "IMPL")
     for qualified in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
         namespace, _, name = qualified.partition("::")
