@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from overnight.device.device import GIB
+from overnight.device.device import GIB, keep_large_blocks_whole
 from overnight.model import optim
 from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import LOSS_CHUNK, beside_the_tensors, peak_memory
@@ -150,38 +152,68 @@ def allocated_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-def on_cuda(shape: Model, compiled: bool, sizes: list[int]) -> Iterator[tuple[int, int, int]]:
+class Case(NamedTuple):
+    """What is trained on CUDA, and how."""
+
+    shape: str
+    optimizer: str
+    compiled: bool
+    bf16: bool = True
+
+    def __str__(self) -> str:
+        precision = "" if self.bf16 else ", float32"
+        return f"{self.shape}, {self.optimizer}, {'compiled' if self.compiled else 'eager'}{precision}"
+
+
+CASES = [Case(*case) for case in itertools.product(SHAPES, ("muon", "adamw"), (False, True))]
+CASES += [Case("40M", "muon", compiled, bf16=False) for compiled in (False, True)]
+
+
+def on_cuda(case: Case, sizes: list[int]) -> Iterator[tuple[int, int, int]]:
     """(rows, bytes of tensors, bytes reserved) at the peak of an iteration, by PyTorch's own allocator."""
     torch._dynamo.reset()
-    model = LanguageModel(shape, 0, compile=compiled).to("cuda").train()
-    step = Step(model, optim.build(model, Optim()), model)  # type: ignore[arg-type]
+    shape, precision = SHAPES[case.shape], torch.bfloat16 if case.bf16 else torch.float32
+    model = LanguageModel(shape, 0, compile=case.compiled).to("cuda").train()
+    step = Step(model, optim.build(model, Optim(name=case.optimizer)), model)  # type: ignore[arg-type]
     for rows in sizes:
-        iteration(step, rows, shape.n_positions, torch.bfloat16, device="cuda")
+        iteration(step, rows, shape.n_positions, precision, device="cuda")
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
-            iteration(step, rows, shape.n_positions, torch.bfloat16, device="cuda")
+            iteration(step, rows, shape.n_positions, precision, device="cuda")
         yield rows, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
-def compare_on_cuda(asked: list[int]) -> None:
-    """The table of --device cuda. Of the formula only the context is left out, which no allocator knows."""
+def by_formula(case: Case, rows: int) -> tuple[int, int]:
+    """(bytes of tensors, bytes reserved): of the formula only the context is left out, which no allocator knows."""
+    shape = SHAPES[case.shape]
+    tensors = peak_memory(
+        shape,
+        rows,
+        sequence_length=shape.n_positions,
+        optimizer=case.optimizer,
+        compiled=case.compiled,
+        bf16=case.bf16,
+    )
+    _, *beside = beside_the_tensors(tensors).values()
+    return tensors, tensors + sum(beside)
+
+
+def compare_on_cuda(cases: list[Case], asked: list[int]) -> None:
+    """The table of --device cuda."""
+    keep_large_blocks_whole(os.environ)
     print("the formula, and how far it is from what PyTorch's allocator holds; the CUDA context left out; MiB\n")
-    print(f"{'':22} {'rows':>5} {'tensors':>8} {'formula':>16} {'reserved':>9} {'formula':>16}")
-    for name, shape in SHAPES.items():
-        sizes = [rows * 1024 // shape.n_positions for rows in asked]
-        for compiled in (False, True):
-            for rows, tensors, reserved in on_cuda(shape, compiled, sizes):
-                formula = peak_memory(shape, rows, sequence_length=shape.n_positions)
-                _, *beside = beside_the_tensors(formula).values()
-                whole = formula + sum(beside)
-                print(
-                    f"{name + (', compiled' if compiled else ', eager'):22} {rows:5} {tensors / MIB:8,.0f}"
-                    f" {formula / MIB:7,.0f} ({formula / tensors - 1:+.1%}) {reserved / MIB:9,.0f}"
-                    f" {whole / MIB:7,.0f} ({whole / reserved - 1:+.1%})",
-                    flush=True,
-                )
+    print(f"{'':32} {'rows':>5} {'tensors':>8} {'formula':>16} {'reserved':>9} {'formula':>16}")
+    for case in cases:
+        sizes = [rows * 1024 // SHAPES[case.shape].n_positions for rows in asked]
+        for rows, tensors, reserved in on_cuda(case, sizes):
+            formula, whole = by_formula(case, rows)
+            print(
+                f"{case!s:32} {rows:5} {tensors / MIB:8,.0f} {formula / MIB:7,.0f} ({formula / tensors - 1:+.1%})"
+                f" {reserved / MIB:9,.0f} {whole / MIB:7,.0f} ({whole / reserved - 1:+.1%})",
+                flush=True,
+            )
 
 
 def compare_with_stock(asked: list[int]) -> None:
@@ -224,9 +256,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32, 64], help="micro-batches of 1,024 tokens")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=(names := list(map(str, CASES))), default=names, help="on CUDA")
     chosen = parser.parse_args()
     if chosen.device == "cuda":
-        compare_on_cuda(chosen.rows)
+        compare_on_cuda([case for case in CASES if str(case) in chosen.cases], chosen.rows)
         return
     compare_with_stock(chosen.rows)
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 GEMM = re.compile(r"(add|_scaled_|b|badd)?b?mm")
 FREE = re.compile(r"(new_)?empty.*|detach|alias|lift_fresh|_unsafe_view|_reshape_alias|_local_scalar_dense")
 NOT_READ = re.compile(r"(new_)?(zeros|ones|full)(_like)?|fill_|zero_|nll_loss_backward")  # what their arguments hold
-LOOK_UP = re.compile(r"gather|scatter_add_|embedding|index|index_select|nll_loss_forward")
+LOOK_UP = re.compile(r"gather|scatter_|scatter_add_|embedding|index|index_select|nll_loss_forward")
 
 
 class Traffic(TorchDispatchMode):

@@ -85,7 +85,7 @@ def train_in_a_fresh_process(
 ) -> subprocess.CompletedProcess:
     """As a user does it: Python starts, and imports everything."""
     command = [sys.executable, *launcher, script, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=900)
 
 
 def two_processes() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from overnight.core import nvml
 from overnight.core.console import Console
 from overnight.core.nvml import DetectedGpu, Driver
 from overnight.device import device
-from overnight.device.device import Device
+from overnight.device.device import Device, keep_large_blocks_whole
 from overnight.doctor import unusable_gpu
 from overnight.errors import InputError
 from overnight.model.gpt2 import LanguageModel
@@ -57,6 +57,22 @@ def card(monkeypatch):
 def test_the_process_is_kept_below_the_memory_that_is_free_on_the_device_that_accelerate_names_without_a_number(card):
     assert Device(torch.device("cuda")).cap_memory() == pytest.approx(0.9 * 6 + 1)
     assert card == [pytest.approx(6.4 / 12)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:180"}),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+        ),
+    ],
+)
+def test_the_allocator_cuts_no_large_block_unless_the_user_has_set_it_up_otherwise(before, after):
+    keep_large_blocks_whole(before)
+    assert before == after
 
 
 def test_power_and_energy_are_nvmls_and_without_it_or_its_counter_are_not_measured(card, monkeypatch):

@@ -51,6 +51,13 @@ def test_the_traced_peak_is_that_of_a_real_step(memory, precision, within):
     assert peak + there == pytest.approx(traced, rel=within)
 
 
+def test_the_formula_knows_float32(memory):
+    precision = torch.float32
+    traced = memory.traced_peak(lambda: memory.our_step(SHAPE, "muon"), ROWS, LENGTH, precision=precision, chunk=CHUNK)
+    formula = peak_memory(SHAPE, ROWS, sequence_length=LENGTH, chunk=CHUNK, compiled=False, bf16=False)
+    assert formula == pytest.approx(traced, rel=0.01)
+
+
 @pytest.mark.parametrize(("optimizer", "rows"), [("muon", ROWS), ("adamw", ROWS), ("muon", 2)])
 def test_the_formula_gives_the_traced_peak(traced, optimizer, rows):
     formula = peak_memory(SHAPE, rows, sequence_length=LENGTH, optimizer=optimizer, chunk=CHUNK, compiled=False)

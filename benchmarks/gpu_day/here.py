@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from overnight.core.files import atomic_write
+from overnight.core.nvml import nvml
 from overnight.device.device import Device
 from overnight.doctor.machine import environment
 
@@ -37,10 +38,10 @@ def card() -> dict[str, Any]:
 
 def driver() -> dict[str, Any] | str:
     """NVML's own words, or why there are none."""
-    import pynvml
-
+    pynvml = nvml()
+    if pynvml is None:
+        return "no NVML: nvidia-ml-py is not installed, or there is no driver under it"
     try:
-        pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         return {
             "version": pynvml.nvmlSystemGetDriverVersion(),

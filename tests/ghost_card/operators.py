@@ -186,6 +186,18 @@ def cudnn_backward(
     return attend_backward(grad, query, key, value, out, lse, dropout, causal, scale)
 
 
+def cudnn_left_out(query, key, value, bias, with_lse, dropout=0.0, causal=False, debug=False, *, scale=None):
+    """What cuDNN's attention returns, laid out as it does and left unwritten: cuDNN cannot be opened on this card."""
+    batch, heads, time, width = query.shape
+    out = nothing(query.dtype, batch, time, heads, width).transpose(1, 2)
+    log_sum_exp = nothing(torch.float32, batch, heads, time, 1)
+    return out, log_sum_exp, Tensor(), Tensor(), time, time, nothing(), nothing(), Tensor()
+
+
+def cudnn_left_out_backward(grad, query, key, value, *rest, scale=None):
+    return tuple(map(torch.empty_like, (query, key, value)))
+
+
 def efficient(query, key, value, bias, with_lse, dropout=0.0, causal=False, *, scale=None):
     return *attend(query, key, value, dropout, causal, scale, bias), nothing(), nothing()
 
@@ -213,6 +225,11 @@ BY_HAND: dict[str, Callable] = {
     "_scaled_dot_product_efficient_attention_backward": efficient_backward,
     "addmm.dtype_out": addmm_in_another_type,
 }
+# What is no launch that does nothing, where nothing large is computed.
+LEFT_OUT: dict[str, Callable] = {
+    "_scaled_dot_product_cudnn_attention": cudnn_left_out,
+    "_scaled_dot_product_cudnn_attention_backward": cudnn_left_out_backward,
+}
 
 
 def install(limit: int | None = None) -> torch.library.Library:
@@ -220,7 +237,6 @@ def install(limit: int | None = None) -> torch.library.Library:
 
     Without a `limit` on the elements of a tensor every launch that is left is refused.
     """
-    torch.cuda.init()
     library = torch.library.Library("aten", "IMPL")
     for qualified in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
         namespace, _, name = qualified.partition("::")
@@ -237,8 +253,8 @@ def install(limit: int | None = None) -> torch.library.Library:
             if "out" not in overload and not taken:
                 name = packet if overload == "default" else f"{packet}.{overload}"
                 library.impl(name, OnHost(operator, limit), "CUDA", allow_override=True)
+    for name, function in (LEFT_OUT if limit else BY_HAND).items():
+        library.impl(name, function, "CUDA", allow_override=True)
     if limit is None:
-        for name, function in BY_HAND.items():
-            library.impl(name, function, "CUDA", allow_override=True)
         ghost().ghost_refuse_launches()
     return library

@@ -14,6 +14,7 @@ import triton
 import yaml
 from ghost import CARDS, ROOT, note, train_on
 from runs import records, slow
+from table import line
 
 from overnight.planning.model_size import beside_the_tensors, peak_memory
 from overnight.prepare.prepare import prepare
@@ -22,7 +23,7 @@ from overnight.recipe.load import load
 SHORT = {"max_iters": 2, "warmup_iters": 1, "branches": []}
 FLASH, CUDNN = "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"
 ATTENTION = {"h100-sxm": CUDNN, "b200": CUDNN, "t4": "_scaled_dot_product_efficient_attention"}
-QUICK = ("rtx-4070", "t4")
+QUICK = ("rtx-4070", "h100-sxm", "t4")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -99,10 +100,28 @@ def spilling(cache: Path) -> list[str]:
     return found
 
 
-def formula_gib(night: Path, rows: int) -> float:
+def formula_gib(night: Path, rows: int, *, bf16: bool) -> float:
     """What plan.py says that so many rows at once take, in GiB, without the context that this card has not."""
-    tensors = peak_memory(load(night / "night.yaml", ()).model, rows)
+    tensors = peak_memory(load(night / "night.yaml", ()).model, rows, bf16=bf16)
     return (tensors + sum(size for what, size in beside_the_tensors(tensors).items() if "context" not in what)) / 2**30
+
+
+def row_of(card: str, seen: Seen, formula: float) -> dict[str, object]:
+    """A card's row in docs/gpu.md: what does not depend on the host's speed, by which sizes are chosen here."""
+    return {
+        "card": card,
+        "capability": f"{CARDS[card].capability / 10:.1f}",
+        "memory": f"{CARDS[card].mib / 1024:.0f} GiB",
+        "tried first": f"{seen.tried[-1]} rows",
+        "fit": f"{seen.fits} rows",
+        "peak": f"{seen.gib:.1f} GiB",
+        "formula": f"{formula:.1f} GiB",
+        "attention": seen.facts["attention"].split(" ")[0].removeprefix("_scaled_dot_product_"),
+        "precision": seen.facts["precision"].split(",")[0],
+        "graph breaks": seen.breaks,
+        "recompiled": seen.recompiles - (len(seen.tried) - 1),  # the body once for each further size that was tried
+        "spills": len(seen.spilling),
+    }
 
 
 @pytest.mark.parametrize("card", [card if card in QUICK else slow(card) for card in CARDS])
@@ -112,18 +131,8 @@ def test_the_night_runs_from_start_to_export(night: Path, card: str):
     assert seen.facts["attention"].startswith(ATTENTION.get(card, FLASH)), seen.facts["attention"]
     assert (seen.breaks, seen.spilling) == (0, [])
     assert [record["event"] for record in records(night, card, "event")][-1] == "finished"
-    formula = formula_gib(night, seen.fits)
-    note(
-        "cards",
-        card=card,
-        capability=f"{CARDS[card].capability / 10:.1f}",
-        memory=f"{CARDS[card].mib / 1024:.0f} GiB",
-        tried=", ".join(map(str, reversed(seen.tried))),
-        fit=f"{seen.fits} rows",
-        peak=f"{seen.gib:.1f} GiB",
-        formula=f"{formula:.1f} GiB",
-        attention=seen.facts["attention"].split(" ")[0].removeprefix("_scaled_dot_product_"),
-        precision=seen.facts["precision"].split(",")[0],
-    )
-    # The body once for each further size; the loss's kernel for validation, and for its shorter chunk.
-    assert seen.recompiles <= len(seen.tried) - 1 + 2
+    formula = formula_gib(night, seen.fits, bf16=CARDS[card].capability >= 80)
+    row = row_of(card, seen, formula)
+    note("cards", **row)
+    assert seen.gib == pytest.approx(formula, rel=0.05)
+    assert line(row.values()) in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from overnight.planning.gpus import match_gpu
 from overnight.recipe.schema import Recipe
 
 GIB = 2**30
+WHOLE_BLOCK_MIB = 180  # below any chunk of logits of GPT-2's vocabulary: not compiled it is 197
 MEMORY_SHARE = 0.9  # of a card's free memory; the rest is for NCCL, cuBLAS and the desktop's windows
 
 
@@ -93,6 +95,16 @@ class Device:
             return _energy_counter(self._power_meter)
         except pynvml.NVMLError:  # only since Volta
             return None
+
+
+def keep_large_blocks_whole(environ: MutableMapping[str, str]) -> None:
+    """Have CUDA's allocator cut no block above `WHOLE_BLOCK_MIB` for a smaller request, unless the user has set it up.
+
+    The loss's chunk of logits is by far the largest block. Cut for a tensor that lives longer, such as a gradient, it
+    would be made once more by the next micro-batch. To be called before anything lies on the device.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
+        environ["PYTORCH_ALLOC_CONF"] = f"max_split_size_mb:{WHOLE_BLOCK_MIB}"
 
 
 def allow_tf32() -> None:

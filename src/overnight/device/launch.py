@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import Console
 from overnight.core.extras import require
-from overnight.device.device import resolve_precision
+from overnight.device.device import keep_large_blocks_whole, resolve_precision
 from overnight.errors import InputError
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
@@ -26,6 +26,7 @@ def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
     """
     disable_progress_bar()  # transformers' own, which break the lines of a log
     overruled = take_over_environment(os.environ)
+    keep_large_blocks_whole(os.environ)
     require_what_is_asked_for(recipe)
     cuda = cuda_wanted()
     precision = resolve_precision(

@@ -21,17 +21,17 @@ class Memory:
 
 def by_formula(recipe: Recipe, gpu: Gpu) -> Memory:
     """The largest micro-batch that the formula lets fit a card; `InputError` if none does."""
-    rows, gib = fitting(recipe, gpu)
-    return Memory(rows, gib, "by the formula" + ("; not measured" if gpu.bf16 else " of bf16, and more in float32"))
+    return Memory(*fitting(recipe, gpu), "by the formula; not measured")
 
 
 def fitting(recipe: Recipe, gpu: Gpu) -> tuple[int, float]:
     """The largest micro-batch that fits 90 % of a card by the formula, and its peak in GiB; InputError if none does."""
     rows, length = derive(recipe, "cuda", 1, None).rows_per_process, recipe.batch.sequence_length
     at_most = rows if recipe.batch.micro_batch == "auto" else recipe.batch.micro_batch
+    bf16 = gpu.bf16 and recipe.precision != "fp32"
     size = next_divisor(rows, min(at_most, 64 * max(1, 1024 // length)))
     while size:
-        gib = memory_gib(recipe, size)
+        gib = memory_gib(recipe, size, compiled=recipe.compile is not False, bf16=bf16)
         if gib <= 0.9 * gpu.vram_gib:
             return size, gib
         size = next_divisor(rows, size // 2)

@@ -52,33 +52,36 @@ def peak_memory(
     optimizer: str = "muon",
     chunk: int | None = None,
     compiled: bool = True,
+    bf16: bool = True,
 ) -> int:
-    """Bytes of all tensors at the peak of an iteration under bf16 autocast, which is inside of a chunk of the loss.
+    """Bytes of all tensors at the peak of an iteration, which is inside of a chunk of the loss.
 
-    The body takes the same compiled or not: Inductor keeps as much for the backward as eager operators do. The loss is
-    `compiled` or not, and `chunk` is the rows of logits at once, CUDA's by default. benchmarks/memory.py holds it
-    against a traced step and CUDA's allocator; what is no tensor of the step's own, `beside_the_tensors` has.
+    Under `bf16` autocast or in float32. The body takes the same compiled or not: Inductor keeps as much for the
+    backward as eager operators do. The loss is `compiled` or not, and `chunk` is the rows of logits at once, CUDA's by
+    default. benchmarks/memory.py holds it against a traced step and CUDA's allocator; what is no tensor of the step's
+    own, `beside_the_tensors` has.
     """
     width, vocabulary, tokens = model.n_embd, padded_vocabulary(model.vocab_size), micro_batch * sequence_length
     hidden = 12 * model.n_layer * width**2  # elements of the blocks' matrices
     parameters = parameter_count(model, vocabulary)
     state = 8 * parameters - (4 * hidden if optimizer == "muon" else 0)  # two moments each, or Muon's one
-    kept = 8 * parameters + state + 2 * hidden  # in float32 with gradients, and the blocks' matrices in bf16 as well
-    # A token and layer: two residuals in float32; in bf16 two norms, q, k, v, attention, both sides of gelu. Then the
-    # norms' mean and deviation, attention's log-sum-exp.
-    activations = tokens * model.n_layer * (36 * width + 16 + 4 * model.n_head)
+    kept = 8 * parameters + state + bf16 * 2 * hidden  # in float32 with gradients, and the blocks' matrices in bf16
+    # A token and layer: two residuals in float32; in the products' type two norms, q, k, v, attention, both sides of
+    # gelu. Then the norms' mean and deviation, attention's log-sum-exp.
+    size = 2 if bf16 else 4
+    activations = tokens * model.n_layer * ((8 + 14 * size) * width + 16 + 4 * model.n_head)
     if model.dropout:
         activations += tokens * (2 * model.n_layer + 1) * width  # masks: two of a layer, one of the embeddings
-    # Around the loss: the last residual, its norm in float32 and bf16, the norm's gradient.
-    activations += tokens * (14 * width + 8)
+    # Around the loss: the last residual, its norm in float32 (and in bf16), the norm's gradient.
+    activations += tokens * ((12 + bf16 * 2) * width + 8)
     chunk = min(chunk or loss_chunk("cuda", compiled=compiled), tokens)
-    return kept + activations + loss_memory(width, vocabulary, chunk, compiled=compiled)
+    return kept + activations + loss_memory(width, vocabulary, chunk, compiled=compiled, bf16=bf16)
 
 
-def loss_memory(width: int, vocabulary: int, chunk: int, *, compiled: bool) -> int:
+def loss_memory(width: int, vocabulary: int, chunk: int, *, compiled: bool, bf16: bool) -> int:
     """Bytes of the loss's own tensors while it works on a chunk of rows."""
-    head = vocabulary * width * (2 + 4)  # in bf16, and its gradient, to which every chunk is added in place
-    return head + chunk * vocabulary * logit_bytes(bf16=True, compiled=compiled)
+    head = vocabulary * width * (4 + bf16 * 2)  # its gradient, to which every chunk is added in place, and a bf16 copy
+    return head + chunk * vocabulary * logit_bytes(bf16=bf16, compiled=compiled)
 
 
 def beside_the_tensors(tensors: int) -> dict[str, int]:
@@ -95,10 +98,12 @@ def beside_the_tensors(tensors: int) -> dict[str, int]:
     }
 
 
-def memory_gib(recipe: Recipe, micro_batch: int) -> float:
+def memory_gib(recipe: Recipe, micro_batch: int, *, compiled: bool = True, bf16: bool = True) -> float:
     """What training a recipe takes of a CUDA card, in GiB: the tensors at their peak and all beside them."""
-    length = recipe.batch.sequence_length
-    tensors = peak_memory(recipe.model, micro_batch, sequence_length=length, optimizer=recipe.optim.name)
+    length, optimizer = recipe.batch.sequence_length, recipe.optim.name
+    tensors = peak_memory(
+        recipe.model, micro_batch, sequence_length=length, optimizer=optimizer, compiled=compiled, bf16=bf16
+    )
     return (tensors + sum(beside_the_tensors(tensors).values())) / 2**30
 
 

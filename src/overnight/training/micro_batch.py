@@ -133,9 +133,14 @@ def largest_to_try(run: Run, limit_gib: float) -> int:
     0 where by the formula not even a single row does: nothing is compiled then.
     """
     size = run.derived.first_micro_batch
-    while run.derived.measured and size and memory_gib(run.recipe, size) > (1 + FORMULA_ERROR) * limit_gib:
+    while run.derived.measured and size and formula_gib(run, size) > (1 + FORMULA_ERROR) * limit_gib:
         size = next_divisor(run.derived.rows_per_process, size - 1)
     return size
+
+
+def formula_gib(run: Run, rows: int) -> float:
+    """What the plan says that `rows` rows at once take of this run's card."""
+    return memory_gib(run.recipe, rows, compiled=run.compiled, bf16=run.accelerator.mixed_precision == "bf16")
 
 
 def describe(run: Run, trial: Trial) -> str:

@@ -18,10 +18,11 @@ from overnight.data.shards import Shards, Split, SplitWriter
 from overnight.device.launch import launch
 from overnight.doctor.machine import environment
 from overnight.model import optim
-from overnight.planning.model_size import derive, memory_gib
+from overnight.planning.model_size import derive
 from overnight.recipe.schedule import lr_at
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
+from overnight.training.micro_batch import formula_gib
 from overnight.training.setup import assemble, device_facts
 from overnight.training.state import Run
 from overnight.training.train import train_step
@@ -107,7 +108,7 @@ def probed(run: Run, facts: dict[str, str], recipe: Recipe) -> Probe:
         tokens_per_second=rate,
         mfu=run.derived.mfu(rate, run.device.peak_flops),
         peak_gib=run.device.used_gib(),
-        formula_gib=memory_gib(run.recipe, run.micro_batch) if run.device.cuda else None,
+        formula_gib=formula_gib(run, run.micro_batch) if run.device.cuda else None,
         hours=recipe.schedule.max_iters * recipe.batch.tokens_per_iter / rate / 3600,
         watts=run.device.watts(),
     )
