@@ -3,7 +3,7 @@
 Errors are of the loss (of itself) and of the two gradients (the largest difference, of the largest element). Bytes a
 logit are those that move beside the matrix products: every operator reads its arguments and writes its results once,
 a kernel of Inductor is one operator by Inductor's own account, and of all these only logits are counted. Times are
-medians of rounds in which all take turns in one process: CPU-seconds on a CPU, else seconds. MiB at once are what is
+medians of rounds in which all take turns in one process, in ms: CPU time on a CPU, else time. MiB at once are what is
 allocated beyond what was there.
 """
 
@@ -173,17 +173,16 @@ def main() -> None:
     where = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"{args.dtype} on {where}: {args.rows} rows, vocabulary {args.vocabulary:,}, width {args.width},")
     print(f"errors at {len(inputs.hidden)} rows; medians of {args.rounds}")
-    print(
-        f"{'':34} {'error: loss':>11} {'hidden':>8} {'weight':>8} {'B/logit':>8} {'seconds':>8} {'of whole':>9}", end=""
-    )
-    print(f" {'MiB':>7}")
+    columns = f"{'error: loss':>11} {'hidden':>8} {'weight':>8} {'B/logit':>8} {'ms':>8} {'of whole':>9} {'MiB':>7}"
+    print(f"{'':34} {columns}")
     for name, side in every.items():
         if isinstance(side, str):
             print(f"{name:34} not run: {side}")
             continue
         said = "".join(f"{each:{width}.1e} " for each, width in zip(wrong[name], (11, 8, 8), strict=True))
         counted = f"{moved[name]:8.1f}" if moved[name] else f"{'unseen':>8}"
-        print(f"{name:34} {said}{counted} {middle[name]:8.3f} {middle[name] / middle[WHOLE]:9.2f} {mib[name]:7,.0f}")
+        took = f"{1000 * middle[name]:8.1f} {middle[name] / middle[WHOLE]:9.2f}"
+        print(f"{name:34} {said}{counted} {took} {mib[name]:7,.0f}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ MEMORY = [
     torch.cuda.OutOfMemoryError("boom"),
     torch.AcceleratorError("CUDA error: out of memory\nCompile with ..."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA driver error: out of memory"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB."),
 ]
@@ -19,7 +20,12 @@ LOST = [
     torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure' in ..."),
     torch.AcceleratorError("CUDA error: unknown error"),  # WSL after a sleep
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, ...)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasLtMatmul( ltHandle, ...)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_MAPPING_ERROR"),
+    RuntimeError("CUDA driver error: unspecified launch failure"),
+    RuntimeError("backend='inductor' raised:\nAcceleratorError: CUDA error: unspecified launch failure"),
     RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
     RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error"),
 ]
@@ -30,7 +36,11 @@ MISTAKES = [
     torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
     RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm( handle, ...)`"),
     RuntimeError("Triton Error [CUDA]: invalid argument"),
-    ValueError("CUDA error: unspecified launch failure"),
+    torch.AcceleratorError("CUDA error: invalid device function"),
+    RuntimeError("CUDA driver error: the provided PTX was compiled with an unsupported toolchain."),
+    torch.AcceleratorError("CUDA error: invalid configuration argument"),
+    ValueError("CUDA driver error: unspecified launch failure"),
+    ValueError("CUDA out of memory. Tried to allocate 8.00 GiB."),
 ]
 
 

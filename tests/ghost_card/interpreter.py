@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 
@@ -37,14 +38,18 @@ def sqrt(x):
 
 
 def install() -> None:
-    """Take functions of CUDA's libdevice from Triton itself, and have its atomics read broadcast operands rightly.
-
-    Triton 3.7's interpreter reads a broadcast operand as if it lay contiguous: only its first column is added.
-    """
+    """Take functions of CUDA's libdevice from Triton itself, and have its atomics and its bf16 be as on a card."""
     from torch._inductor.runtime import triton_helpers
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     triton_helpers.libdevice = SimpleNamespace(tanh=tanh, rsqrt=rsqrt, exp=exp, log=log, sqrt=sqrt)
+    read_broadcast_operands()
+    round_to_nearest()
+
+
+def read_broadcast_operands() -> None:
+    """Triton 3.7's atomics read a broadcast operand as if it lay contiguous: only its first column would be added."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
     atomic = InterpreterBuilder.create_atomic_rmw
 
     def contiguous(handle: TensorHandle) -> TensorHandle:
@@ -54,3 +59,17 @@ def install() -> None:
         return atomic(self, operation, contiguous(pointer), contiguous(value), contiguous(mask), *rest)
 
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
+
+
+def round_to_nearest() -> None:
+    """Triton 3.7 cuts float32 off to bf16, which errs by a whole last bit to one side; a card rounds, ties to even."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values: np.ndarray, given: tl.dtype, wanted: tl.dtype, mode) -> np.ndarray:
+        if (given, wanted) != (tl.float32, tl.bfloat16):
+            return convert(values, given, wanted, mode)
+        return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
+
+    interpreter._convert_float = rounded
