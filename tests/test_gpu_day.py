@@ -228,3 +228,9 @@ def test_all_of_the_day_runs_in_a_small_shape_and_fills_the_page(tmp_path):
     ):
         assert said in page.read_text(), said
     assert "| the run after that | finished | finished |" in page.read_text()
+
+
+def test_a_machine_without_nvml_has_that_noted_in_place_of_its_driver(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # what an import of it then raises is ImportError
+    found = runpy.run_path(str(FOLDER / "here.py"))["driver"]()
+    assert "nvidia-ml-py is not installed" in found
