@@ -140,7 +140,10 @@ def take(words: list[str]) -> None:
 
     script, given = ROOT / words[0], words[1:]
     if words[0] == "-m":
-        script, given = Path(str(importlib.util.find_spec(words[1]).origin)), words[2:]  # type: ignore[union-attr]
+        found = importlib.util.find_spec(words[1])
+        assert found and found.origin, f"there is no module {words[1]}"
+        script, given = Path(found.origin), words[2:]
+        script = script.with_name("__main__.py") if script.name == "__init__.py" else script
     before = set(sys.modules)
     with (
         patch.object(argparse.ArgumentParser, "parse_known_args", parse_some),

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT
 from safetensors.torch import load_file
 
 from overnight.model import checkpoint, optim
 from overnight.model.gpt2 import LanguageModel
+from overnight.recipe.load import load
 from overnight.recipe.schema import Model, Optim
 from overnight.run_dir import layout
+from overnight.run_dir.directory import RunDirectory
 
 SHAPE = Model(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=50)
 FILES = ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
@@ -96,15 +99,18 @@ def damage(file: Path, harm: str) -> None:
 
 def test_what_a_crash_left_half_written_is_no_checkpoint(tmp_path):
     model, optimizers = trained()
-    good = save(tmp_path, 10, model, optimizers)
+    directory = RunDirectory(load(ROOT / "recipes" / "quickstart.yaml"), tmp_path)
+    folder = directory.checkpoints
+    folder.mkdir(parents=True)
+    good = save(folder, 10, model, optimizers)
     for name in (".iter-000020.partial", ".iter-000001.discarded", "iter-abc"):
-        (tmp_path / name).mkdir()
-    (tmp_path / ".DS_Store").touch()
-    os.symlink(tmp_path, tmp_path / "iter-loop")
-    assert checkpoint.newest_whole(newest_first(tmp_path)) == (good, [])
-    checkpoint.clear_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", "iter-000010", "iter-abc", "iter-loop"]
-    assert save(tmp_path, 20, model, optimizers) == tmp_path / "iter-000020"
+        (folder / name).mkdir()
+    (folder / ".DS_Store").touch()
+    os.symlink(folder, folder / "iter-loop")
+    assert checkpoint.newest_whole(newest_first(folder)) == (good, [])
+    directory.clear_leftovers()
+    assert sorted(path.name for path in folder.iterdir()) == [".DS_Store", "iter-000010", "iter-abc", "iter-loop"]
+    assert save(folder, 20, model, optimizers) == folder / "iter-000020"
 
 
 def test_pruning_keeps_the_newest_and_the_branch_point(tmp_path):

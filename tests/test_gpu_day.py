@@ -16,7 +16,7 @@ from runs import ROOT
 from texts import paragraphs, write_parquet
 
 from overnight.planning.gpus import gpu_named
-from overnight.planning.memory import fitting
+from overnight.planning.memory import by_formula
 from overnight.planning.model_size import memory_gib
 from overnight.planning.roofline import speed_of
 from overnight.recipe.load import load
@@ -133,9 +133,9 @@ def test_the_predictions_are_the_plans_own(tmp_path):
         f"| GiB at 32 rows | {gib:.2f} | 7.50, {7.5 / gib - 1:+.1%}; 0.50 of it not the allocator's |"
         in page.read_text()
     )
-    speed = speed_of(recipe, gpu, fitting(recipe, gpu)[0]).tokens_per_second
+    speed = speed_of(recipe, gpu, by_formula(recipe, gpu).micro_batch).tokens_per_second
     assert f"| tokens a second, random tokens | {speed:,.0f} | 100,000 |" in page.read_text()
-    assert f"| micro-batch on 12 GB | {fitting(recipe, gpu)[0]} rows | 32 rows |" in page.read_text()
+    assert f"| micro-batch on 12 GB | {by_formula(recipe, gpu).micro_batch} rows | 32 rows |" in page.read_text()
     assert (
         "GPU day has not been run" not in page.read_text()
         and "NVIDIA GeForce RTX 4070, torch 2.13.0" in page.read_text()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from overnight.planning.gpus import Gpu, gpu_named
-from overnight.planning.memory import fitting
+from overnight.planning.memory import by_formula
 from overnight.planning.model_size import memory_gib
 from overnight.planning.roofline import speed_of, validation_share
 from overnight.recipe.schema import Recipe
@@ -35,7 +35,7 @@ class Where(NamedTuple):
     @property
     def tokens_per_second(self) -> float | None:
         """The plan's."""
-        speed = speed_of(self.recipe, self.gpu, fitting(self.recipe, self.gpu)[0]) if self.gpu else None
+        speed = speed_of(self.recipe, self.gpu, by_formula(self.recipe, self.gpu).micro_batch) if self.gpu else None
         return speed.tokens_per_second if speed else None
 
     @property
@@ -43,7 +43,8 @@ class Where(NamedTuple):
         """The plan's."""
         if self.gpu is None or self.tokens_per_second is None:
             return None
-        return validation_share(self.recipe, self.gpu, fitting(self.recipe, self.gpu)[0]) / self.tokens_per_second
+        rows = by_formula(self.recipe, self.gpu).micro_batch
+        return validation_share(self.recipe, self.gpu, rows) / self.tokens_per_second
 
 
 def number(value: float | None, form: str) -> str:
@@ -161,8 +162,8 @@ def of_small_card(task: dict[str, Any], where: Where) -> Iterator[Row]:
     found = task["result"]
     expected, context = (NOTHING, NOTHING)
     if where.gpu:
-        rows, peak = fitting(where.recipe, gpu_named(TWELVE_GB))
-        expected, context = f"{rows} rows", f"{peak:.2f} with the context"
+        memory = by_formula(where.recipe, gpu_named(TWELVE_GB))
+        expected, context = f"{memory.micro_batch} rows", f"{memory.peak_gib:.2f} with the context"
     yield Row("micro-batch on 12 GB", expected, found["environment"]["micro-batch"])
     held = max(r["gib"] for r in found["records"] if r["kind"] == "train")
     yield Row("GiB of it, the allocator's", context, f"{held:.2f}")

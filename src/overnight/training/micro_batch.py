@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from overnight.core.console import count, duration
 from overnight.device.faults import until_memory_runs_out
 from overnight.errors import EXIT_INTERRUPTED, InputError
+from overnight.planning.memory import largest_fitting
 from overnight.planning.model_size import memory_gib, next_divisor
 from overnight.training.state import Run
 
@@ -132,10 +134,9 @@ def largest_to_try(run: Run, limit_gib: float) -> int:
 
     0 where by the formula not even a single row does: nothing is compiled then.
     """
-    size = run.derived.first_micro_batch
-    while run.derived.measured and size and formula_gib(run, size) > (1 + FORMULA_ERROR) * limit_gib:
-        size = next_divisor(run.derived.rows_per_process, size - 1)
-    return size
+    if not run.derived.measured:
+        return run.derived.first_micro_batch
+    return largest_fitting(run.derived, (1 + FORMULA_ERROR) * limit_gib, partial(formula_gib, run))
 
 
 def formula_gib(run: Run, rows: int) -> float:
