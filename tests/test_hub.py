@@ -276,6 +276,23 @@ def test_an_evaluation_that_came_later_is_added(workplace, copy, hub, tmp_path):
 
 
 @pytest.mark.slow
+def test_models_weights_and_state_are_sent_while_the_run_goes_on(workplace, hub, tmp_path):
+    options = ("--name", "goes-on", "--schedule.max_iters", "3000", "--schedule.milestones", "[20]")
+    options += ("--hub.repo_id", "alice/goes-on", "--hub.push_state", "true", "--hub.every_hours", "0.0001")
+    trainer = start(workplace, "tiny.yaml", *options, **hub.settings(WRITE, tmp_path))
+    awaited = {"iter-000020", "main", "checkpoints", "state"}
+    for line in trainer.stdout:
+        if found := re.match(r"hub: alice/goes-on, ([\w-]+): .*, verified", line):
+            awaited.discard(found[1])
+        if not awaited:
+            break
+    trainer.kill()
+    trainer.wait()
+    assert awaited == set()
+    assert holds(hub, "alice/goes-on", "main", workplace / "runs" / "goes-on" / "models" / "iter-000020")
+
+
+@pytest.mark.slow
 def test_killed_here_and_resumed_from_the_hub_elsewhere_to_the_same_bits(workplace, undisturbed, hub, tmp_path):
     """Machine A is killed in the decay; machine B has the data, an empty folder, and the Hub."""
     options = ("--schedule.max_iters", "200", "--schedule.milestones", "[40]", "--validation.prompts", "[]")
@@ -284,10 +301,14 @@ def test_killed_here_and_resumed_from_the_hub_elsewhere_to_the_same_bits(workpla
     assert whole.returncode == 0, whole.stderr
     process = start(workplace, "tiny.yaml", "--name", "moved", *options, **hub.settings(WRITE, tmp_path))
     for line in process.stdout:
-        if "alice/moved, state:" in line and int(line.split("after ")[1].split()[0].replace(",", "")) > 50:
+        if line.startswith("iter ") and int(line.split()[1].split("/")[0]) > 60:
             process.kill()
             break
     assert process.wait() == -signal.SIGKILL
+    send = ("-m", "overnight.hub.upload", "runs/moved", "--checkpoints")  # as the trainer may have done before
+    environment = hub.environment(home=tmp_path)
+    sent = subprocess.run([sys.executable, *send], cwd=workplace, env=environment, capture_output=True, text=True)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(workplace / "tiny.yaml", elsewhere)

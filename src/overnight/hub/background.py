@@ -42,7 +42,7 @@ class Uploader:
     def poll(self) -> None:
         """Tell what an upload that ended has said, and start another where there is news and none goes on."""
         if self.process is not None and self.process.poll() is not None:
-            self._wait(0)
+            self._wait(None)
         if self.process is None and self.active and (self.news or time.monotonic() >= self.checkpoints_due):
             self._start()
 
@@ -73,12 +73,12 @@ class Uploader:
         except OSError as error:  # no memory to fork with
             self._tell(f"hub: the upload cannot be started ({error}). {self._later()}")
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, seconds: float | None) -> None:
         """Wait for the upload, where there is one, but no longer than this; then tell how it ended."""
         if self.process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._tell(self.process.communicate(timeout=max(0.0, seconds))[0])
+            self._tell(self.process.communicate(timeout=seconds)[0])
             code, self.process = self.process.returncode, None
             self.active = code in (0, EXIT_INTERRUPTED) or code < 0
             if code < 0:
