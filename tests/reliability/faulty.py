@@ -92,7 +92,7 @@ def full(size: str, when: str) -> None:
     if when == "always":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return
-    module, name = (finish, "export") if when == "export" else (checkpoint, "write")
+    module, name = (finish, "export") if when == "export" else (checkpoint, "write_checkpoint")
     real = getattr(module, name)
 
     def refused(*arguments):
