@@ -27,6 +27,7 @@ def run_out() -> None:
 
 FAULTS: dict[str, Callable[[], None]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "signalled": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "lost": lambda: ghost().ghost_lose_device(),
     "lost-at-launch": lambda: ghost().ghost_lose_device_at_launch(),
     "full": run_out,

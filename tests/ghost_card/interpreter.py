@@ -37,11 +37,17 @@ def sqrt(x):
     return tl.sqrt(x)
 
 
+@triton.jit
+def largest(x, dim):
+    return tl.max(x, dim)
+
+
 def install() -> None:
     """Take functions of CUDA's libdevice from Triton itself, and have its atomics and its bf16 be as on a card."""
     from torch._inductor.runtime import triton_helpers
 
     triton_helpers.libdevice = SimpleNamespace(tanh=tanh, rsqrt=rsqrt, exp=exp, log=log, sqrt=sqrt)
+    triton_helpers.max2 = largest  # Inductor's own goes element by element here, for the sake of nan
     read_broadcast_operands()
     round_to_nearest()
 

@@ -125,6 +125,17 @@ def test_a_card_or_a_process_that_is_gone_ends_both_and_the_same_command_goes_on
     assert farthest(workplace, f"one-{kind}", alone) < CLOSE
 
 
+def test_a_signal_that_one_process_gets_stops_both_after_the_iteration_and_the_same_command_goes_on(workplace, alone):
+    command = (*SAME, *ONE_THREAD, "--name", "signalled", "--batch.micro_batch", "4")
+    done = on_two_cards(workplace, *command, SECOND_FAULT="signalled@iteration:17")
+    assert "interrupted after iteration 17 and saved" in done.stdout, done.stdout + done.stderr
+    assert "75" in re.findall(r"exitcode +: (\d+)", done.stderr)
+    again = on_two_cards(workplace, *command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "goes on at iteration 17" in again.stdout
+    assert farthest(workplace, "signalled", alone) < CLOSE
+
+
 def assert_refused_once(done: subprocess.CompletedProcess, line: str) -> None:
     """Both processes ended with code 2, and one of them said why."""
     assert done.returncode != 0

@@ -219,6 +219,7 @@ INFORMS = {
     "the forecast": ("overnight.training.stopping.outlook_of", []),
     "n-gram baselines": ("overnight.training.log.ngram_losses", ["--validation.ngram_baselines", "true"]),
     "the line of an iteration": ("overnight.training.log.step_line", []),
+    "the line of a validation": ("overnight.training.log.duration", []),
     "benchmarks of a milestone": ("overnight.training.finish.QuickEval", ["--evaluation.at_milestones", "5"]),
     "the results": ("overnight.training.log.print_finished", []),
 }
@@ -278,6 +279,21 @@ def not_finite(real, numbers, value=float("nan")):
         return loss * value if numbers(self.training, sum(calls), len(calls)) else loss
 
     return forward
+
+
+UNUSUAL = {"the line of an update that was left out": float("nan"), "the line of a spike": 9.0}
+
+
+@pytest.mark.parametrize("what", [slow(what) for what in UNUSUAL])
+def test_g3_what_is_told_of_an_unusual_update_ends_no_run(in_process, monkeypatch, capsys, what):
+    of_iteration_30 = 3 + 2 * 30
+    forward = not_finite(
+        LanguageModel.forward, lambda training, step, _: training and step == of_iteration_30, UNUSUAL[what]
+    )
+    monkeypatch.setattr(LanguageModel, "forward", forward)
+    monkeypatch.setattr("overnight.data.batches.TrainingBatches.places", Broken())
+    assert typed(in_process, monkeypatch, f"unusual-{UNUSUAL[what]}") == 0
+    assert capsys.readouterr().out.count(f"{what}: failed (RuntimeError: boom); the run goes on without") == 1
 
 
 def models_of(folder, name):
