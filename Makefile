@@ -68,6 +68,7 @@ test-floors: ## make test with the oldest versions that pyproject.toml admits, w
 	@$(MAKE) --no-print-directory VENV=$(FLOORS) CONSTRAINTS=$(FLOORS)/constraints.txt $(FLOORS)/.installed-test
 	@$(FLOORS)/bin/python tests/floors.py --installed
 	@$(FLOORS)/bin/python -m pytest -q -m "not slow" $(ARGS)
+	@$(FLOORS)/bin/python tests/floors.py --installed
 
 # A stand-in for an NVIDIA card under PyTorch's CUDA build, in an environment of its own; docs/gpu.md says what it shows.
 ghost: build/ghost/libghost.so ## a card that is not there (1 minute, 6.5 GB, gcc): every CUDA path runs on this machine

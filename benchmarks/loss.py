@@ -30,7 +30,7 @@ ROWS = {"cpu": 2048, "cuda": 32 * 1024}
 VALUES = 512  # rows of the comparison with float64
 COUNTED = {"cpu": 250, "cuda": 2000}  # rows whose traffic is counted: one chunk, and no other side of a tensor
 ONLY_WRITTEN = ("copy_", "fill_", "zero_", "nll_loss_backward")  # operators that do not read their first argument
-OF_A_FEW = ("gather", "scatter_", "scatter_add_", "nll_loss_forward", "new_empty", "new_full", "empty_like")  # or none
+OF_A_FEW = ("gather", "scatter_", "scatter_add_", "nll_loss_forward", "new_empty", "new_full", "empty_like", "set_")
 
 
 class Inputs:
