@@ -1,4 +1,4 @@
-"""What plan.py says that a step takes is what PyTorch's allocator holds for it."""
+"""What model_size.py says that a step takes is what PyTorch's allocator holds for it."""
 
 import re
 

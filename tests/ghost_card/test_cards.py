@@ -101,7 +101,7 @@ def spilling(cache: Path) -> list[str]:
 
 
 def formula_gib(night: Path, rows: int, *, bf16: bool) -> float:
-    """What plan.py says that so many rows at once take, in GiB, without the context that this card has not."""
+    """What model_size.py says that so many rows at once take, in GiB, without the context that this card has not."""
     tensors = peak_memory(load(night / "night.yaml", ()).model, rows, bf16=bf16)
     return (tensors + sum(size for what, size in beside_the_tensors(tensors).items() if "context" not in what)) / 2**30
 
