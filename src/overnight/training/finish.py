@@ -92,9 +92,11 @@ def end_without_device(run: Run, error: RuntimeError) -> int:
 
 
 def close(run: Run) -> None:
-    """Take the bar away, and let the trackers end: the run has ended, and nothing that fails here changes how."""
+    """End what goes on beside a run that has ended, the trackers too; nothing that fails here changes how it ended."""
     try:
         run.console.stop()
+        for quick_eval in run.quick_evals:
+            quick_eval.stop()
         run.accelerator.end_training()
     except Exception as error:
         tell(run, "the trackers' end", error)

@@ -164,6 +164,11 @@ class QuickEval:
         """Whether the process has ended."""
         return self.process.poll() is not None
 
+    def stop(self) -> None:
+        """End the process: the run was interrupted, and does not wait for it."""
+        self.process.kill()
+        self.process.communicate()
+
     def scores(self) -> tuple[dict[str, float], str]:
         """Wait for the end: the deciding metric of each task, and what went wrong, or an empty text."""
         said, _ = self.process.communicate()

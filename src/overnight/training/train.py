@@ -109,7 +109,8 @@ def fit(run: Run, targets: list[int], uploader: Uploader) -> int:
                 uploader.news = code == 0
                 if code or run.target_iters != target:  # flat, or out of time: it ended with another target
                     break
-            log_quick_evals(run, wait=True)
+            if code == 0:
+                log_quick_evals(run, wait=True)
             return code
     except RuntimeError as error:
         return finish.end_without_device(run, error)
