@@ -32,14 +32,20 @@ from overnight.evaluation.progress import Meter
 from overnight.evaluation.results import Comparison, Results, Scores
 from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.statistics import SEED, Paired, bootstrap_interval, metric_of, verdicts
-from overnight.evaluation.tasks import Benchmark, download_bytes, index_of, load_benchmarks
+from overnight.evaluation.tasks import (
+    ENGLISH_CHARACTERS_PER_TOKEN,
+    Benchmark,
+    download_bytes,
+    index_of,
+    load_benchmarks,
+    summary,
+    tokens_of,
+)
 from overnight.recipe.schema import QUICK, Evaluation
 
-SAMPLE = 16  # items of a task, whose length is measured beforehand
-ENGLISH_CHARACTERS_PER_TOKEN = 4.0  # of English, about
 LONG = 1800  # seconds, after which a CPU is told of --quick
-ANSWERED = ("loglikelihoods", "greedy", "metrics")
 Item = dict[str, Any]
+ANSWERED = ("loglikelihoods", "greedy", "metrics")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -249,17 +255,6 @@ def launch_evaluation() -> Accelerator:
     return accelerator
 
 
-def tokens_of(benchmark: Benchmark, limit: int | None) -> float:
-    """About how many tokens a benchmark sends through a model, from the length of its first items."""
-    total = 0.0
-    for task in benchmark.tasks:
-        items = min(len(task.eval_docs), limit or len(task.eval_docs))
-        task.build_all_requests(limit=min(SAMPLE, items))
-        texts = {(instance.doc_id, text) for instance in task.instances for text in instance.args}
-        total += sum(len(text) for _, text in texts) / ENGLISH_CHARACTERS_PER_TOKEN * items / min(SAMPLE, items)
-    return total
-
-
 def tokens_per_second(eval_model: EvalModel) -> float:
     """Tokens a second of a full batch, the second of two."""
     length = min(64, eval_model.context)
@@ -271,21 +266,6 @@ def tokens_per_second(eval_model: EvalModel) -> float:
         started = time.monotonic()
         eval_model.scorer.score(trees)  # its answers are read on the host, so the device has finished
     return sum(map(len, trees)) / (time.monotonic() - started)
-
-
-def summary(benchmark: Benchmark, items: list[Item], cut: int) -> dict[str, Any]:
-    """Scores of a benchmark by lm-eval's own aggregation, over the items of all its tasks pooled."""
-    aggregate = benchmark.tasks[0].aggregation()
-    values = {metric: [item["metrics"][metric] for item in items] for metric in items[0]["metrics"]}
-    choices = [len(item["loglikelihoods"]) for item in items]
-    return {
-        "items": len(items),
-        "metric": metric_of(benchmark.name),
-        "metrics": {metric: float(aggregate[metric](each)) for metric, each in values.items()},
-        "chance": float(np.mean([1 / number if number > 1 else 0.0 for number in choices])),
-        "cut to the context": cut,
-        "versions": benchmark.versions,
-    }
 
 
 def paired(benchmark: str, ours: Measured, theirs: Measured) -> Paired | None:

@@ -15,6 +15,7 @@ import datasets
 import lm_eval.api.metrics  # fills the registry
 import lm_eval.tasks
 import lm_eval.utils
+import numpy as np
 import yaml
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
@@ -25,7 +26,10 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from overnight.errors import InputError, first_line
+from overnight.evaluation.statistics import metric_of
 
+SAMPLE = 16  # items of a task, whose length is measured beforehand
+ENGLISH_CHARACTERS_PER_TOKEN = 4.0  # about
 OWN_TASKS = Path(__file__).parent / "tasks"
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).resolve().parent
 DEFAULT_FOLDERS = ("arc", "blimp", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "winogrande")
@@ -228,3 +232,29 @@ def _entries(node: yaml.Node | None, key: str = "") -> Iterator[tuple[str, yaml.
 
 def _lm_eval_has(path: Path) -> bool:
     return path.resolve().is_relative_to(LM_EVAL_TASKS)
+
+
+def tokens_of(benchmark: Benchmark, limit: int | None) -> float:
+    """About how many tokens a benchmark sends through a model, from the length of its first items."""
+    total = 0.0
+    for task in benchmark.tasks:
+        items = min(len(task.eval_docs), limit or len(task.eval_docs))
+        task.build_all_requests(limit=min(SAMPLE, items))
+        texts = {(instance.doc_id, text) for instance in task.instances for text in instance.args}
+        total += sum(len(text) for _, text in texts) / ENGLISH_CHARACTERS_PER_TOKEN * items / min(SAMPLE, items)
+    return total
+
+
+def summary(benchmark: Benchmark, items: list[dict[str, Any]], cut: int) -> dict[str, Any]:
+    """Scores of a benchmark by lm-eval's own aggregation, over the items of all its tasks pooled."""
+    aggregate = benchmark.tasks[0].aggregation()
+    values = {metric: [item["metrics"][metric] for item in items] for metric in items[0]["metrics"]}
+    choices = [len(item["loglikelihoods"]) for item in items]
+    return {
+        "items": len(items),
+        "metric": metric_of(benchmark.name),
+        "metrics": {metric: float(aggregate[metric](each)) for metric, each in values.items()},
+        "chance": float(np.mean([1 / number if number > 1 else 0.0 for number in choices])),
+        "cut to the context": cut,
+        "versions": benchmark.versions,
+    }

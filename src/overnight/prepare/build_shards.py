@@ -22,9 +22,9 @@ from overnight.data.manifest import (
 )
 from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.errors import InputError
-from overnight.prepare.dedup_split import Allotment, allot
+from overnight.prepare.dedup_split import Allotment, Stage, allot, read_stage
 from overnight.prepare.documents import NOT_TEXT, TOO_LONG
-from overnight.prepare.tokenize_files import DUPLICATE, EMPTY, Job, Stage, read_stage
+from overnight.prepare.tokenize_files import DUPLICATE, EMPTY, Job
 from overnight.recipe.schema import Data
 
 

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from overnight.data.manifest import InputRecord
 from overnight.prepare.documents import first_training_key
 from overnight.recipe.schema import Data
 
 DOCUMENT = np.dtype([("high", ">u8"), ("low", ">u8"), ("tokens", "<u4")])
 """A document's key, in two halves that sort as its bytes do, and its tokens, the end of text included."""
+
+
+class Stage(NamedTuple):
+    """A staged file, opened."""
+
+    folder: Path
+    record: InputRecord
+    counts: dict[str, int]
+    documents: np.ndarray
+
+
+def read_stage(folder: Path) -> Stage | None:
+    """Open a staged file; None while there is none."""
+    try:
+        about = json.loads((folder / "stage.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    documents = np.fromfile(folder / "documents.bin", DOCUMENT)
+    return Stage(folder, InputRecord.model_validate(about["record"]), about["counts"], documents)
 
 
 class Allotment(NamedTuple):

@@ -20,7 +20,8 @@ from rich.console import Console as RichConsole
 
 from overnight.core.console import Progress, count
 from overnight.errors import Unreachable
-from overnight.prepare.tokenize_files import Job, read_stage
+from overnight.prepare.dedup_split import read_stage
+from overnight.prepare.tokenize_files import Job
 
 SECONDS_BETWEEN_LOOKS = 0.5
 

@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from datatrove.data import Document
@@ -36,7 +35,7 @@ from overnight.data.encoder import encoder_of
 from overnight.data.manifest import DType, InputRecord, little_endian
 from overnight.errors import DamagedData, InputError, Unreachable
 from overnight.prepare import sources
-from overnight.prepare.dedup_split import DOCUMENT, allot
+from overnight.prepare.dedup_split import DOCUMENT, allot, read_stage
 from overnight.prepare.documents import NOT_TEXT, TOO_LONG, rows, text_hash
 from overnight.prepare.sources import SourceFile
 from overnight.recipe.schema import Data
@@ -83,25 +82,6 @@ class Job:
     def error(self, rank: int) -> Path:
         """Where the task of one file leaves the problem that ended it."""
         return self.folder / "errors" / f"{rank:05d}.json"
-
-
-class Stage(NamedTuple):
-    """A staged file, opened."""
-
-    folder: Path
-    record: InputRecord
-    counts: dict[str, int]
-    documents: np.ndarray
-
-
-def read_stage(folder: Path) -> Stage | None:
-    """Open a staged file; None while there is none."""
-    try:
-        about = json.loads((folder / "stage.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    documents = np.fromfile(folder / "documents.bin", DOCUMENT)
-    return Stage(folder, InputRecord.model_validate(about["record"]), about["counts"], documents)
 
 
 def pipeline(job: Job) -> list[PipelineStep]:
