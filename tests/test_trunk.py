@@ -29,8 +29,8 @@ def after_each_budget(monkeypatch, act) -> None:
     """Have `act(run)` called when a budget was finished, before the run goes back to its trunk."""
     real = finish.finish
 
-    def finish_and_act(run, pace):
-        code = real(run, pace)
+    def finish_and_act(run):
+        code = real(run)
         act(run)
         return code
 
