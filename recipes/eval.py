@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured; change nothing")
 
 
-def wishes_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
+def config_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
     """The recipe's config with those of the command line on top; `none` is an empty list."""
     given = {name: getattr(options, name) for name in ("against", "tasks", "texts", "limit", "tasks_dir")}
     given = {name: [] if value == ["none"] else value for name, value in given.items() if value is not None}
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     from overnight.evaluation.results import safe
 
     origin = origin_of(options.model)
-    config = wishes_of(options, origin.recipe.evaluation if origin else Evaluation())
+    config = config_of(options, origin.recipe.evaluation if origin else Evaluation())
     out = options.out or (origin.folder if origin else Path()) / "evaluation" / safe(Path(options.model).name)
     if options.dry_run:
         print(f"{options.model} against {', '.join(config.against) or 'nothing'}, into {out}")

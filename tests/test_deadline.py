@@ -113,7 +113,7 @@ def test_two_nights_make_two_models_from_one_trunk(in_process, monkeypatch, caps
     schedule = towards(tiny(in_process, *LONG).schedule, first)
     assert f"goes on from the trunk at iteration {branch_point(schedule):,}" in said
     assert lr_at(first, schedule) == 0 and (Path("runs/nights/models") / f"iter-{first:06d}").is_dir()
-    assert json.loads(Path("runs/nights/night.json").read_text())["target_iters"] == first
+    assert json.loads(Path("runs/nights/night.json").read_text())["budget"] == first
     second = night()
     assert f"goes on at iteration {branch_point(schedule)} from" in capsys.readouterr().out
     assert second > first
@@ -134,7 +134,7 @@ def test_killed_in_between_a_night_still_ends_in_time(workplace):
             break
     assert process.wait() == -signal.SIGKILL
     chosen = json.loads((workplace / "runs" / "killed-night" / "night.json").read_text())
-    assert chosen["target_iters"]
+    assert chosen["budget"]
     again = train(workplace, *command)
     assert again.returncode == 0, again.stderr
     assert time.monotonic() - began < 99

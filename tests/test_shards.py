@@ -118,5 +118,5 @@ def test_the_fingerprint_says_whether_the_data_is_the_same(folder):
     manifest = verify(folder)
     record = manifest.train[0].model_copy(update={"sha256": "0" * 64})
     assert manifest.model_copy(update={"train": [record]}).fingerprint != manifest.fingerprint
-    licensed = manifest.source.model_copy(update={"license": "cc0-1.0"})
+    licensed = manifest.source.model_copy(update={"licence": "cc0-1.0"})
     assert manifest.model_copy(update={"source": licensed}).fingerprint == manifest.fingerprint

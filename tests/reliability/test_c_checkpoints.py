@@ -75,7 +75,7 @@ def test_c3_a_state_that_was_edited_is_damage_and_the_state_of_another_run_is_re
     name = half()
     folder = checkpoint_of(in_process, name, 32)
     state = json.loads((folder / "state.json").read_text())
-    state["identity"]["seed"] = 99
+    state["meaning"]["seed"] = 99
     (folder / "state.json").write_text(json.dumps(state))
     assert "state.json differs" in checkpoint.damage(folder)
     checkpoint.write_sums(folder)
@@ -110,7 +110,7 @@ def test_c4_an_allowed_change_is_written_down_and_asked_for_once(in_process, hal
     assert "`optim.lr` was 0.005 and is 0.001 from here on" in capsys.readouterr().out
     change = {"key": "optim.lr", "before": 0.005, "now": 0.001}
     state = checkpoint.read_state(checkpoint_of(in_process, name, 40))
-    assert state["changes"] == [change] and state["identity"]["optim.lr"] == 0.001
+    assert state["changes"] == [change] and state["meaning"]["optim.lr"] == 0.001
     assert yaml.safe_load((in_process / "runs" / name / "recipe.yaml").read_text())["changes"] == [change]
     (event,) = [record for record in records(in_process, name, "event") if record["event"] == "changed"]
     assert event["iteration"] == 32 and event["key"] == "optim.lr"

@@ -54,7 +54,7 @@ class SourceRecord(ShardRecord):
     revision: str | None
     commit: str | None
     text_column: str
-    license: str | None
+    licence: str | None
 
 
 class InputRecord(ShardRecord):

@@ -85,7 +85,7 @@ def origin_of(model: str) -> Origin | None:
         return None
     content = yaml.safe_load(stored.read_text(encoding="utf-8"))
     try:
-        return Origin(folder, stored_recipe(content["recipe"]), content["identity"]["data fingerprint"])
+        return Origin(folder, stored_recipe(content["recipe"]), content["meaning"]["data fingerprint"])
     except (ValidationError, KeyError, TypeError) as error:
         raise InputError(f"{stored}: not the recipe of a run of this version: {error}") from None
 

@@ -70,7 +70,7 @@ def adopt(
                 revision=None,
                 commit=None,
                 text_column=data.text_column,
-                license=data.license,
+                licence=data.license,
             ),
             inputs=[],
             split=SplitRule(

@@ -127,7 +127,8 @@ def _manifest(
     train: SplitWriter,
 ) -> Manifest:
     counts = sum((Counter(stage.counts) for stage in staged), Counter())
-    about = job.data.model_dump(include=SOURCE_KEYS | {"license"}) | {"commit": commit, "path": ordered_path(job.data)}
+    about = job.data.model_dump(include=SOURCE_KEYS)
+    about |= {"commit": commit, "path": ordered_path(job.data), "licence": job.data.license}
     return Manifest(
         tokenizer=TokenizerRecord(name=job.data.tokenizer, sha256=job.tokenizer_sha256),
         vocab_size=job.vocab_size,

@@ -1,4 +1,7 @@
-"""What makes a run this run: the keys that decide what it computes, and how those of an older version are read."""
+"""What makes a run this run: the keys that decide what it computes, and how those of an older version are read.
+
+In `recipe.yaml` and `state.json` an identity is called `meaning`.
+"""
 
 from __future__ import annotations
 

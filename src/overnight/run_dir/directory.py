@@ -76,10 +76,10 @@ class RunDirectory:
         `allowed` names keys that may differ all the same; under `wsd` the run may always become longer.
         """
         stored = self.path / "recipe.yaml"
-        before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.exists() else {"identity": {}}
+        before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.exists() else {"meaning": {}}
         self.changes = before.get("changes", [])
         now = recipe_identity(self.recipe) | found
-        differing = differences(before["identity"], now) if stored.exists() else []
+        differing = differences(before["meaning"], now) if stored.exists() else []
         if useless := set(allowed) - {change["key"] for change in differing + self.changes}:
             raise InputError(f"`--allow-change {min(useless)}`: nothing to allow, that is as it was in {self.path}")
         grows = self.recipe.schedule.kind == "wsd" and grown(differing)
@@ -133,7 +133,7 @@ class RunDirectory:
         """
         self._hold()
         now = {
-            "identity": recipe_identity(self.recipe) | found,
+            "meaning": recipe_identity(self.recipe) | found,
             "changes": self.changes,
             "recipe": self.recipe.model_dump(),
         }

@@ -53,7 +53,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """What a checkpoint says beside its tensors."""
     return {
         "iteration": run.iteration,
-        "identity": run_identity(run),
+        "meaning": run_identity(run),
         "changes": run.directory.changes,
         "history": run.history.as_json(),
         "joules": energy_used(run),
@@ -104,7 +104,7 @@ def refuse_foreign(run: Run, found: Path, state: dict[str, Any]) -> None:
     """Raise `InputError` for a checkpoint whose identity is not this run's, now or before a change that was allowed."""
     changed = {change["key"] for change in run.directory.changes}
     now = run_identity(run)
-    foreign = [change for change in differences(state["identity"], now) if change["key"] not in changed]
+    foreign = [change for change in differences(state["meaning"], now) if change["key"] not in changed]
     if foreign:
         raise InputError(
             f"{found} is of another run:\n{difference_lines(foreign)}\nmove it away; the one before it would work"

@@ -185,7 +185,7 @@ class KeptLimit:
     asked: str  # as the user said it
     until: str  # in local time, ISO 8601
     seconds: float  # from the start of the process that began it
-    target_iters: int | None = None  # once chosen
+    budget: int | None = None  # iterations, once chosen
 
 
 @dataclass
@@ -201,7 +201,7 @@ class TimeLimit:
     @property
     def target_iters(self) -> int | None:
         """The iterations that were chosen."""
-        return self.kept.target_iters
+        return self.kept.budget
 
     def left(self) -> float:
         """Seconds."""

@@ -72,9 +72,9 @@ def going_on(directory: RunDirectory, asked: str, now: datetime) -> KeptLimit | 
     if not path.exists():
         return None
     kept = KeptLimit(**json.loads(path.read_text(encoding="utf-8")))
-    if kept.asked != asked or (kept.target_iters and kept.target_iters in finished(directory.path)):
+    if kept.asked != asked or (kept.budget and kept.budget in finished(directory.path)):
         return None
-    decaying = kept.target_iters is not None and bool(saved_iterations(directory.cooldown_of(kept.target_iters)))
+    decaying = kept.budget is not None and bool(saved_iterations(directory.cooldown_of(kept.budget)))
     return kept if decaying or now < datetime.fromisoformat(kept.until) else None
 
 
@@ -113,7 +113,7 @@ def target_in_time(run: Run) -> int | None:
     (target,) = broadcast_object_list(chosen)
     if target is None:
         return None
-    before, limit.kept = limit.target_iters, replace(limit.kept, target_iters=target)
+    before, limit.kept = limit.target_iters, replace(limit.kept, budget=target)
     if run.accelerator.is_main_process:
         tell_target(run, limit, before)
         keep(run, limit)

@@ -21,7 +21,7 @@ from overnight.training.stopping import target_of_flat_curve
 def validation_due(run: Run) -> bool:
     """Whether the model as it stands is one to validate, and was not yet."""
     last = run.history.last_val
-    due = run.iteration % run.recipe.validation.every == 0 or run.iteration == run.schedule.max_iters
+    due = run.iteration % run.recipe.validation.every == 0 or run.iteration == run.target_iters
     return due and (last is None or last[0] < run.iteration)
 
 
