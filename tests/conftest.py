@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,19 +39,30 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with text, shards and `tiny.yaml`, for all tests that train."""
+def prepared_workplace(tmp_path_factory) -> Path:
+    """What all modules' `workplace` is made of."""
     from runs import make_workplace  # takes seconds to import
 
     return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
+@pytest.fixture(scope="module")
+def workplace(prepared_workplace: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder with text, shards and `tiny.yaml`, for all tests that train; the names of runs are a module's own."""
+    yield prepared_workplace
+    used = prepared_workplace / request.module.__name__
+    for run in prepared_workplace.glob("runs/*"):
+        if run.name != "tiny":
+            used.mkdir(exist_ok=True)
+            run.rename(used / run.name)
+
+
 @pytest.fixture(scope="session")
-def undisturbed(workplace: Path) -> str:
+def undisturbed(prepared_workplace: Path) -> str:
     """One whole run of `tiny.yaml`, started as a user does, that others are compared with; what it printed."""
     from runs import train_in_a_fresh_process
 
-    result = train_in_a_fresh_process(workplace, "tiny.yaml")
+    result = train_in_a_fresh_process(prepared_workplace, "tiny.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

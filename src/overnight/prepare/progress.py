@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console as RichConsole
 
 from overnight.core.console import Progress, count
+from overnight.core.processes import handled
 from overnight.errors import Unreachable
 from overnight.prepare.dedup_split import read_stage
 from overnight.prepare.tokenize_files import Job
@@ -30,13 +31,20 @@ SECONDS_BETWEEN_LOOKS = 0.5
 def watched(job: Job, report: Callable[[str], None]) -> Iterator[None]:
     """Tell every ten seconds, and on a terminal all the time, how far the tasks of `job` are.
 
-    Raises Unreachable when a worker was killed: what it had finished is kept, so the same command goes on.
+    Raises Unreachable when a worker was killed: what it had finished is kept, so the same command goes on. One that
+    ends because this command was asked to end was not.
     """
     watcher = Watcher(job, report)
     thread = threading.Thread(target=watcher.watch, daemon=True)
+
+    def interrupt(number: int, frame: object) -> None:
+        watcher.stopped.set()
+        raise KeyboardInterrupt
+
     thread.start()
     try:
-        yield
+        with handled(interrupt):
+            yield
     except KeyboardInterrupt:
         if watcher.killed is None:
             raise
@@ -57,6 +65,7 @@ class Watcher:
     def __init__(self, job: Job, report: Callable[[str], None]):
         self.job = job
         self.stopped = threading.Event()
+        self.dead: set[int] = set()  # workers that were gone at an earlier look
         self.killed: int | None = None
         self.done: dict[int, Counter[str]] = {}  # of files that are staged
         self.look()
@@ -96,7 +105,11 @@ class Watcher:
         except FileNotFoundError:  # its task has just ended
             return
         pid, here = self.running[rank]["pid"], self.running[rank]["host"] == platform.node()
-        if self.killed is None and here and not _lives(pid) and path.exists():
+        if not here or _lives(pid) or not path.exists():
+            return
+        if pid not in self.dead:  # a Ctrl-C reaches the workers too: this process hears of it before the next look
+            self.dead.add(pid)
+        elif self.killed is None and not self.stopped.is_set():
             self.killed = pid
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which waits for the pool
 
