@@ -11,6 +11,9 @@ from overnight.cli import recipe_command
 from overnight.core.extras import require
 from overnight.core.processes import handled
 from overnight.errors import EXIT_INTERRUPTED, InputError
+from overnight.recipe.load import pairs
+
+TOLD = ("data.path", "data.files", "data.revision", "data.license")  # on the command line, of tokens that are adopted
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executor-options", default="{}", help="what that executor takes: '{partition: cpu, time: \"02:00:00\"}'"
     )
-    parser.add_argument("--adopt", type=Path, metavar="DIR", help="use the token files there (datatrove's, nanoGPT's)")
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="DIR",
+        help="use the token files there (datatrove's, nanoGPT's); of their text is said what this line says in"
+        " --data.path, .files, .revision and .license, and nothing that the recipe says",
+    )
     parser.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder; needs no RECIPE")
 
 
@@ -35,7 +44,8 @@ def run(recipe, options) -> int:
     if options.adopt:
         from overnight.prepare.adopt import adopt
 
-        adopt(options.adopt, recipe.data, recipe.model.vocab_size, dry_run=options.dry_run)
+        said = {key.removeprefix("data."): str(value) for key, value in pairs(options.arguments[1:], []) if key in TOLD}
+        adopt(options.adopt, recipe.data, recipe.model.vocab_size, said=said, dry_run=options.dry_run)
         return 0
     print(f"{recipe.data.dir}: {expected_cost(recipe.data)}", flush=True)
     if not options.dry_run:

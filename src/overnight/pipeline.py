@@ -73,7 +73,7 @@ def night(
         return EXIT_DOCTOR
     child = Child()
     with handled(child.pass_on):
-        if not prepares_itself(recipe) and not is_prepared(Path(recipe.data.dir)):
+        if not recipe.data.local and not is_prepared(Path(recipe.data.dir)):
             code = run_prepare(arguments, child)
             if code != 0:
                 return EXIT_INTERRUPTED if child.stopped_by else code
@@ -85,10 +85,10 @@ def night(
 
 def steps(recipe: Recipe, time: str | None = None) -> list[str]:
     """One line a step: what will be done, or why it is skipped; `time` says what the night is limited to."""
-    if prepares_itself(recipe):
-        prepare = "skipped: the trainer makes the shards of the embedded corpus itself, in seconds"
-    elif is_prepared(Path(recipe.data.dir)):
+    if is_prepared(Path(recipe.data.dir)):
         prepare = f"skipped: {recipe.data.dir}/{MANIFEST} is there"
+    elif recipe.data.local:
+        prepare = "skipped: the trainer makes the shards of text that lies on this machine itself"
     else:
         size = f", {recipe.data.download_gb:g} GB to download" if recipe.data.download_gb else ""
         prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"
@@ -116,11 +116,6 @@ def steps(recipe: Recipe, time: str | None = None) -> list[str]:
         f"eval     {compare}",
         f"publish  {publish}",
     ]
-
-
-def prepares_itself(recipe: Recipe) -> bool:
-    """Whether the trainer makes the shards on its own."""
-    return recipe.data.source == "embedded"
 
 
 def target_model(recipe: Recipe, *, timed: bool = False) -> Path:

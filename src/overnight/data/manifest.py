@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from overnight.core.files import sync
 from overnight.errors import DamagedData, InputError
-from overnight.recipe.schema import Data
+from overnight.recipe.schema import Data, Recipe
 
 MANIFEST = "manifest.json"
 DType = Literal["uint16", "uint32"]
@@ -46,7 +46,8 @@ class TokenizerRecord(ShardRecord):
 
 
 class SourceRecord(ShardRecord):
-    """What the recipe named; `commit` is what a Hub dataset's revision meant."""
+    """What the recipe named; `commit` is what a Hub dataset's revision meant. Of `adopted` tokens what was said of them
+    when they were adopted, which may be nothing."""
 
     source: str
     path: str | list[str] | None
@@ -157,23 +158,49 @@ def ordered_path(data: Data) -> str | list[str] | None:
 
 
 def require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
-    """Raise InputError with every key in which a prepared folder is not what is asked for; an adopted one is."""
-    manifest = read_manifest(folder)
-    if manifest.split.rule == "adopted":
-        return  # what the recipe says of text and split has no bearing on it
-    held = manifest.source.model_dump(include=SOURCE_KEYS) | manifest.split.model_dump(include=SPLIT_KEYS)
-    held = {f"data.{key}": value for key, value in held.items()}
-    held |= {"data.tokenizer": manifest.tokenizer.name, "model.vocab_size": manifest.vocab_size}
-    asked = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": ordered_path(data)}
-    asked = {f"data.{key}": value for key, value in asked.items()}
-    asked |= {"data.tokenizer": data.tokenizer, "model.vocab_size": vocab_size}
-    problems = [
+    """Raise InputError with every key in which a prepared folder is not what is asked for."""
+    if problems := request_differences(folder, read_manifest(folder), data, vocab_size):
+        raise InputError([*problems, f"`data.dir` is {folder}: name a new folder, or go back to those values"])
+
+
+def request_differences(folder: Path, manifest: Manifest, data: Data, vocab_size: int) -> list[str]:
+    """Every key in which a prepared folder is not what is asked for, in words.
+
+    Of adopted tokens only the tokenizer counts: what a recipe says of their text has no bearing on them.
+    """
+    held = {"data.tokenizer": manifest.tokenizer.name, "model.vocab_size": manifest.vocab_size}
+    asked = {"data.tokenizer": data.tokenizer, "model.vocab_size": vocab_size}
+    if manifest.split.rule != "adopted":
+        said = manifest.source.model_dump(include=SOURCE_KEYS) | manifest.split.model_dump(include=SPLIT_KEYS)
+        wanted = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": ordered_path(data)}
+        held |= {f"data.{key}": said[key] for key in said}
+        asked |= {f"data.{key}": wanted[key] for key in said}
+    return [
         f"`{key}` is {asked[key]}, but {folder} was prepared with {held[key]}"
         for key in asked
         if asked[key] != held[key]
     ]
-    if problems:
-        raise InputError([*problems, f"`data.dir` is {folder}: name a new folder, or go back to those values"])
+
+
+def as_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """The recipe with what its prepared folder says of the data's origin, which is all that anybody is told of it."""
+    told = manifest.source.model_dump(include={"source", "path", "files", "revision"})
+    told |= {"revision": manifest.source.commit or told["revision"], "license": manifest.source.licence}
+    if manifest.split.rule != "adopted":
+        told["license"] = told["license"] or recipe.data.license
+    elif Path(str(told["path"])).is_absolute():  # where they lay, as older versions wrote
+        told["path"] = None
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=told)})
+
+
+def prepared(recipe: Recipe) -> tuple[Recipe, int | None]:
+    """The recipe `as_prepared` and the training tokens that are there; while they are not, as it is and asks for."""
+    folder = Path(recipe.data.dir)
+    if is_prepared(folder):
+        manifest = read_manifest(folder)
+        if not request_differences(folder, manifest, recipe.data, recipe.model.vocab_size):
+            return as_prepared(recipe, manifest), sum(record.tokens for record in manifest.train)
+    return recipe, recipe.data.train_tokens
 
 
 def name_prepared(whole: Path, manifest: Manifest, folder: Path) -> None:

@@ -5,29 +5,32 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from overnight.core.extras import require
-from overnight.data.manifest import is_prepared, read_manifest
+from overnight.data.manifest import prepared
 from overnight.errors import InputError
 from overnight.planning.forecast import forecast_of_run
-from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
+from overnight.planning.gpus import Gpu, Speed, gpu_named, known_gpus, present
 from overnight.planning.memory import Memory, by_formula
 from overnight.planning.model_size import derive, derived_rows
 from overnight.planning.roofline import speed_of
-from overnight.planning.scaling_law import in_fit_range, offset_of
-from overnight.planning.table import Budget, Losses, Prices, budget, by_law, default_milestones, gpt2_loss, lines
+from overnight.planning.scaling_law import offset_of
+from overnight.planning.table import Budget, Losses, Prices, budget, by_law, default_milestones, lines
 from overnight.recipe.schema import Recipe
 
 
 def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], dict[str, Any]]) -> int:
     """Print the plan that the command line asks for; returns the exit code. `probe` measures the device at hand."""
+    recipe, unique = prepared(recipe)
     milestones = _milestones(recipe, chosen.milestones)
     prices = Prices(chosen.hours_per_night, chosen.price_kwh)
-    unique = unique_tokens(recipe)
-    losses = _losses(recipe, milestones, unique, chosen.calibrate)
+    losses = partial(_losses, recipe, unique, chosen.calibrate)
     budgets = [
         budget(
             recipe, milestones, card.gpu, card.speed, unique=unique, losses=losses, prices=prices, memory=card.memory
@@ -43,14 +46,6 @@ def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], d
     return 0
 
 
-def unique_tokens(recipe: Recipe) -> int | None:
-    """Training tokens there are: counted where the data is prepared, otherwise what the recipe asks for."""
-    folder = Path(recipe.data.dir)
-    if is_prepared(folder):
-        return sum(record.tokens for record in read_manifest(folder).train)
-    return recipe.data.train_tokens
-
-
 def _milestones(recipe: Recipe, given: str | None) -> list[int]:
     if given is None:
         return default_milestones(recipe)
@@ -63,18 +58,15 @@ def _milestones(recipe: Recipe, given: str | None) -> list[int]:
     return found
 
 
-def _losses(recipe: Recipe, milestones: list[int], unique: int | None, measured: Path | None) -> Losses:
+def _losses(recipe: Recipe, unique: int | None, measured: Path | None, milestones: Sequence[int]) -> Losses:
     """What each budget will reach: by the law, by the law set right by runs in a table, or by the curve of a run."""
     if measured is None:
         return by_law(recipe, milestones, unique)
     if not measured.is_dir():
         return by_law(recipe, milestones, unique, _offset(recipe, measured))
-    found = forecast_of_run(measured, milestones, unique)
+    found = forecast_of_run(measured, list(milestones), unique)
     source = f"nats per token, forecast with 90 % intervals from the validations of {measured} so far"
-    caveats = (
-        [] if in_fit_range(recipe) else ["GPT-2's loss is of other text or other tokens, or the model of another size"]
-    )
-    return Losses({m: found.at(number) for number, m in enumerate(milestones)}, source, caveats)
+    return Losses({m: found.at(number) for number, m in enumerate(milestones)}, source, [])
 
 
 def _offset(recipe: Recipe, file: Path) -> float:
@@ -101,7 +93,7 @@ def _cards(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe],
     if chosen.gpu:
         gpu: Gpu | None = gpu_named(chosen.gpu)
     else:
-        gpu = here[1] if here else gpu_named(USUAL)
+        gpu = here[1] if here else None
     if chosen.throughput is not None:
         if chosen.throughput <= 0:
             raise InputError(f"`--throughput {chosen.throughput:g}`: tokens a second; 119500 would work")
@@ -110,8 +102,7 @@ def _cards(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe],
         return [_probed(recipe, gpu, chosen.probe_file, probe)]
     if chosen.probe_file:
         return [_probe_of(chosen.probe_file, gpu)]
-    assert gpu is not None
-    return [_estimated(recipe, gpu)]
+    return [_estimated(recipe, gpu) if gpu else Card(None, None)]
 
 
 def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
@@ -148,7 +139,7 @@ def _print(recipe: Recipe, budgets: list[Budget], unique: int | None, prices: Pr
     for name, value in derived_rows(recipe, derive(recipe, "cuda", 1, unique)):
         print(f"{name:<22}{value}")
     for each in budgets:
-        print(f"\n{each.recipe} on {each.gpu}\n")
+        print(f"\n{each.recipe} on {each.gpu or 'this machine'}\n")
         print("\n".join(lines(each, prices)))
 
 
@@ -161,15 +152,19 @@ def draw_plan(budgets: list[Budget], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    if not any(each.expected for each in budgets):
+        raise InputError(f"`--plot`: there is no loss to draw; {budgets[0].losses}")
     timed = all(row.hours is not None for each in budgets for row in each.rows)
     for each in budgets:
-        x = [float((row.hours if timed else row.max_iters) or 0) for row in each.rows]
-        axes.plot(x, [row.loss for row in each.rows], marker="o", label=each.gpu)
-        axes.fill_between(x, [r.loss_low for r in each.rows], [r.loss_high for r in each.rows], alpha=0.15)
-        for at, row in zip(x, each.rows, strict=True):
-            axes.annotate(f"{row.max_iters:,}", (at, row.loss), xytext=(4, 6), textcoords="offset points", fontsize=8)
-    gpt2 = gpt2_loss(budgets[0].dataset)
-    axes.axhline(gpt2, color="black", linestyle="--", linewidth=1, label=f"GPT-2 124M, published {gpt2:.4f}")
+        rows = [row for row in each.rows if row.loss is not None]
+        x = np.array([row.hours if timed else row.max_iters for row in rows], dtype=float)
+        loss, low, high = np.array([(row.loss, row.loss_low, row.loss_high) for row in rows], dtype=float).T
+        axes.plot(x, loss, marker="o", label=each.gpu)
+        axes.fill_between(x, low, high, alpha=0.15)
+        for at, y, row in zip(x, loss, rows, strict=True):
+            axes.annotate(f"{row.max_iters:,}", (at, y), xytext=(4, 6), textcoords="offset points", fontsize=8)
+    if (gpt2 := budgets[0].gpt2) is not None:
+        axes.axhline(gpt2, color="black", linestyle="--", linewidth=1, label=f"GPT-2 124M, published {gpt2:.4f}")
     axes.set_xlabel("hours" if timed else "iterations")
     axes.set_ylabel("expected validation loss, nats a token; 90 % interval")
     axes.legend()

@@ -21,6 +21,9 @@ from overnight.errors import InputError
 from overnight.recipe.schema import Model, Recipe
 
 REUSE = 15.387756  # R of Muennighoff et al.: passes after which a repeated token has lost most of its worth
+MANY_EPOCHS = 4  # up to which repeated tokens are nearly worth fresh ones (the same paper)
+MOST_EPOCHS = 40  # from which it found no gain: nothing is expected of more
+REPEATED = f"from {MANY_EPOCHS} on, text that is read again teaches less and less, and may be learnt by heart"
 INTERVAL = 0.9
 DATASETS = {"HuggingFaceFW/fineweb-edu": "fineweb-edu", "HuggingFaceFW/fineweb": "fineweb"}
 FACTORS = {
@@ -125,31 +128,42 @@ def expected(recipe: Recipe, max_iters: int, unique: int | None, offset: float |
     return Expected(loss + offset, sigma["after_one_point_on_the_same_validation_set"])
 
 
-def in_fit_range(recipe: Recipe) -> bool:
-    """Whether the law was fitted to models and tokens like these."""
-    low, high = constants()["valid_range"]["N"]
-    of_size = low <= block_parameters(recipe.model) <= high
-    return of_size and str(recipe.data.path) in DATASETS and recipe.model.vocab_size == GPT2_VOCABULARY
-
-
-def caveats(recipe: Recipe, iterations: list[int]) -> list[str]:
-    """Where a forecast is outside the data that the law was fitted to, in plain words."""
-    ranges, found = constants()["valid_range"], []
-    parameters = block_parameters(recipe.model)
-    low, high = ranges["N"]
+def unknown(recipe: Recipe) -> str | None:
+    """Why the law has nothing to say of a recipe's loss, in plain words; None where it has."""
+    parameters, (low, high) = block_parameters(recipe.model), constants()["valid_range"]["N"]
+    if str(recipe.data.path) not in DATASETS:
+        where = recipe.data.path or f"the {recipe.data.source} text"
+        return f"the scaling law knows FineWeb-Edu and FineWeb, and nothing of {where}"
+    if recipe.model.vocab_size != GPT2_VOCABULARY:
+        return f"its nats are per GPT-2 token; a vocabulary of {recipe.model.vocab_size:,} cuts text otherwise"
     if not low <= parameters <= high:
-        found.append(f"the law was fitted to {low:.0e} to {high:.0e} block parameters; this model has {parameters:.1e}")
-    low, high = ranges["D"]
+        return f"the law was fitted to {low:.0e} to {high:.0e} block parameters; this model has {parameters:.1e}"
+    return None
+
+
+def in_fit_range(recipe: Recipe) -> bool:
+    """Whether the law was fitted to models and text like these."""
+    return unknown(recipe) is None
+
+
+def epochs(recipe: Recipe, max_iters: int, unique: int | None) -> float | None:
+    """How often a run of `max_iters` reads each of its unique tokens."""
+    return max_iters * recipe.batch.tokens_per_iter / unique if unique else None
+
+
+def caveats(recipe: Recipe, iterations: list[int], unique: int | None = None) -> list[str]:
+    """What to mind of a plan: repeated text, and where a forecast is outside the data that the law was fitted to."""
+    found = []
+    if (most := epochs(recipe, max(iterations), unique) or 0) >= MANY_EPOCHS:
+        found.append(f"{max(iterations):,} iterations are {most:,.1f} epochs: {REPEATED}")
+    if not in_fit_range(recipe):
+        return found
+    low, high = constants()["valid_range"]["D"]
     tokens = [iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations))]
     if not low <= tokens[0] <= tokens[1] <= high:
         found.append(
             f"the law was fitted to {low:.0e} to {high:.1e} tokens; here are {tokens[0]:.1e} to {tokens[1]:.1e}"
         )
-    if str(recipe.data.path) not in DATASETS:
-        where = recipe.data.path or f"the {recipe.data.source} text"
-        found.append(f"the law knows FineWeb-Edu and FineWeb; for {where} its losses mean nothing")
-    if recipe.model.vocab_size != GPT2_VOCABULARY:
-        found.append(f"its nats are per GPT-2 token; a vocabulary of {recipe.model.vocab_size:,} cuts text otherwise")
     if recipe.optim.name == "muon":
         found.append("the factor of Muon was measured at 124M parameters on FineWeb and is carried over")
     if (recipe.optim.name, recipe.schedule.kind) == ("muon", "cosine"):

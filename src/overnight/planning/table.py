@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from overnight.planning.roofline import validation_share
 from overnight.recipe.schema import Recipe
 
 MILESTONES = (6_000, 10_000, 15_000, 20_000)
+SHORTEST_STEP = 0.1  # hours between two budgets from which a gain is carried over to a night
 VISIBLE = 2 * 0.02  # nats: two standard errors of a forecast that was set right on the same validation set
 
 
@@ -30,7 +32,7 @@ class Prices:
 class Losses:
     """What budgets are expected to end with."""
 
-    of: Mapping[int, scaling_law.Expected]  # by max_iters
+    of: Mapping[int, scaling_law.Expected]  # by max_iters, of those of which something is known
     source: str
     caveats: list[str]
 
@@ -43,10 +45,10 @@ class Row:
     tokens: int
     epochs: float | None  # of the unique tokens
     effective_tokens: float  # seen once, they would be worth as much
-    loss: float  # the last validation's, nats a token
-    loss_low: float  # the 90 % interval
-    loss_high: float
-    chance_below_gpt2: float  # of GPT-2 124M's published loss, which has another validation split
+    loss: float | None  # the last validation's, nats a token; None, like what follows from it, where nothing is known
+    loss_low: float | None  # the 90 % interval
+    loss_high: float | None
+    chance_below_gpt2: float | None  # of GPT-2 124M's published loss, which has another validation split
     gain: float | None  # nats below the row before
     gain_per_hour: float | None
     hours: float | None  # validations included
@@ -60,29 +62,37 @@ class Budget:
     """The rows of a recipe on a card, and what they have in common."""
 
     recipe: str
-    gpu: str
+    gpu: str | None
     speed: Speed | None
     seconds_per_iteration: float | None
     validation_hours: float | None  # of the longest run
     memory: Memory | None
     disk_gb: float
-    gpt2: float
-    dataset: str
+    gpt2: float | None  # GPT-2 124M's published loss on the data set; None on any other text
+    dataset: str | None
     rows: list[Row]
     losses: str  # what they stand on
     caveats: list[str]
 
+    @property
+    def expected(self) -> dict[int, float]:
+        """The losses that are expected, by max_iters, ascending."""
+        return {row.max_iters: row.loss for row in self.rows if row.loss is not None}
+
     def cheapest_below_gpt2(self) -> int | None:
         """The fewest iterations whose expected loss is below GPT-2 124M's."""
-        return next((row.max_iters for row in self.rows if row.loss < self.gpt2), None)
+        if self.gpt2 is None:
+            return None
+        return next((max_iters for max_iters, loss in self.expected.items() if loss < self.gpt2), None)
 
-    def sweet_spot(self) -> int:
+    def sweet_spot(self) -> int | None:
         """The last budget that is expected to gain on the one before what a validation could tell apart."""
-        return [row.max_iters for row in self.rows if row.gain is None or row.gain >= VISIBLE][-1]
+        rows = [row for row in self.rows if row.loss is not None]
+        return max((row.max_iters for row in rows if row.gain is None or row.gain >= VISIBLE), default=None)
 
-    def best(self) -> int:
+    def best(self) -> int | None:
         """The budget of the lowest expected loss."""
-        return min(self.rows, key=lambda row: row.loss).max_iters
+        return min(self.expected, key=lambda max_iters: self.expected[max_iters], default=None)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for other programs."""
@@ -115,45 +125,50 @@ def budget(
     speed: Speed | None,
     *,
     unique: int | None,
-    losses: Losses | None = None,
+    losses: Callable[[Sequence[int]], Losses] | None = None,
     prices: Prices = Prices(),
     memory: Memory | None = None,
 ) -> Budget:
     """The table. `unique` are the training tokens there are; without `losses` the law's own are expected, and without
-    `memory` what the formula says of the card."""
-    dataset = scaling_law.dataset_of(recipe)
-    seconds = recipe.batch.tokens_per_iter / speed.tokens_per_second if speed else None
-    losses = losses or by_law(recipe, milestones, unique)
+    `memory` what the formula says of the card. With `schedule.hours` the budget that fits them has a row."""
+    dataset = scaling_law.dataset_of(recipe) if scaling_law.in_fit_range(recipe) else None
     memory = memory or (by_formula(recipe, gpu) if gpu else None)
     looks = _validation_seconds(recipe, gpu, memory, speed) if speed else None
+    milestones = sorted({*milestones, *_in_hours(recipe, speed, looks)})
+    expected = losses(milestones) if losses else by_law(recipe, milestones, unique)
     rows: list[Row] = []
-    for max_iters in sorted(set(milestones)):
-        loss = losses.of[max_iters]
+    for max_iters in milestones:
         hours = _hours(recipe, max_iters, speed, looks) if speed and looks is not None else None
-        rows.append(_row(recipe, max_iters, rows[-1] if rows else None, gpu, hours, unique, loss, prices))
+        before, loss = rows[-1] if rows else None, expected.of.get(max_iters)
+        rows.append(_row(recipe, max_iters, before, gpu, hours, unique, loss, prices))
     return Budget(
         recipe=recipe.name,
-        gpu=gpu.name if gpu else "unknown",
+        gpu=gpu.name if gpu else None,
         speed=speed,
-        seconds_per_iteration=seconds,
+        seconds_per_iteration=recipe.batch.tokens_per_iter / speed.tokens_per_second if speed else None,
         validation_hours=looks * _validations(recipe, rows[-1].max_iters) / 3600 if looks is not None else None,
         memory=memory,
         disk_gb=(run_bytes(recipe) + data_bytes(recipe)) / 1e9,
-        gpt2=gpt2_loss(dataset),
+        gpt2=gpt2_loss(dataset) if dataset else None,
         dataset=dataset,
         rows=rows,
-        losses=losses.source,
-        caveats=losses.caveats,
+        losses=expected.source,
+        caveats=expected.caveats,
     )
 
 
 def by_law(recipe: Recipe, milestones: Sequence[int], unique: int | None, offset: float | None = None) -> Losses:
-    """What the scaling law expects, shifted by `offset` nats where runs were measured."""
+    """What the scaling law expects, shifted by `offset` nats where runs were measured, of budgets that it knows."""
+    doubts = scaling_law.caveats(recipe, list(milestones), unique)
+    if (why := scaling_law.unknown(recipe)) is not None:
+        return Losses({}, f"nothing is expected: {why}", doubts)
+    once = [m for m in milestones if (scaling_law.epochs(recipe, m, unique) or 0) <= scaling_law.MOST_EPOCHS]
     return Losses(
-        {max_iters: scaling_law.expected(recipe, max_iters, unique, offset) for max_iters in milestones},
+        {max_iters: scaling_law.expected(recipe, max_iters, unique, offset) for max_iters in once},
         "nats per token, the scaling law of facts/scaling_law.json with 90 % intervals"
-        + (f", shifted by {offset:+.3f} as measured" if offset is not None else ""),
-        scaling_law.caveats(recipe, list(milestones)),
+        + (f", shifted by {offset:+.3f} as measured" if offset is not None else "")
+        + (f"; nothing beyond {scaling_law.MOST_EPOCHS} epochs" if len(once) < len(milestones) else ""),
+        doubts,
     )
 
 
@@ -164,25 +179,26 @@ def _row(
     gpu: Gpu | None,
     hours: float | None,
     unique: int | None,
-    expected: scaling_law.Expected,
+    expected: scaling_law.Expected | None,
     prices: Prices,
 ) -> Row:
     tokens = max_iters * recipe.batch.tokens_per_iter
-    low, high = expected.interval()
+    low, high = expected.interval() if expected else (None, None)
+    gpt2 = gpt2_loss(scaling_law.dataset_of(recipe)) if scaling_law.in_fit_range(recipe) else None
     kwh = hours * gpu.tdp_watts / 1000 if hours is not None and gpu else None
-    gain = before.loss - expected.loss if before else None
-    longer = hours - before.hours if before and hours is not None and before.hours is not None else None
+    gain = before.loss - expected.loss if before and before.loss is not None and expected else None
+    longer = hours - before.hours if before and hours is not None and before.hours is not None else 0
     return Row(
         max_iters=max_iters,
         tokens=tokens,
-        epochs=tokens / unique if unique else None,
+        epochs=scaling_law.epochs(recipe, max_iters, unique),
         effective_tokens=scaling_law.effective_tokens(tokens, unique),
-        loss=expected.loss,
+        loss=expected.loss if expected else None,
         loss_low=low,
         loss_high=high,
-        chance_below_gpt2=expected.chance_below(gpt2_loss(scaling_law.dataset_of(recipe))),
+        chance_below_gpt2=expected.chance_below(gpt2) if expected and gpt2 is not None else None,
         gain=gain,
-        gain_per_hour=gain / longer if gain is not None and longer else None,
+        gain_per_hour=gain / longer if gain is not None and longer >= SHORTEST_STEP else None,
         hours=hours,
         nights=hours / prices.hours_per_night if hours is not None else None,
         kwh=kwh,
@@ -194,6 +210,17 @@ def _hours(recipe: Recipe, max_iters: int, speed: Speed, validation_seconds: flo
     """Iterations and validations of a run."""
     iterations = max_iters * recipe.batch.tokens_per_iter / speed.tokens_per_second
     return (iterations + _validations(recipe, max_iters) * validation_seconds) / 3600
+
+
+def _in_hours(recipe: Recipe, speed: Speed | None, validation_seconds: float | None) -> list[int]:
+    """The longest budget that fits `schedule.hours`, where these are given and the speed is known."""
+    hours = recipe.schedule.hours
+    if not (hours and speed and validation_seconds is not None):
+        return []
+    longest = int(3600 * hours * speed.tokens_per_second / recipe.batch.tokens_per_iter)
+    return [
+        bisect.bisect_right(range(1, longest + 1), hours, key=lambda n: _hours(recipe, n, speed, validation_seconds))
+    ]
 
 
 def _validations(recipe: Recipe, max_iters: int) -> int:
@@ -219,9 +246,9 @@ def lines(budget: Budget, prices: Prices) -> list[str]:
                 f"{row.max_iters:,}",
                 count(row.tokens),
                 _shown(row.epochs, ".2f"),
-                f"{row.loss:.3f}",
-                f"{row.loss_low:.3f}-{row.loss_high:.3f}",
-                f"{row.chance_below_gpt2:.0%}",
+                _shown(row.loss, ".3f"),
+                f"{row.loss_low:.3f}-{row.loss_high:.3f}" if row.loss is not None else "-",
+                _shown(row.chance_below_gpt2, ".0%"),
                 _shown(row.gain, ".3f"),
                 _shown(per_night, ".3f"),
                 _shown(row.hours, ".1f"),
@@ -232,7 +259,7 @@ def lines(budget: Budget, prices: Prices) -> list[str]:
         )
     widths = [max(len(cells[column]) for cells in table) for column in range(len(head) + 2)]
     out = ["  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in table]
-    return [*out, "", *_sentences(budget), "", *_basis(budget, prices)]
+    return [*out, "", *_sentences(budget), *_basis(budget, prices)]
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -241,37 +268,46 @@ def _shown(value: float | None, form: str) -> str:
 
 def _sentences(budget: Budget) -> list[str]:
     rows = {row.max_iters: row for row in budget.rows}
-    cheapest, sweet, best = budget.cheapest_below_gpt2(), budget.sweet_spot(), rows[budget.best()]
-    if cheapest is None:
-        first = f"No budget here is expected to pass GPT-2 124M's published {budget.gpt2:.4f}."
-    else:
-        chance = rows[cheapest].chance_below_gpt2
-        first = (
+    cheapest, sweet, best = budget.cheapest_below_gpt2(), budget.sweet_spot(), budget.best()
+    out = []
+    if cheapest is not None:
+        out.append(
             f"The cheapest expected to pass GPT-2 124M's published {budget.gpt2:.4f} ({budget.dataset}, another"
-            f" validation split) is {cheapest:,} iterations, with a chance of {chance:.0%}."
+            f" validation split) is {cheapest:,} iterations, with a chance of {rows[cheapest].chance_below_gpt2:.0%}."
         )
-    return [
-        first,
-        f"The sweet spot is {sweet:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one before, which"
-        " a validation can tell apart.",
-        f"The best is {best.max_iters:,}, {best.loss:.3f} expected"
-        + (f", after {duration(best.hours * 3600)}." if best.hours is not None else "."),
-    ]
+    elif budget.gpt2 is not None and best is not None:
+        out.append(f"No budget here is expected to pass GPT-2 124M's published {budget.gpt2:.4f}.")
+    if best is not None:
+        hours = rows[best].hours
+        out += [
+            f"The sweet spot is {sweet:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one before,"
+            " which a validation can tell apart.",
+            f"The best is {best:,}, {rows[best].loss:.3f} expected"
+            + (f", after {duration(hours * 3600)}." if hours is not None else "."),
+        ]
+    return [*out, ""] if out else []
 
 
 def _basis(budget: Budget, prices: Prices) -> list[str]:
     """What the numbers stand on, and where they do not."""
     out = []
     if budget.speed and budget.seconds_per_iteration and budget.validation_hours is not None:
-        rate = f"{count(budget.speed.tokens_per_second)} tokens a second"
+        rate, each = f"{count(budget.speed.tokens_per_second)} tokens a second", budget.seconds_per_iteration
         out += [
-            f"hours     {rate}, {budget.seconds_per_iteration:.2f} s an iteration; {budget.speed.source}",
+            f"hours     {rate}, {f'{each:.2f} s' if each >= 0.1 else f'{1000 * each:.3g} ms'} an iteration;"
+            f" {budget.speed.source}",
             f"          validations included, {budget.validation_hours:.1f} h of the longest; nights of"
             f" {prices.hours_per_night:g} h",
-            f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} a kWh",
         ]
-    if budget.speed is None:
+        if budget.gpu:
+            out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} a kWh")
+    elif budget.gpu:
         out.append("hours     not known: the estimate is of bf16, which this card has not; --probe measures them")
+    else:
+        out.append(
+            f"hours     not known: there is no GPU here. `--gpu {USUAL}` plans for the card that the recipes are"
+            " written for, `--probe` measures this machine"
+        )
     if budget.memory:
         rows = f"{budget.memory.micro_batch} rows at once"
         out.append(f"memory    {budget.memory.peak_gib:.1f} GiB with {rows}, {budget.memory.source}")

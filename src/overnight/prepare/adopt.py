@@ -7,8 +7,9 @@ DocumentTokenizer writes: `.ds` files in `train/` and `val/`, or in one folder, 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -31,12 +32,21 @@ from overnight.recipe.schema import Data
 
 
 def adopt(
-    origin: Path, data: Data, vocab_size: int, report: Callable[[str], None] = print, *, dry_run: bool = False
+    origin: Path,
+    data: Data,
+    vocab_size: int,
+    report: Callable[[str], None] = print,
+    *,
+    said: Mapping[str, str] = MappingProxyType({}),
+    dry_run: bool = False,
 ) -> Manifest | None:
     """Make `data.dir` a prepared folder whose shards are links to the token files in `origin`; returns its manifest.
 
-    Whether a text stands on both sides is not checked. Raises InputError for files that are not there or do not fit
-    the tokenizer, and DamagedData for an index that does not fit its tokens.
+    `said` is what the user says of these tokens: `path`, `files`, `revision` and `license`, as in a recipe's `data`;
+    what stands in the recipe may be of other ones. Whether a text stands on both sides is not checked.
+
+    Raises InputError for files that are not there or do not fit the tokenizer, and DamagedData for an index that does
+    not fit its tokens.
     """
     folder = Path(data.dir)
     if folder.exists() and any(folder.iterdir()):
@@ -65,12 +75,12 @@ def adopt(
             dtype=dtype_for(vocab_size),
             source=SourceRecord(
                 source="adopted",
-                path=str(origin.absolute()),
-                files=None,
-                revision=None,
+                path=said.get("path"),
+                files=said.get("files"),
+                revision=said.get("revision"),
                 commit=None,
                 text_column=data.text_column,
-                licence=data.license,
+                licence=said.get("license"),
             ),
             inputs=[],
             split=SplitRule(

@@ -70,6 +70,8 @@ def find(data: Data, commit: str | None) -> list[SourceFile]:
     """
     if data.source == "embedded":
         return [SourceFile(EMBEDDED, EMBEDDED_BYTES, embedded_version())]
+    if data.source == "adopted":
+        raise InputError("`data.source` is adopted, token files without a text: `--adopt DIR` takes them from there")
     if data.path is None:
         raise InputError(f"`data.path` is empty, but data.source is {data.source}: name a path, a URL or a dataset")
     named = [data.path] if isinstance(data.path, str) else data.path

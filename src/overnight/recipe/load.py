@@ -273,7 +273,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
             f"`schedule.milestones` holds {wrong[0]}; one below `schedule.max_iters` {schedule.max_iters}, whose decay"
             " begins after the warmup, would work",
         )
-    if (data.source == "embedded") == (data.path is not None):
+    if data.source != "adopted" and (data.source == "embedded") == (data.path is not None):
         needed = "has no use with" if data.path else "is needed with"
         yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
 

@@ -25,8 +25,9 @@ class Section(BaseModel):
 class Data(Section):
     """Where the text comes from and where its token shards lie."""
 
-    source: Literal["embedded", "files", "datasets"] = "embedded"
-    """`embedded`: the documentation installed with the project; `files`: files or URLs; `datasets`: one on the Hub."""
+    source: Literal["embedded", "files", "datasets", "adopted"] = "embedded"
+    """`embedded`: the documentation installed with the project; `files`: files or URLs; `datasets`: one on the Hub;
+    `adopted`: token files that `recipes/prepare.py --adopt` took in `data.dir`, whatever their text."""
     path: str | list[str] | None = None
     """`files`: a path, glob or URL (http, hf) of .txt, .jsonl or .parquet files, or a list; `datasets`: a name."""
     files: str | None = None
@@ -49,6 +50,12 @@ class Data(Section):
     """Unique training tokens; the set is cut there. Empty: all there are."""
     reserved_fraction: Fraction = 0.02
     """Share of the documents, by the hash of their text, that never trains: validation is taken from these."""
+
+    @property
+    def local(self) -> bool:
+        """Whether all of its text is on this machine, so that the trainer prepares it on the way."""
+        named = [self.path] if isinstance(self.path, str) else self.path or []
+        return self.source == "embedded" or (self.source == "files" and not any("://" in path for path in named))
 
 
 class Model(Section):

@@ -15,7 +15,7 @@ from overnight.core.console import Console, estimated_end
 from overnight.core.extras import require
 from overnight.core.files import disk_full_error
 from overnight.data.batches import TrainingBatches
-from overnight.data.manifest import Manifest, is_prepared, require_same_request
+from overnight.data.manifest import Manifest, is_prepared, prepared, require_same_request
 from overnight.data.shards import Shards, open_shards
 from overnight.device.device import Device, allow_tf32
 from overnight.device.faults import until_memory_runs_out
@@ -44,34 +44,29 @@ from overnight.training.state import Run, TimeLimit
 
 def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
     """`--dry-run`: the resolved recipe and everything that follows from it; nothing is built or written."""
-    derived = derive(recipe, accelerator.device.type, accelerator.num_processes, recipe.data.train_tokens)
+    recipe, unique_tokens = prepared(recipe)
+    derived = derive(recipe, accelerator.device.type, accelerator.num_processes, unique_tokens)
     console.log(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     console.table("derived", derived_rows(recipe, derived))
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Shards:
-    """The verified shards of the recipe; the embedded corpus is prepared on the way, any other must be there."""
+    """The verified shards of the recipe; text that lies here is prepared on the way, any other must have been."""
     folder = Path(recipe.data.dir)
-    if recipe.data.source == "embedded":
-        on_main(accelerator, lambda: prepare_embedded(recipe, console))
+    if recipe.data.local:
+        on_main(accelerator, lambda: prepare_local(recipe, console))
     elif not is_prepared(folder):
         raise InputError(
             f"`data.dir`: {folder} holds no prepared data. `python recipes/prepare.py {recipe.file}` makes it:"
             f" {expected_cost(recipe.data)}"
         )
-    shards = open_shards(folder, verify=accelerator.is_local_main_process)
-    if shards.manifest.vocab_size != recipe.model.vocab_size:
-        raise InputError(
-            f"`model.vocab_size` is {recipe.model.vocab_size}, but the tokens in {folder} were made with a vocabulary"
-            f" of {shards.manifest.vocab_size}; {shards.manifest.vocab_size} would work"
-        )
-    return shards
+    require_same_request(folder, recipe.data, recipe.model.vocab_size)
+    return open_shards(folder, verify=accelerator.is_local_main_process)
 
 
-def prepare_embedded(recipe: Recipe, console: Console) -> None:
-    """Make the embedded corpus's shards where they are not made yet; only then are the packages needed that do it."""
+def prepare_local(recipe: Recipe, console: Console) -> None:
+    """Make the shards where they are not made yet; only then are the packages needed that do it."""
     if is_prepared(Path(recipe.data.dir)):
-        require_same_request(Path(recipe.data.dir), recipe.data, recipe.model.vocab_size)
         return
     require("prepare", f"`data.dir`: {recipe.data.dir} holds no prepared data; preparing it")
     from overnight.prepare.prepare import prepare
@@ -132,7 +127,7 @@ def claim(run: Run, facts: dict[str, str]) -> None:
 def text_facts(manifest: Manifest) -> dict[str, str]:
     """The text behind the tokens: how much of it, and what identifies it."""
     if manifest.split.leakage == "not checked":
-        return {"text": f"adopted from {manifest.source.path}; leakage between the sides: not checked"}
+        return {"text": "token files that were adopted; whether a text stands on both sides was not checked"}
     documents = sum(record.documents for record in manifest.inputs)
     files = Path(manifest.inputs[0].name).name if len(manifest.inputs) == 1 else f"{len(manifest.inputs)} files"
     return {"text": f"{documents:,} documents of {files}", "text SHA-256": manifest.text_sha256}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from overnight.core.files import disk_full_error
+from overnight.data.manifest import as_prepared
 from overnight.device.faults import until_memory_runs_out
 from overnight.device.launch import launch, on_main
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
@@ -67,6 +68,7 @@ def train(
         return 0
     mind_unusable_gpu(recipe, accelerator, console)
     shards = open_data(recipe, accelerator, console)
+    recipe = as_prepared(recipe, shards.manifest)
     directory = RunDirectory(recipe)
     if resume_from:
         on_main(accelerator, lambda: fetch_state(resume_from, directory))
