@@ -1,9 +1,10 @@
-"""Show a run: python recipes/report.py runs/NAME [runs/OTHER ...] [--curve]
+"""Show a run: python recipes/report.py runs/NAME [runs/OTHER ...] [--curve | --status]
 
 A folder for each finished model, `report/iter-NNNNNN`, to look at without a network: its card as the Hub would show it,
 its curve, its recipe and what was measured of it. With --curve the figure alone: training and validation loss, the
 forecasts as they were made, the finished models, GPT-2's published loss where the data is one that it is known on;
-several runs over each other. Nothing but files is read, so it can be done while the run goes on.
+several runs over each other. With --status a few lines: where each run stands. Nothing but files is read, so it can be
+done from another terminal while the run goes on.
 """
 
 import argparse
@@ -17,12 +18,18 @@ from overnight.errors import InputError
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, runs/NAME")
     parser.add_argument("--curve", action="store_true", help="draw the curve alone, of all runs in one figure")
+    parser.add_argument("--status", action="store_true", help="say where each run stands, and write nothing")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="of the curve; default: report/curve.png in the first run"
     )
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.status:
+        from overnight.report.status import status_lines
+
+        print("\n".join(line for folder in options.runs for line in status_lines(folder)))
+        return 0
     from overnight.report.curve import draw_curve
     from overnight.report.model_card import report, reported
 

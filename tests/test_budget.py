@@ -13,6 +13,7 @@ from runs import ROOT
 from overnight.errors import InputError
 from overnight.planning import scaling_law
 from overnight.planning.model_size import iterations_in_all
+from overnight.planning.table import by_law
 from overnight.recipe.load import load
 
 NIGHT = ROOT / "recipes" / "fineweb_edu_40m.yaml"
@@ -107,12 +108,42 @@ def test_the_table_says_what_it_stands_on_and_warns_where_it_is_outside_the_data
         assert part in said
     assert "an estimate from the parts, at most" in said and re.search(r"20,000 +10.5B", said)
     assert "WARNING   the factor of Muon was measured at 124M" in said
+
+
+def test_nothing_is_expected_of_what_the_law_does_not_know():
     quickstart = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "quickstart.yaml")).stdout
-    assert "WARNING   the law was fitted to 3e+06 to 2e+08 block parameters; this model has 7.9e+05" in quickstart
-    assert "its losses mean nothing" in quickstart and "a vocabulary of 4,096" in quickstart
-    assert [line.split()[0] for line in quickstart.splitlines() if "%" in line and "-" in line][1:5] == [
-        "80", "160", "240", "320",
+    assert "loss      nothing is expected: the scaling law knows FineWeb-Edu and FineWeb" in quickstart
+    assert "GPT-2 124M" not in quickstart and "sweet spot" not in quickstart and "0.00 s" not in quickstart
+    assert next(line.split() for line in quickstart.splitlines() if re.match(r" +320 ", line))[:7] == [
+        "320", "1.31M", "-", "-", "-", "-", "-",
     ]  # fmt: skip
+    for other in (["--data.path", "someone/else"], ["--model.vocab_size", "4096"], ["--model.n_embd", "96"]):
+        recipe = load(NIGHT, other)
+        assert scaling_law.unknown(recipe) and not by_law(recipe, [10_000], None).of
+    with pytest.raises(InputError, match="no column"):
+        scaling_law.offset_of([], "x.csv", recipe)
+
+
+def test_repeated_text_is_warned_of_from_four_epochs_and_nothing_is_expected_beyond_forty():
+    few = plan("--gpu", "rtx-4070", "--data.train_tokens", "2000000000").stdout
+    assert "WARNING   20,000 iterations are 5.2 epochs: from 4 on" in few
+    many = planned("--data.train_tokens", "100000000")
+    assert [loss is None for loss in column(many, "loss")] == [False, True, True, True]
+    assert "nothing beyond 40 epochs" in many["losses"]
+
+
+def test_a_machine_without_a_gpu_is_planned_as_no_card_unless_one_is_named():
+    said = plan("--json").stdout
+    here = json.loads(said)
+    assert here["gpu"] is None and here["memory"] is None
+    assert not any(row[key] for row in here["rows"] for key in ("hours", "kwh", "cost"))
+    assert "`--gpu rtx-4070` plans for the card" in plan().stdout
+
+
+def test_hours_that_are_given_have_a_row():
+    rows = planned("--schedule.hours", "10")["rows"]
+    (row,) = [row for row in rows if row["max_iters"] not in (6_000, 10_000, 15_000, 20_000)]
+    assert 9.99 < row["hours"] <= 10
 
 
 COLUMNS = "dataset,params_nonembedding_millions,unique_tokens_billions,annealed,tokens_billions,val_loss\n"
@@ -167,14 +198,6 @@ def test_milestones_a_throughput_of_your_own_and_a_figure(tmp_path):
     assert found["seconds_per_iteration"] == pytest.approx(5.24288) and found["speed"]["source"] == "as you say"
     assert found["rows"][0]["cost"] == pytest.approx(found["rows"][0]["kwh"] * 0.5)
     assert file.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_dataset_that_is_not_the_laws_stands_on_fineweb_edu_and_says_so():
-    recipe = load(NIGHT, ["--data.path", "someone/else"])
-    assert scaling_law.dataset_of(recipe) == "fineweb-edu"
-    assert any("someone/else" in doubt for doubt in scaling_law.caveats(recipe, [10_000]))
-    with pytest.raises(InputError, match="no column"):
-        scaling_law.offset_of([], "x.csv", recipe)
 
 
 PROBE = {"device": "NVIDIA GeForce RTX 4070", "tokens_per_second": 1e5, "micro_batch": 16, "peak_gib": 3.94}

@@ -140,7 +140,7 @@ def test_a4_sigterm_to_the_launcher_alone_leaves_no_orphan_and_a_saved_run(in_pr
     psutil.wait_procs([trainer], 10)
     assert not trainer.is_running()
     rest = launcher.stdout.read()
-    assert "the launcher is gone: finishing iteration" in rest
+    assert "the launcher is gone: finishing what is underway" in rest
     at = int(re.search(r"interrupted after iteration (\d+) and saved", rest)[1])
     assert damage(in_process / f"runs/orphan/checkpoints/iter-{at:06d}") is None
     again = start(in_process, "tiny.yaml", "--name", "orphan", "--schedule.max_iters", "4000")

@@ -6,12 +6,14 @@ On a terminal a progress bar lives under the lines; in a log file there are only
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -22,6 +24,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10
+KEPT_WIDTH = 120  # columns of a box in a log file
 
 # ANSI/OSC sequences, then every other control character but newline and tab, and marks that turn the direction of text:
 # sampled text must not drive the terminal.
@@ -57,18 +60,19 @@ def count(number: float) -> str:
 
 
 def step_line(record: dict, max_iters: int) -> str:
-    """One training record as a line of stable columns; what was not measured is a dash."""
+    """One training record as a line of columns; what a device does not tell is left out, what is not yet is a dash."""
     val = f"{record['val'][1]:.4f}@{record['val'][0]}" if record.get("val") else "-"
-    mfu = f"{record['mfu']:.0%}" if record.get("mfu") else "-"
-    watts = f"{record['watts']:.0f} W" if record.get("watts") else "- W"
+    mfu = f" | mfu {record['mfu']:3.0%}" if record.get("mfu") else ""
+    watts = f" | {record['watts']:.0f} W" if record.get("watts") else ""
     gib = f"{record['gib']:.1f}" if record.get("gib") is not None else "-"
     rate = count(record["tokens_per_second"]) if record.get("tokens_per_second") else "-"
     eta = duration(record["eta_seconds"]) if record.get("eta_seconds") is not None else "-"
+    whole = f", of all {duration(record['whole_seconds'])}" if record.get("whole_seconds") is not None else ""
     return (
         f"iter {record['iteration']:>{len(str(max_iters))}}/{max_iters} {record['iteration'] / max_iters:6.1%}"
         f" | loss {record['loss']:.4f} | val {val:>11} | lr {record['lr']:.2e} | gnorm {record['grad_norm']:.2f}"
-        f" | {rate:>5} tok/s | mfu {mfu:>3}"
-        f" | {gib}/{record['gib_total']:.1f} GiB | {watts} | eta {eta}"
+        f" | {rate:>5} tok/s{mfu}"
+        f" | {gib}/{record['gib_total']:.1f} GiB{watts} | eta {eta}{whole}"
     )
 
 
@@ -113,7 +117,23 @@ class Console:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # of a sample, what a terminal's encoding has no character for
         self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
+        self._kept = RichConsole(quiet=quiet, highlight=False, soft_wrap=True, width=KEPT_WIDTH, file=io.StringIO())
         self._progress: Progress | None = None
+
+    def keep(self, path: Path) -> None:
+        """From now on write everything into `path` as well, what was printed before first; an older file is renamed.
+
+        Its names are path-1, path-2 and so on before the suffix.
+        """
+        said = self._kept.file.getvalue() if isinstance(self._kept.file, io.StringIO) else ""
+        try:
+            if path.exists():
+                names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+                path.rename(next(name for name in names if not name.exists()))
+            self._kept.file = path.open("x", encoding="utf-8", errors="replace", buffering=1)
+            self._kept.file.write(said)
+        except OSError:
+            self._kept.quiet = True
 
     def log(self, text: str = "") -> None:
         """One line, as it is."""
@@ -121,6 +141,10 @@ class Console:
 
     def _print(self, what: RenderableType, **how: Any) -> None:
         """Print; where nobody takes it, as on a terminal that was closed or a full disk, be quiet from then on."""
+        try:
+            self._kept.print(what, **how)
+        except OSError:
+            self._kept.quiet = True
         try:
             self.rich.print(what, **how)
         except OSError:

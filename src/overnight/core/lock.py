@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -26,6 +27,18 @@ def hold(folder: Path, otherwise: str) -> FileLock:
         raise InputError(f"{folder} is in use by {_holder(folder / LOCK)}; {otherwise}") from None
     (folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
     return lock
+
+
+def holder_of(folder: Path) -> str | None:
+    """The process that has the lock of `folder`, in words; None where none has. Nothing is written."""
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(folder / LOCK)
+    except FileNotFoundError:
+        return None
+    return None
 
 
 def kernel_lock(path: Path) -> FileLock:

@@ -32,6 +32,7 @@ def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: P
     shutil.rmtree(aside, ignore_errors=True)
     try:
         model.save_pretrained(aside)
+        tokenizer.model_max_length = model.config.n_positions  # so that a longer text is cut, or warned of
         tokenizer.save_pretrained(aside)
         verify_export(model, aside, probe)
         put_in_place(aside, folder)
@@ -63,6 +64,8 @@ def export_faults(folder: str, probe: str) -> list[str]:
     found = [f"{kind}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
     if len(tokenizer) != model.config.vocab_size:
         found.append(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    if tokenizer.model_max_length != model.config.n_positions:
+        found.append(f"the tokenizer's longest text is {tokenizer.model_max_length}")
     with torch.no_grad():
         distance = (model.eval()(stored["ids"]).logits - stored["logits"]).abs().max().item()
     if not distance <= TOLERANCE:

@@ -110,6 +110,11 @@ def dataset_of(recipe: Recipe) -> str:
     return DATASETS.get(str(recipe.data.path), "fineweb-edu")
 
 
+def gpt2_dataset(recipe: Recipe) -> str | None:
+    """The data set whose published GPT-2 losses are in the same nats as the recipe's; None where there is none."""
+    return DATASETS.get(str(recipe.data.path)) if recipe.model.vocab_size == GPT2_VOCABULARY else None
+
+
 def factor_of(recipe: Recipe) -> float:
     """What the recipe's optimizer and schedule multiply the loss by."""
     return constants()["recipe_factor_on_loss"][FACTORS[recipe.optim.name, recipe.schedule.kind]]

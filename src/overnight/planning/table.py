@@ -131,7 +131,7 @@ def budget(
 ) -> Budget:
     """The table. `unique` are the training tokens there are; without `losses` the law's own are expected, and without
     `memory` what the formula says of the card. With `schedule.hours` the budget that fits them has a row."""
-    dataset = scaling_law.dataset_of(recipe) if scaling_law.in_fit_range(recipe) else None
+    dataset = scaling_law.gpt2_dataset(recipe)
     memory = memory or (by_formula(recipe, gpu) if gpu else None)
     looks = _validation_seconds(recipe, gpu, memory, speed) if speed else None
     milestones = sorted({*milestones, *_in_hours(recipe, speed, looks)})
@@ -184,7 +184,8 @@ def _row(
 ) -> Row:
     tokens = max_iters * recipe.batch.tokens_per_iter
     low, high = expected.interval() if expected else (None, None)
-    gpt2 = gpt2_loss(scaling_law.dataset_of(recipe)) if scaling_law.in_fit_range(recipe) else None
+    dataset = scaling_law.gpt2_dataset(recipe)
+    gpt2 = gpt2_loss(dataset) if dataset else None
     kwh = hours * gpu.tdp_watts / 1000 if hours is not None and gpu else None
     gain = before.loss - expected.loss if before and before.loss is not None and expected else None
     longer = hours - before.hours if before and hours is not None and before.hours is not None else 0

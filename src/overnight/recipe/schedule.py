@@ -64,6 +64,15 @@ def goals(schedule: Schedule) -> list[int]:
     return sorted({*schedule.milestones, schedule.max_iters})
 
 
+def iterations_left(schedule: Schedule, iteration: int, target: int) -> int:
+    """Updates from here to the end of the whole run, on the way to `target` now: the decays of later budgets too."""
+    left, before = target - iteration, target
+    for later in [goal for goal in goals(schedule) if goal > target]:
+        left += later - branch_point(towards(schedule, before))
+        before = later
+    return left
+
+
 def ending_now(schedule: Schedule, iteration: int) -> int | None:
     """The shortest budget that begins to decay after `iteration`; None where there is no trunk to end."""
     if schedule.kind != "wsd" or schedule.decay_fraction == 1:

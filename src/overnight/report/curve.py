@@ -9,11 +9,12 @@ from typing import Any
 
 from overnight.core.extras import require
 from overnight.errors import InputError
-from overnight.planning.scaling_law import DATASETS
+from overnight.planning.scaling_law import gpt2_dataset
 from overnight.planning.table import gpt2_loss
 from overnight.run_dir.layout import finished_in, read_run
 from overnight.run_dir.metrics import Record
 
+BESIDE = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top", "fontsize": 7}
 HIGHEST = 1.2  # nats above the median validation loss that are shown
 
 
@@ -31,9 +32,7 @@ def draw_curve(runs: Sequence[Path], file: Path) -> None:
     bounds = []
     for number, (name, (_, records)) in enumerate(read.items()):
         bounds.append(_draw_run(axes, name, records, f"C{number}"))
-    for dataset in {
-        DATASETS[str(recipe.data.path)] for recipe, _ in read.values() if str(recipe.data.path) in DATASETS
-    }:
+    for dataset in {each for recipe, _ in read.values() if (each := gpt2_dataset(recipe))}:
         loss = gpt2_loss(dataset)
         axes.axhline(loss, color="black", linestyle="--", linewidth=1, label=f"GPT-2 124M, {dataset}, {loss:.4f}")
         bounds.append((loss, loss))
@@ -63,6 +62,9 @@ def _draw_run(axes: Any, name: str, records: list[Record], color: str) -> tuple[
     for points in by_decay.values():
         joined = [max((point for point in trunk if point[0] < points[0][0]), default=points[0]), *points]
         axes.plot(*zip(*joined, strict=True), color=color, marker=".", linestyle=":")
+    for change in [record for record in records if record.get("event") == "changed"]:
+        axes.axvline(change["tokens"], color=color, linestyle=":", linewidth=1)
+        axes.annotate(f"{change['key']} {change['now']}", (change["tokens"], 0.98), **BESIDE)
     for end in finished_in(records).values():
         axes.plot(end["tokens"], end["val_loss"], color=color, marker="*", markersize=13, linestyle="")
         where = {"xytext": (-4, -12), "textcoords": "offset points", "ha": "right", "fontsize": 8}

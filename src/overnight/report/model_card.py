@@ -25,11 +25,11 @@ from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.report.curve import draw_curve
 from overnight.run_dir.layout import finished, finished_in, folder_name, read_run
-from overnight.run_dir.metrics import Record
+from overnight.run_dir.metrics import Record, standing
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
 TEMPLATE, UNFINISHED = (Path(__file__).with_name(name) for name in ("model_card.md", "unfinished_card.md"))
-ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb", "None")  # None: the embedded corpus
+ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb")
 
 
 def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
@@ -65,7 +65,7 @@ def reported(run: Path) -> list[int]:
 
 def unfinished_card(recipe: Recipe, iteration: int, repo_id: str) -> str:
     """The README.md of weights that were not annealed."""
-    data = ModelCardData(license=recipe.hub.license, library_name="transformers", pipeline_tag="text-generation")
+    data = ModelCardData(license=license_of(recipe), library_name="transformers", pipeline_tag="text-generation")
     values = {"repo_id": text(repo_id), "iterations": f"{iteration:,}"}
     return str(ModelCard.from_template(data, str(UNFINISHED), **values)) + "\n"
 
@@ -74,6 +74,7 @@ def shown(recipe: Recipe) -> dict[str, Any]:
     """A recipe for others: without what is of this machine alone."""
     whole = recipe.model_dump()
     whole["data"]["path"] = paths_of(recipe)
+    whole["data"]["tokenizer"] = local_name(recipe.data.tokenizer)
     for section in ("data", "evaluation"):
         for key in ("dir", "tasks_dir"):
             if Path(whole[section].get(key) or "").is_absolute():
@@ -89,10 +90,22 @@ def paths_of(recipe: Recipe) -> str | list[str] | None:
     return [path if "://" in path else Path(path).name for path in several]
 
 
+def local_name(path: str) -> str:
+    """The last part of a path that is of this machine alone."""
+    return Path(path).name if Path(path).is_absolute() or path.startswith(("~", ".")) else path
+
+
+def license_of(recipe: Recipe) -> str | None:
+    """The license of the model, which is not claimed while that of its text is not known."""
+    return recipe.hub.license if recipe.data.license else None
+
+
 def corpus(recipe: Recipe) -> str:
     """The data in words."""
     if recipe.data.source == "embedded":
         return "the documentation of Python, NumPy and PyTorch"
+    if recipe.data.source == "adopted":
+        return "token files of others" + (f", said to be of {recipe.data.path}" if recipe.data.path else "")
     paths = paths_of(recipe)
     return paths if isinstance(paths, str) else ", ".join(paths or [])
 
@@ -103,7 +116,7 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
     facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     results = run / "evaluation" / model / "results.json"
     scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
-    dataset = scaling_law.DATASETS.get(str(recipe.data.path))
+    dataset = scaling_law.gpt2_dataset(recipe)
     here = json.dumps(str(run / "models" / model))
     values: dict[str, Any] = {
         "recipe": recipe,
@@ -116,13 +129,23 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "prompt": json.dumps(next((each for each in recipe.validation.prompts if len(each) <= context // 2), "The")),
         "new_tokens": min(40, context // 2),
         "claimed": bool(claims(recipe)),
+        "needed": needed(recipe),
+        "changes": changes(records, end),
+        "baselines": next((r for r in records if r.get("event") == "ngram baselines"), None),
         "budgets": budgets(recipe, records, facts["unique_tokens"]),
         "in_fit_range": scaling_law.in_fit_range(recipe),
         "recipe_yaml": yaml.safe_dump(shown(recipe), sort_keys=False),
         "dataset": dataset,
         "gpt2": gpt2_loss(dataset) if dataset else None,
     }
-    values |= {"text": text, "fenced": fenced, "count": count, "duration": duration, "thousands": "{:,}".format}
+    values |= {
+        "text": text,
+        "standing": standing,
+        "fenced": fenced,
+        "count": count,
+        "duration": duration,
+        "thousands": "{:,}".format,
+    }
     return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values)) + "\n"
 
 
@@ -133,17 +156,36 @@ def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> Mode
         if found["metric"] in found["metrics"]:
             measured.append((name, name, found["metric"], found["metrics"][found["metric"]]))
     return ModelCardData(
-        license=recipe.hub.license,
-        language="en" if str(recipe.data.path) in ENGLISH else None,
+        license=license_of(recipe),
+        language="en" if recipe.data.source == "embedded" or recipe.data.path in ENGLISH else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "overnight"],
-        datasets=[recipe.data.path] if recipe.data.source == "datasets" and isinstance(recipe.data.path, str) else None,
+        datasets=[recipe.data.path] if recipe.data.source != "files" and isinstance(recipe.data.path, str) else None,
         model_name=recipe.name,
         eval_results=[
             EvalResult("text-generation", dataset, name, metric, value) for name, dataset, metric, value in measured
         ],
     )
+
+
+def needed(recipe: Recipe) -> str | None:
+    """What must be at hand, beside the repository of Overnight and the recipe, to train the model again."""
+    if recipe.data.source == "adopted":
+        return f"the same token files, taken into `{text(shown(recipe)['data']['dir'])}` with `--adopt`"
+    if recipe.data.source == "files" and recipe.data.local:
+        return f"the text itself, {text(corpus(recipe))}, with the SHA-256 above"
+    return None
+
+
+def changes(records: list[Record], end: Record) -> list[str]:
+    """The keys of the recipe that were changed on the way to a finished model, each in words."""
+    return [
+        f"`{record['key']}` was {text(record['before'])} and is {text(record['now'])} from iteration"
+        f" {record['iteration']:,} on"
+        for record in records
+        if record.get("event") == "changed" and record["iteration"] < end["iteration"]
+    ]
 
 
 def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[list[str]]:

@@ -12,6 +12,7 @@ from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.metrics import Metrics, Record
 
+LOG = "log.txt"  # what the session printed; of those before it log-1.txt and so on
 _NAME = re.compile(r"iter-(\d{6,})")
 
 

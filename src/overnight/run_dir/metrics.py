@@ -48,6 +48,16 @@ class Metrics:
         atomic_write(self.path, "".join(_line(record) for record in self.records() if wanted(record)))
 
 
+def standing(loss: float, baselines: Record) -> str:
+    """Where a validation loss stands beside models that count words of the same training tokens, in a sentence."""
+    tokens, pairs = (f"{baselines[name]:.2f} nats" for name in ("unigram", "bigram"))
+    if loss >= baselines["unigram"]:
+        return f"It predicts no better than the frequencies of single tokens ({tokens})."
+    if loss >= baselines["bigram"]:
+        return f"It predicts better than the frequencies of tokens ({tokens}), not yet than those of pairs ({pairs})."
+    return f"It predicts better than the frequencies of tokens ({tokens}) and of pairs ({pairs})."
+
+
 def _line(record: Record) -> str:
     return json.dumps(_finite(record), allow_nan=False) + "\n"
 

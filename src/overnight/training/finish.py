@@ -29,7 +29,7 @@ from overnight.training.log import (
     mean_watts,
     tell,
 )
-from overnight.training.resume import energy_used, finish_saving
+from overnight.training.resume import energy_used, finish_saving, time_used
 from overnight.training.state import QuickEval, Run
 
 SKIPS_BEFORE_GIVING_UP = 10
@@ -47,7 +47,7 @@ def stop_on_signal(run: Run) -> contextlib.AbstractContextManager[None]:
         if run.accelerator.is_main_process and not run.signalled:
             why = "the launcher is gone" if number == ORPHANED else signal.Signals(number).name
             with contextlib.suppress(OSError):  # not through the console: it may be in the middle of a line of its own
-                os.write(2, f"{why}: finishing iteration {run.iteration + 1}, then saving\n".encode())
+                os.write(2, f"{why}: finishing what is underway, then saving\n".encode())
         run.signalled = True
 
     return handled(ask)
@@ -157,6 +157,7 @@ def finalize(run: Run, folder: Path, export_seconds: float) -> None:
         val_loss=run.history.validations[-1][1],
         best_val_loss=run.history.best_val,
         tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,
+        seconds=time_used(run),
         kwh=None if joules is None else joules / 3.6e6,
         mean_watts=mean_watts(run),
         export_seconds=export_seconds,

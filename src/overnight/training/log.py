@@ -15,9 +15,10 @@ from overnight.data.ngrams import ngram_losses, seen_tokens
 from overnight.device.faults import lost, with_room
 from overnight.errors import first_line
 from overnight.model.checkpoint import Saved
-from overnight.recipe.schedule import lr_at
+from overnight.recipe.schedule import goals, iterations_left, lr_at
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import finished, iteration_of
+from overnight.run_dir.metrics import standing
 from overnight.training.state import RATE_WINDOW, QuickEval, Run
 
 P = ParamSpec("P")
@@ -101,8 +102,7 @@ def log_step(run: Run, loss: float, grad_norm: float) -> None:
         gib=used_gib(run),
         watts=watts(run),
     )
-    left = seconds and remaining_seconds(run, seconds, run.throughput.validation_seconds)
-    shown = record | {"val": run.history.last_val, "gib_total": run.device.total_gib, "eta_seconds": left}
+    shown = record | {"val": run.history.last_val, "gib_total": run.device.total_gib, **time_left(run, seconds)}
     run.console.log(step_line(shown, schedule.max_iters))
     log_trouble(run)
     if (fall := run.throughput.fell_by()) is not None:
@@ -123,11 +123,23 @@ def log_slow(run: Run, fall: float) -> None:
     )
 
 
-def remaining_seconds(run: Run, seconds_per_iteration: float, seconds_per_validation: float) -> float:
-    """Seconds from this iteration to the end of the run, validations included."""
-    last, every = run.schedule.max_iters, run.recipe.validation.every
-    validations = -(-last // every) - run.iteration // every
-    return (last - run.iteration) * seconds_per_iteration + validations * seconds_per_validation
+def time_left(run: Run, seconds_per_iteration: float | None) -> dict[str, float]:
+    """`eta_seconds` to the next finished model, and `whole_seconds` where others follow it; validations included.
+
+    While a run with a time limit has not chosen what it can finish, its end is that of the time.
+    """
+    if run.time_limit and run.time_limit.target_iters is None:
+        return {"eta_seconds": run.time_limit.left()}
+    if not seconds_per_iteration:
+        return {}
+    every, target, last = run.recipe.validation.every, run.target_iters, goals(run.recipe.schedule)[-1]
+    looks = -(-target // every) - run.iteration // every
+    validation = run.throughput.validation_seconds
+    left = {"eta_seconds": (target - run.iteration) * seconds_per_iteration + looks * validation}
+    if last > target:
+        of_all = iterations_left(run.recipe.schedule, run.iteration, target)
+        left["whole_seconds"] = of_all * (seconds_per_iteration + validation / every)
+    return left
 
 
 @informs("the line of a validation")
@@ -260,7 +272,15 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
         f"energy           {'not measured' if kwh is None else f'{kwh:.2f} kWh'}",
         f"model            {done['model']}",
     ]
-    console.box(f"{directory.path} is finished", lines)
+    budgets = goals(directory.recipe.schedule)
+    of = (
+        f": budget {target:,} of {', '.join(f'{budget:,}' for budget in budgets)}"
+        if len(budgets) > 1 and target in budgets
+        else ""
+    )
+    console.box(f"{directory.path}{of} is finished", lines)
+    if baselines:
+        console.log(standing(done["val_loss"], baselines))
     prompts = directory.recipe.validation.prompts
     console.log(f"next: python recipes/eval.py {done['model']}")
     console.log(f"      python recipes/sample.py {done['model']}" + (f' --prompt "{prompts[0]}"' if prompts else ""))

@@ -49,6 +49,11 @@ def energy_used(run: Run) -> float | None:
     return None if session is None else session + (run.joules or 0.0)
 
 
+def time_used(run: Run) -> float:
+    """Seconds that all sessions of the run took, validations and models included."""
+    return run.seconds + time.monotonic() - run.began
+
+
 def state_of(run: Run) -> dict[str, Any]:
     """What a checkpoint says beside its tensors."""
     return {
@@ -57,6 +62,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "changes": run.directory.changes,
         "history": run.history.as_json(),
         "joules": energy_used(run),
+        "seconds": time_used(run),
         "threads": torch.get_num_threads(),
     }
 
@@ -83,7 +89,9 @@ def resume(run: Run) -> None:
     state = checkpoint.read_state(found)
     refuse_foreign(run, found, state)
     checkpoint.load_checkpoint(found, run.model, run.optimizers)
-    run.iteration, run.joules = state["iteration"], state["joules"]
+    if not run.iteration:  # otherwise it is this session that goes back to its own trunk
+        run.joules, run.seconds = state["joules"], state.get("seconds", 0.0)
+    run.iteration = state["iteration"]
     run.history = LossHistory.from_json(state["history"])
     if run.accelerator.is_main_process:
         run.directory.forget_after(run.iteration, run.target_iters)

@@ -233,6 +233,8 @@ class Run:
     time_limit: TimeLimit | None = None  # what the run was given to end in
     quick_evals: list[QuickEval] = field(default_factory=list)  # of finished models, underway
     joules: float | None = None  # of the sessions before this one, where the device measures energy
+    seconds: float = 0.0  # that these took
+    began: float = field(default_factory=time.monotonic)  # this one
     saved_at: float = field(default_factory=time.monotonic)  # when the last save began, or the session
     signalled: bool = False  # this process was asked to stop
     stopping: bool = False  # all processes know of it
