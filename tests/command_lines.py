@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import runpy
 import shlex
@@ -60,7 +61,10 @@ def targets() -> list[str]:
 def of_make(*words: str) -> list[list[str]]:
     """What `make WORDS` starts of ours; the loop of `bench` unrolled."""
     make = ["make", "-n", "--no-print-directory", *words, "RUN=python"]
-    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    said = subprocess.run(make, cwd=ROOT, env=outer, capture_output=True, text=True, check=True).stdout.replace(
+        "\\\n", " "
+    )
     loop = re.search(r"for words in (.*?); do", said)
     texts = [f"python benchmarks/{words}" for words in shlex.split(loop[1])] if loop else []
     texts += re.findall(r"^(?:exec )?(python .*)$", said, re.MULTILINE)
