@@ -12,12 +12,18 @@ from datatrove.data import Document
 from datatrove.pipeline.tokens import DocumentTokenizer
 from texts import GPT2_VOCABULARY, SILENT, gpt2, paragraphs
 
+from overnight.data.manifest import prepared
 from overnight.data.shards import open_shards, verify
 from overnight.errors import DamagedData, InputError
+from overnight.planning.scaling_law import gpt2_dataset, unknown
 from overnight.prepare.adopt import adopt
+from overnight.recipe.identity import stored_recipe
+from overnight.recipe.load import load
 from overnight.recipe.schema import Data
+from overnight.report.model_card import corpus, metadata
 
-SCRIPT = str(Path(__file__).resolve().parents[1] / "recipes" / "prepare.py")
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SCRIPT, NIGHT = str(RECIPES / "prepare.py"), RECIPES / "fineweb_edu_40m.yaml"
 TEXTS = paragraphs()[:300]
 
 
@@ -56,11 +62,32 @@ def test_nanogpts_files_are_linked_and_their_documents_found(tmp_path, gpt2_fold
     manifest = adopt(origin, settings(tmp_path, gpt2_folder), GPT2_VOCABULARY, **SILENT)
     assert manifest is not None
     assert manifest.split.leakage == "not checked"
+    assert str(tmp_path) not in manifest.source.model_dump_json()
     assert [record.documents for record in (*manifest.train, *manifest.val)] == [250, 50]
     shards = open_shards(tmp_path / "data")
     assert shards.train.read_all().tolist() == numpy.fromfile(origin / "train.bin", "<u2").tolist()
     assert (tmp_path / "data" / "train" / "00000.ds").is_symlink()
     assert {path.name: path.stat().st_mtime_ns for path in origin.iterdir()} == before
+
+
+@pytest.mark.parametrize("said", [{}, {"path": "HuggingFaceFW/fineweb-edu", "revision": "0a1", "license": "odc-by"}])
+def test_of_adopted_tokens_is_told_what_was_said_of_them_and_nothing_of_the_recipe(tmp_path, gpt2_folder, said):
+    data = ["--data.dir", str(tmp_path / "data"), "--data.tokenizer", str(gpt2_folder), "--data.val_tokens", "5000"]
+    recipe = load(NIGHT, data)
+    manifest = adopt(nanogpt(tmp_path / "bins"), recipe.data, GPT2_VOCABULARY, **SILENT, said=said)
+    assert manifest is not None
+    taken, tokens = prepared(recipe)
+    assert tokens == manifest.train[0].tokens
+    assert (taken.data.source, taken.data.path, taken.data.revision, taken.data.license) == (
+        "adopted", said.get("path"), said.get("revision"), said.get("license"),
+    )  # fmt: skip
+    assert stored_recipe(taken.model_dump()).data == taken.data
+    card = metadata(taken, {"val_loss": 3.3}, None)
+    assert (card.datasets, card.license, card.language) == (
+        (["HuggingFaceFW/fineweb-edu"], "apache-2.0", "en") if said else (None, None, None)
+    )
+    assert gpt2_dataset(taken) == ("fineweb-edu" if said else None) and (unknown(taken) is None) == bool(said)
+    assert corpus(taken).startswith("token files of others")
 
 
 @pytest.mark.parametrize("layout", ["sides", "together"])

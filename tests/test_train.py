@@ -1,6 +1,7 @@
 """The trainer as a user types it: it finishes, resumes to the bit, refuses another run, however it was launched."""
 
 import math
+import os
 import re
 import shutil
 import signal
@@ -12,8 +13,11 @@ import pytest
 import torch
 from runs import ROOT, checkpoint_of, final_sums, losses, records, slow, start, tiny, train
 
+from overnight.core.lock import hold
 from overnight.device.launch import launch
 from overnight.errors import InputError
+from overnight.report.model_card import report
+from overnight.report.status import status_lines
 from overnight.training import train as train_module
 
 
@@ -33,6 +37,7 @@ def test_c10_the_finished_model_loads_with_plain_transformers_in_a_fresh_process
         "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
         "m, info = M.from_pretrained(sys.argv[1], output_loading_info=True); t = T.from_pretrained(sys.argv[1]);"
         "assert not any(info.values()), info; assert m.config.vocab_size == len(t) == 500;"
+        "assert t.model_max_length == m.config.n_positions;"
         "out = m.generate(**t('The', return_tensors='pt'), max_new_tokens=8, do_sample=False);"
         "assert out.max() < 500; print(t.decode(out[0]))"
     )
@@ -46,6 +51,53 @@ def test_a_run_without_prompts_ends_well_and_suggests_a_conversation(in_process,
     recipe = tiny(in_process, "--name", "silent", "--schedule.max_iters", "10", "--validation.prompts", "[]")
     assert train_module.train(recipe) == 0
     assert " python recipes/sample.py runs/silent/models/iter-000010\n" in capsys.readouterr().out
+
+
+def test_data_that_was_prepared_of_another_text_is_refused_with_each_difference(in_process):
+    other = ("--name", "other-text", "--data.path", "another.jsonl", "--data.val_tokens", "999")
+    with pytest.raises(InputError) as refused:
+        train_module.train(tiny(in_process, *other))
+    assert [problem.split(" is ")[0] for problem in refused.value.problems] == [
+        "`data.path`", "`data.val_tokens`", "`data.dir`",
+    ]  # fmt: skip
+    assert not Path("runs/other-text").exists()
+
+
+def test_all_that_is_printed_is_kept_and_the_status_is_told_from_elsewhere(in_process, capsys, root):
+    short = ["--name", "kept", "--schedule.max_iters", "20", "--schedule.milestones", "[10]"]
+    short += ["--validation.every", "10", "--validation.ngram_baselines", "true"]
+    assert train_module.train(tiny(in_process, *short)) == 0
+    said = capsys.readouterr().out
+    assert Path("runs/kept/log.txt").read_text().splitlines()[:20] == said.splitlines()[:20]
+    assert " | eta " in said and ", of all " in said and "budget 10 of 10, 20 is finished" in said
+    assert "It predicts " in said
+    command = [sys.executable, str(root / "recipes" / "report.py"), "runs/kept", "--status"]
+    status = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    assert status.startswith("runs/kept: finished\n") and status.count("finished    runs/kept/models/iter-0000") == 2
+    with hold(Path("runs/kept"), "wait"):
+        assert f"process {os.getpid()} on " in "\n".join(status_lines(Path("runs/kept")))
+    longer = ("--name", "kept", "--schedule.max_iters", "30")
+    assert train_module.train(tiny(in_process, *longer)) == 0
+    assert Path("runs/kept/log-1.txt").read_text().splitlines()[0] == said.splitlines()[0]
+    assert "goes on at iteration" in Path("runs/kept/log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_what_the_card_says_gives_the_same_model_again_from_an_empty_folder(workplace, undisturbed, tmp_path):
+    card = report(workplace / "runs" / "tiny", 40)
+    block = re.search(r"```sh\n(.*?)```", (card / "README.md").read_text(), re.DOTALL)[1]
+    shutil.copy(card / "recipe.yaml", tmp_path)
+    shutil.copy(workplace / "text.jsonl", tmp_path)  # "it takes the text itself"
+    for line in block.splitlines():
+        if line.startswith("python "):
+            command = [
+                sys.executable,
+                *(str(ROOT / word) if word.endswith(".py") else word for word in line.split()[1:]),
+            ]
+            again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert again.returncode == 0, again.stderr
+    sums = "runs/tiny/models/iter-000040/SHA256SUMS"
+    assert (tmp_path / sums).read_text() == (workplace / sums).read_text()
 
 
 def test_the_same_command_again_prints_the_results_and_another_run_is_refused(workplace, undisturbed):
@@ -170,7 +222,7 @@ def test_a_configuration_for_the_cpu_keeps_the_run_there_also_where_there_is_a_g
         (["--precision", "bf16"], "`precision` is 'bf16', but this machine has no CUDA device"),
         (["--compile", "true"], "`compile` is True, but this machine has no CUDA device"),
         (["--model.vocab_size", "600"], "`model.vocab_size` is 600"),
-        (["--data.dir", "nowhere"], "tiny.yaml` makes it"),
+        (["--data.dir", "nowhere", "--data.source", "datasets", "--data.path", "a/b"], "tiny.yaml` makes it"),
         (["--logging.trackers", "[wandb]"], "make setup EXTRAS=wandb"),
         (["--model.dropout", "0.1", "--model.attention", "flash"], "'auto' would work"),
     ],
