@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import Console, count, duration
+from overnight.data.manifest import as_prepared
 from overnight.data.shards import Shards, open_shards
 from overnight.data.tokenizer import load_tokenizer
 from overnight.device.launch import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
@@ -41,7 +42,8 @@ from overnight.evaluation.tasks import (
     summary,
     tokens_of,
 )
-from overnight.recipe.schema import QUICK, Evaluation
+from overnight.recipe.schema import QUICK, Evaluation, Recipe
+from overnight.report.model_card import corpus
 
 LONG = 1800  # seconds, after which a CPU is told of --quick
 Item = dict[str, Any]
@@ -173,10 +175,7 @@ class Session:
             warnings = [said for verdict in found if (said := results.implausible(name, verdict))]
             comparisons.append(Comparison(name, found, difference(ours.losses, theirs.losses), warnings))
         settings = self.plan.settings
-        home = None
-        if self.shards is not None:
-            source = self.shards.manifest.source
-            home = "the embedded documentation" if source.source == "embedded" else str(source.path)
+        home = corpus(as_prepared(Recipe(), self.shards.manifest)) if self.shards is not None else None
         notes = results.notes(settings, home)
         result = Results(settings, [each.scores for each in measured], comparisons, notes)
         results.write_results(result, by_item(measured), self.plan.out)

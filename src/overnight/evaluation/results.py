@@ -139,13 +139,14 @@ def markdown(outcome: Results) -> str:
 
 
 def verdict_lines(comparison: Comparison) -> list[str]:
-    """The sentence that answers the question, the table behind it, and warnings."""
+    """The sentences that answer the question, the loss first; the table behind them, and warnings."""
     found = comparison.verdicts
+    lines = [f"**{loss_sentence(comparison.validation)}**", ""] if comparison.validation else []
     if not found:
-        return ["No benchmark was asked for."]
+        return [*lines, "No benchmark was asked for."]
     words = [verdict.word for verdict in found]
     better, worse = words.count("better"), words.count("worse")
-    lines = [
+    lines += [
         f"**Better on {better} of {len(found)} tasks, worse on {worse}, no difference shown on "
         f"{len(found) - better - worse}: wins minus losses {headline(found):+d}.**",
         "",
@@ -168,6 +169,17 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         row += [] if not reference else [f"{known:.1%}" if known is not None else "no reference"]
         lines.append("| " + " | ".join(row) + " |")
     return [*lines, "", *[f"**Warning.** {warning}" for warning in comparison.warnings]]
+
+
+def loss_sentence(validation: dict[str, float]) -> str:
+    """Which model predicts the validation set better, from the difference of the losses and its interval."""
+    difference, low, high = (validation[key] for key in ("difference", "low", "high"))
+    if low <= 0 <= high:
+        return (
+            f"On the same validation text no difference is shown: {difference:+.3f} ({low:+.3f} to {high:+.3f}) nats."
+        )
+    word = "Better" if difference < 0 else "Worse"
+    return f"{word} on the same validation text: {difference:+.3f} ({low:+.3f} to {high:+.3f}) nats a token."
 
 
 def loss_lines(outcome: Results) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -172,7 +172,10 @@ QUICK = 500  # items a task of `recipes/eval.py --quick`
 
 
 class Evaluation(Section):
-    """What recipes/eval.py measures of the run's models, unless its command line says otherwise."""
+    """What recipes/eval.py measures of the run's models, unless its command line says otherwise.
+
+    With `data.tokenizer: trained` by default against `untrained` and `unigram`, on the validation set alone.
+    """
 
     against: list[str] = ["openai-community/gpt2"]
     """Opponents: Hub names or folders; `untrained` is the model before its first iteration, `unigram` its data's."""
@@ -188,6 +191,10 @@ class Evaluation(Section):
     """Only the first so many items of each task: a look, not a result."""
     at_milestones: NonNegativeInt = 0
     """Items of each task that the trainer has scored, without opponents, when it has finished a model; 0 for none."""
+
+
+OWN_VOCABULARY: dict[str, list[str]] = {"against": ["untrained", "unigram"], "tasks": [], "texts": []}
+"""What takes the place of an evaluation's defaults where the tokenizer is trained."""
 
 
 def repository(name: str) -> str:
@@ -245,6 +252,16 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     hub: Hub = Hub()
     _file: Path = PrivateAttr(Path("RECIPE"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_in_its_own_vocabulary(cls, values: Any) -> Any:
+        """A tokenizer of its own is of a text of its own: what is not given is measured without English benchmarks."""
+        sections = values if isinstance(values, dict) else {}
+        data, evaluation = sections.get("data"), sections.get("evaluation", {})
+        if isinstance(data, dict) and data.get("tokenizer") == "trained" and isinstance(evaluation, dict):
+            return values | {"evaluation": OWN_VOCABULARY | evaluation}
+        return values
 
     @property
     def file(self) -> Path:

@@ -19,7 +19,7 @@ from overnight.recipe.schedule import goals, iterations_left, lr_at
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import finished, iteration_of
 from overnight.run_dir.metrics import standing
-from overnight.training.state import RATE_WINDOW, QuickEval, Run
+from overnight.training.state import RATE_WINDOW, RISING, QuickEval, Run
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -150,6 +150,11 @@ def log_validation(run: Run, loss: float, samples: list[str], seconds: float) ->
     run.record("val", loss=loss, seconds=seconds, samples=samples)
     tokens = f"{run.shards.val.tokens:,} tokens in {duration(seconds)}"
     run.console.log(f"validation loss {loss:.4f} at iteration {run.iteration} ({tokens})")
+    if (best := run.history.rising_since()) is not None:
+        run.console.log(
+            f"the validation loss has risen {RISING} times since iteration {best}: the model may be learning its text"
+            " by heart; more text, or fewer iterations, would end lower"
+        )
     for prompt, text in zip(run.recipe.validation.prompts, samples, strict=False):
         run.console.log(f"  {prompt} >{' '.join([' ', *text.split()])}")
     track(run, {"val/loss": loss})

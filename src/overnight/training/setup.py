@@ -34,6 +34,7 @@ from overnight.planning.model_size import (
     loss_chunk,
     padded_vocabulary,
 )
+from overnight.planning.scaling_law import MANY_EPOCHS, REPEATED
 from overnight.prepare.cost import expected_cost
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
@@ -92,6 +93,8 @@ def set_up(
     run = assemble(recipe, accelerator, console, directory, shards)
     run.time_limit = time_limit
     console.table(f"{directory.path} on {run.device.name}", derived_rows(recipe, run.derived))
+    if (run.derived.epochs or 0) >= MANY_EPOCHS:
+        console.log(f"WARNING: {run.derived.epochs:.1f} epochs: {REPEATED}")
     facts, seconds = device_facts(run)
     end = estimated_end(seconds * run.grad_accum * iterations_in_all(recipe.schedule))
     facts |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -35,6 +36,7 @@ from overnight.run_dir.directory import RunDirectory
 SPIKE_WINDOW = 64  # training losses that a new one is compared with
 SPIKE_FEWEST = 16  # losses below which nothing is called a spike
 SPIKE = 8.0  # standard deviations above the median, the deviation taken from the median of the distances to it
+RISING = 3  # rises of the validation loss in a row that are worth a word
 SPIKE_LEAST = 0.05  # nats; a smaller rise is never worth a word
 
 COLD_ITERATIONS = 3  # compilation, allocator and caches: in no rate
@@ -76,6 +78,13 @@ class LossHistory:
     def last_val(self) -> tuple[int, float] | None:
         """(iteration, nats a token) of the last validation."""
         return self.validations[-1] if self.validations else None
+
+    def rising_since(self) -> int | None:
+        """The iteration since which the validation loss has risen RISING times in a row, told once; otherwise None."""
+        newest = self.validations[-RISING - 2 :]
+        rises = [after > before for (_, before), (_, after) in itertools.pairwise(newest)]
+        begins = len(rises) < RISING + 1 or not rises[0]
+        return newest[-RISING - 1][0] if len(rises) >= RISING and all(rises[-RISING:]) and begins else None
 
     @property
     def best_val(self) -> float | None:
