@@ -229,7 +229,11 @@ def test_the_documents_have_the_hours_and_the_memory_that_the_plan_prints(night)
     hours = " / ".join(f"{hours:.1f}" for hours in column(night, "hours"))
     readme = (ROOT / "README.md").read_text()
     assert f"| {eight} / {sixteen} / {thirty_two} GiB |" in readme and f"| {hours} |" in readme
-    assert f"needs {eight}, {sixteen} and {thirty_two} GiB" in (ROOT / "docs" / "operations.md").read_text()
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    assert f"needs {eight}, {sixteen} and {thirty_two} GiB" in operations
+    run, data = f"{night['disk_gb']:.1f} GB", f"{night['data_gb']:.1f} GB"
+    assert f"about {run} for the run folder" in readme and f"| a run folder | about {run} at most |" in operations
+    assert f"the recipe needs about {run}" in operations and f"the recipe needs about {data}" in operations
 
 
 @pytest.mark.parametrize("recipe", ["fineweb_edu_40m", "fineweb_edu_40m_ladder", "practitioner_40m", "gpt2_124m"])

@@ -220,10 +220,12 @@ def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
 def run_bytes(recipe: Recipe) -> int:
     """What a run folder holds in the end: checkpoints of trunk, branch points and decays, a new one, the models."""
     parameters = parameter_count(recipe.model, recipe.model.vocab_size)
-    moments = 8  # AdamW's two in float32; Muon keeps one
+    state = parameters * (4 + 8)  # weights and AdamW's two moments in float32; of the blocks' matrices Muon keeps one
+    if recipe.optim.name == "muon":
+        state -= 4 * 12 * recipe.model.n_layer * recipe.model.n_embd**2
     budgets, keep = len(goals(recipe.schedule)), recipe.checkpoint.keep
     checkpoints = keep + len(branch_points(recipe.schedule)) + keep * budgets + 1
-    return checkpoints * parameters * (4 + moments) + budgets * 4 * parameters
+    return checkpoints * state + budgets * 4 * parameters
 
 
 def data_bytes(recipe: Recipe) -> int:

@@ -67,7 +67,8 @@ class Budget:
     seconds_per_iteration: float | None
     validation_hours: float | None  # of the longest run
     memory: Memory | None
-    disk_gb: float
+    disk_gb: float  # of the run folder
+    data_gb: float  # at most, while the data is prepared; 0 once it is
     gpt2: float | None  # GPT-2 124M's published loss on the data set; None on any other text
     dataset: str | None
     rows: list[Row]
@@ -148,7 +149,8 @@ def budget(
         seconds_per_iteration=recipe.batch.tokens_per_iter / speed.tokens_per_second if speed else None,
         validation_hours=looks * _validations(recipe, rows[-1].max_iters) / 3600 if looks is not None else None,
         memory=memory,
-        disk_gb=(run_bytes(recipe) + data_bytes(recipe)) / 1e9,
+        disk_gb=run_bytes(recipe) / 1e9,
+        data_gb=data_bytes(recipe) / 1e9,
         gpt2=gpt2_loss(dataset) if dataset else None,
         dataset=dataset,
         rows=rows,
@@ -312,6 +314,7 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
     if budget.memory:
         rows = f"{budget.memory.micro_batch} rows at once"
         out.append(f"memory    {budget.memory.peak_gib:.1f} GiB with {rows}, {budget.memory.source}")
-    out.append(f"disk      {budget.disk_gb:.1f} GB, the data included")
+    data = f", and at most {budget.data_gb:.1f} GB more while the data is prepared" if budget.data_gb else ""
+    out.append(f"disk      {budget.disk_gb:.1f} GB for the run{data}")
     out.append(f"loss      {budget.losses}")
     return out + [f"WARNING   {doubt}" for doubt in budget.caveats]

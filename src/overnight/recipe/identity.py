@@ -15,6 +15,9 @@ MIGRATIONS: dict[str, str | None] = {
 }
 """Keys that runs of older versions have stored, and what each is called now; None where nothing of it is left."""
 
+MIGRATED_VALUES: dict[str, dict[Any, Any]] = {"model.attention": {"sdpa": "auto"}}
+"""Values that runs of older versions have stored under a key, and what each is called now."""
+
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide what a run computes, dotted; a run can only be resumed while these stay as they were.
@@ -53,6 +56,11 @@ def stored_recipe(stored: dict[str, Any]) -> Recipe:
             value = sections[section].pop(key)
             if new is not None:
                 sections[section][new.split(".")[1]] = value
+    for dotted, renamed in MIGRATED_VALUES.items():
+        name, key = dotted.split(".")
+        section = sections.get(name, {})
+        if section.get(key) in renamed:
+            section[key] = renamed[section[key]]
     return Recipe.model_validate(sections)
 
 
