@@ -58,9 +58,8 @@ def stored_recipe(stored: dict[str, Any]) -> Recipe:
                 sections[section][new.split(".")[1]] = value
     for dotted, renamed in MIGRATED_VALUES.items():
         name, key = dotted.split(".")
-        section = sections.get(name, {})
-        if section.get(key) in renamed:
-            section[key] = renamed[section[key]]
+        if (found := sections.get(name, {}).get(key)) in renamed:
+            sections[name][key] = renamed[found]
     return Recipe.model_validate(sections)
 
 
