@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import os
 import signal
 import subprocess
@@ -86,6 +87,7 @@ def test_the_page_can_be_read_on_its_own(measured: tuple[dict, Path]):
     needed = ["Against untrained", "wins minus losses", "| on_choices (acc, 24 items) | 25.0% |", "nats per token"]
     needed += ["McNemar", "Holm", "bits per byte", "text.txt", "plays at home", "against-untrained.png"]
     assert [each for each in needed if each not in page] == []
+    assert re.search(r"## Against untrained\n\n\*\*Better on the same validation text: -\d\.\d{3} \(", page)
     assert (measured[1] / "against-untrained.png").read_bytes().startswith(b"\x89PNG")
     items = [json.loads(line) for line in (measured[1] / "items" / "on_choices.jsonl").read_text().splitlines()]
     assert [item["id"] for item in items] == list(range(24))

@@ -92,3 +92,11 @@ def test_a_missing_recipe_is_answered_with_the_ones_that_are_there():
 )
 def test_settings_that_do_not_fit_are_refused_with_a_way_out(override, said):
     assert any(said in problem for problem in problems(ROOT / "recipes" / "quickstart.yaml", override))
+
+
+def test_a_tokenizer_of_its_own_is_measured_without_english_tasks_unless_the_recipe_says_otherwise(tmp_path):
+    (tmp_path / "own.yaml").write_text("data: {source: files, path: x.txt, tokenizer: trained}")
+    own = load(tmp_path / "own.yaml").evaluation
+    assert (own.against, own.tasks, own.texts) == (["untrained", "unigram"], [], [])
+    assert load(tmp_path / "own.yaml", ["--evaluation.tasks", "[blimp]"]).evaluation.tasks == ["blimp"]
+    assert load(tmp_path / "own.yaml", ["--data.tokenizer", "x/y"]).evaluation.against == ["openai-community/gpt2"]

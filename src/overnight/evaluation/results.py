@@ -102,6 +102,8 @@ def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], fold
     (folder / "items").mkdir(parents=True, exist_ok=True)
     for name, lines in items.items():
         atomic_write(folder / "items" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    for left in folder.glob("against-*.png"):  # by an evaluation against others
+        left.unlink()
     atomic_write(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
     for comparison in outcome.comparisons:
         if comparison.verdicts:

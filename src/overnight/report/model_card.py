@@ -47,6 +47,7 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     path_there = [r for r in records if r["iteration"] <= budget and r.get("cooldown", budget) == budget]
     atomic_write(folder / METRICS, "".join(json.dumps(record) + "\n" for record in path_there))
     scored = run / "evaluation" / folder_name(budget)
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an evaluation that there was before
     if (scored / "results.json").is_file():
         (folder / "evaluation").mkdir(exist_ok=True)
         for path in [scored / "results.json", scored / "comparison.md", *scored.glob("against-*.png")]:
