@@ -104,7 +104,7 @@ def test_a_slope_that_wanders_is_a_brownian_motion_integrated():
     assert twice_brownian(fine) == pytest.approx(sums @ brownian(fine) @ sums.T, abs=0.01)
 
 
-def test_a_curve_is_no_power_law_before_the_fewest_tokens_that_a_model_behind_the_law_had(root, monkeypatch):
+def test_the_range_of_tokens_for_each_parameter_is_that_of_the_runs_behind_the_law(root, monkeypatch):
     monkeypatch.syspath_prepend(root / "benchmarks")
     from scaling_law import points
 

@@ -22,6 +22,7 @@ def test_a_greedy_sample_while_training_is_the_one_of_the_reloaded_export(in_pro
     export(published(run.model, run.recipe.model), run.tokenizer, tmp_path / "model", ids)
     assert [Writer.load(str(tmp_path / "model")).after(prompt, **how) for prompt in ("The", "If a")] == while_training
     assert len(set("".join(while_training))) > 1
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval().to(run.device.torch)
+    ids = ids.to(run.device.torch)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, published(run.model, run.recipe.model)(ids).logits)

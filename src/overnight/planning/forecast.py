@@ -8,10 +8,11 @@ where x are the tokens over those of the last validation, level is what the mode
 slope its fall for each e-fold of tokens, gain what the run's longest decay takes off, and lack the share of it that is
 still to come: 1 on a trunk, 0 at the end. Drift is a Brownian motion in log x and stands for all that no power law is.
 Level, slope and gain have normal priors: from the scaling law where the run is inside of what that was fitted to, wide
-ones elsewhere. With fewer tokens for each parameter than any model behind the law had, a curve may still become
-steeper, and does: there it is taken for straight in log x, with a slope that is a Brownian motion itself. So for given
-beta, drift, noise, and the iterations that a decay needs for its gain, the forecast is a Gaussian conditional
-(Rasmussen & Williams 2006, section 2.7), and over a grid of these it is averaged by their evidence.
+ones elsewhere. There nobody knows how a curve bends either: it may still become steeper, as it does while a model has
+seen few tokens for each of its parameters, or flatten early. So it may be straight in log x or a power law, and its
+slope is a Brownian motion itself, slow or fast. For given beta, drifts, noise, and the iterations that a decay needs
+for its gain, the forecast is a Gaussian conditional (Rasmussen & Williams 2006, section 2.7), and over a grid of these
+it is averaged by their evidence.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ from overnight.run_dir.metrics import Record
 FEWEST = 5  # validations from which a curve can be told
 MOST = 48  # validations that are looked at, the newest
 OLDEST = 1 / 8  # of the last validation's iteration: what came before tells little of what comes
+BENDING = ("optim.", "model.", "batch.", "schedule.kind")  # keys that make another curve
 WARM = 2  # warmups before a curve begins
 DRIFTS = (0.003, 0.01, 0.03, 0.1)  # nats an e-fold of tokens
 NOISES = (0.002, 0.005, 0.012, 0.03)  # nats
-SLOPE_DRIFT = (
-    0.2  # nats an e-fold, over one e-fold of tokens: how far the slope of a curve wanders before it is a power law
-)
-STRAIGHT = 1e-6  # a beta that bends nothing
+BETAS = (1e-6, 0.5, 1.0)  # where no law says how a curve bends; the first bends nothing
+SLOPE_DRIFTS = (0.2, 0.6)  # nats an e-fold, over one e-fold of tokens: how far its slope wanders there
 LOSS_AT_124M = 3.28  # nats on FineWeb, of the runs whose gain facts/scaling_law.json has
 BEND = 0.3  # of the gain: how far a loss in the middle of a decay may be from its rate's share
 
@@ -184,13 +184,13 @@ def effective_tokens_at(recipe: Recipe, point: Point, unique: int | None) -> flo
 
 @dataclass(frozen=True)
 class Prior:
-    """Normal priors of level, slope and gain in nats, a log-normal one of beta, and the memories that are tried."""
+    """Normal priors of level, slope and gain in nats, and what is tried of everything else."""
 
     mean: np.ndarray  # (3,)
     sigma: np.ndarray  # (3,)
-    beta: float
-    beta_spread: float  # standard deviation of its logarithm
-    slope_drift: float  # of the slope, nats an e-fold, over one e-fold of tokens
+    betas: np.ndarray
+    log_weight: np.ndarray  # of each beta
+    slope_drifts: tuple[float, ...]  # of the slope, nats an e-fold, over one e-fold of tokens
     memories: tuple[float, ...]  # iterations
 
 
@@ -199,18 +199,17 @@ def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
 
     The gain inside of the law's range is what facts/scaling_law.json says of 124M, as a share of the loss.
     """
-    beta = scaling_law.constants()["beta"]
-    early = tokens / scaling_law.block_parameters(recipe.model) < scaling_law.constants()["valid_range"]["D/N"][0]
-    if early or not scaling_law.in_fit_range(recipe):
+    if not scaling_law.in_fit_range(recipe):
         mean, sigma = np.array([loss, 0.5, 0.03 * loss]), np.array([2.0, 2.0, 0.03 * loss])
-        beta, spread, slope_drift = (STRAIGHT, 0.0, SLOPE_DRIFT) if early else (beta, 0.4, 0.0)
-        return Prior(mean, sigma, beta, spread, slope_drift, memories=(30, 100, 300, 1000))
+        return Prior(mean, sigma, np.array(BETAS), np.zeros(len(BETAS)), SLOPE_DRIFTS, memories=(30, 100, 300, 1000))
     decay = recipe.schedule.decay_fraction if recipe.schedule.kind == "wsd" else 0.0
     counted = 1 - decay * (1 - decay_area(1.0))
     level, slope = scaling_law.level_and_slope(recipe, tokens / counted)  # the law counts all tokens of an annealed run
     gain = scaling_law.wsd_offset() / LOSS_AT_124M * level
-    mean, sigma = np.array([level, slope, gain]), scaling_law.constants()["sigma_nats"]["uncalibrated"]
-    return Prior(mean, np.array([sigma, 0.2 * slope, 0.2 * gain]), beta, 0.1, 0.0, memories=(1, 1000))
+    sigma = np.array([scaling_law.constants()["sigma_nats"]["uncalibrated"], 0.2 * slope, 0.2 * gain])
+    z = np.linspace(-2, 2, 9)  # standard deviations of the logarithm of beta, a tenth each
+    betas = scaling_law.constants()["beta"] * np.exp(0.1 * z)
+    return Prior(np.array([level, slope, gain]), sigma, betas, -(z**2) / 2, slope_drifts=(0.0,), memories=(1, 1000))
 
 
 def curves(prior: Prior, points: Sequence[Point], time: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -218,20 +217,19 @@ def curves(prior: Prior, points: Sequence[Point], time: np.ndarray, longest: int
 
     A curve is a beta and a memory.
     """
-    z = np.linspace(-2, 2, 9) if prior.beta_spread else np.zeros(1)  # standard deviations
-    z, memory = np.array(list(itertools.product(z, prior.memories))).T
-    beta = prior.beta * np.exp(prior.beta_spread * z)
+    pairs = itertools.product(zip(prior.betas, prior.log_weight, strict=True), prior.memories)
+    beta, log_weight, memory = np.array([(*of_beta, memory) for of_beta, memory in pairs]).T
     fall = np.expm1(-beta[:, None] * time) / beta[:, None]
     lack = np.stack([point.lack(memory, longest) for point in points], axis=1)
-    return np.stack([np.ones_like(fall), fall, lack], axis=-1), -(z**2) / 2
+    return np.stack([np.ones_like(fall), fall, lack], axis=-1), log_weight
 
 
 def scatter(prior: Prior, points: Sequence[Point], time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The covariance of what no curve is, (scatters, points, points), and the noise of a validation, (scatters,)."""
-    drift, noise = np.array(list(itertools.product(DRIFTS, NOISES))).T
+    drift, noise, slope_drift = np.array(list(itertools.product(DRIFTS, NOISES, prior.slope_drifts))).T
     left = np.array([point.to_come for point in points])
     bend = BEND * prior.mean[2] * 4 * left * (1 - left)
-    wandering = prior.slope_drift**2 * twice_brownian(time)
+    wandering = slope_drift[:, None, None] ** 2 * twice_brownian(time)
     return drift[:, None, None] ** 2 * brownian(time) + wandering + np.diag(bend**2), noise
 
 
@@ -265,10 +263,15 @@ def twice_brownian(time: np.ndarray) -> np.ndarray:
 
 
 def validations(schedule: Schedule, records: list[Record]) -> list[tuple[Point, float]]:
-    """The curve that a run's records of kind "val" are, of its trunk and of its decays."""
+    """The curve that the validations among a run's records are, of its trunk and of its decays.
+
+    Where the learning rate, or another key that bends the curve, was changed on the way, another curve begins.
+    """
+    changes = [r["iteration"] for r in records if r.get("event") == "changed" and r["key"].startswith(BENDING)]
     return [
         (Point(r["iteration"], towards(schedule, r["cooldown"]) if "cooldown" in r else schedule), r["loss"])
         for r in records
+        if r["kind"] == "val" and r["iteration"] > max(changes, default=-1)
     ]
 
 
@@ -278,5 +281,5 @@ def forecast_of_run(folder: Path, budgets: list[int], unique: int | None) -> For
     Raises `InputError` where `folder` is no run, or its curve is too short.
     """
     recipe, records = read_run(folder)
-    seen = validations(recipe.schedule, [record for record in records if record["kind"] == "val"])
+    seen = validations(recipe.schedule, records)
     return forecast(recipe, unique, seen, [Point(budget, towards(recipe.schedule, budget)) for budget in budgets])

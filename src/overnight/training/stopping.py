@@ -80,7 +80,7 @@ def forecast_ends(run: Run) -> tuple[int, int] | None:
 def outlook_of(run: Run) -> Outlook | None:
     """The forecast from the run's validations so far; None while they are too few, and when nothing is to come."""
     schedule, directory = run.recipe.schedule, run.directory
-    seen = validations(schedule, directory.records("val"))
+    seen = validations(schedule, directory.records())
     now = None if run.decaying else ending_now(schedule, run.iteration)
     if now is not None and branch_point(towards(schedule, now)) < schedule.warmup_iters:
         now = None
