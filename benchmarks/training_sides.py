@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -79,11 +80,13 @@ class OurStep:
     def __init__(self, args: argparse.Namespace, optimizer: str):
         from accelerate import Accelerator
 
+        from overnight.device.device import keep_large_blocks_whole
         from overnight.model import optim
         from overnight.model.gpt2 import LanguageModel
         from overnight.recipe.schema import Optim
 
         cuda = args.device == "cuda"
+        keep_large_blocks_whole(os.environ)
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
         self.model = LanguageModel(model_shape(args), VOCABULARY - 1, compile=cuda)
         self.prepared = self.accelerator.prepare(self.model)
