@@ -4,10 +4,11 @@ The public curve is nanoGPT's GPT-2 124M on one RTX 4070 (facts/curve_practition
 to an iteration the mean of its last five is forecast; beside it stands the naive way, the law shifted to go through the
 newest point.
 
-The ladders are small models on the embedded corpus that finish several budgets from one trunk, on three seeds, through
-recipes/train.py: one with the proportions of recipes/fineweb_edu_40m_ladder.yaml, which sees some forty tokens for each
-parameter, and the quickstart's own, which sees one. What counts is the forecast that stands in metrics.jsonl at half of
-the trunk. A run that finished before is not trained again; --runs says where they are.
+The grid are small models on the embedded corpus that finish several budgets from one trunk, through recipes/train.py:
+shapes, vocabularies, optimizers and schedules outside of what the scaling law was fitted to. What a forecast takes for
+granted there was chosen on the first part of the grid; the second was looked at afterwards. Forecasts are made anew
+from each run's validations as they came, on the trunk and inside of decays, for every budget that was still to come;
+those of one run depend on each other. A run that finished before is not trained again; --runs says where they are.
 """
 
 from __future__ import annotations
@@ -16,56 +17,97 @@ import argparse
 import csv
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from overnight.planning.forecast import Point, effective_tokens_at, forecast, forecast_of_run
+from overnight.planning import scaling_law
+from overnight.planning.forecast import (
+    FEWEST,
+    Point,
+    effective_tokens_at,
+    forecast,
+    forecast_of_run,
+    usable,
+    validations,
+)
 from overnight.planning.scaling_law import level_and_slope
 from overnight.recipe.load import load
+from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
+from overnight.run_dir.layout import finished_in, read_run
+from overnight.run_dir.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIQUE = 100_000_000_000  # tokens of the set behind the public curve: more than one epoch is never begun
 LAST = range(13_000, 15_001, 500)
-SEEDS = (1, 2, 3)
+FEW_VALIDATIONS = {
+    "threads": 1,
+    "data.val_tokens": 16_384,
+    "validation.every": 10,
+    "validation.prompts": [],
+    "validation.ngram_baselines": False,
+    "checkpoint.every": 1000,
+    "schedule.warmup_iters": 8,
+}
+SMALL = FEW_VALIDATIONS | {"model.n_positions": 128, "batch.sequence_length": 128, "model.n_head": 2}
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """Budgets that are finished from one trunk, and where their forecasts are taken."""
+class Shape:
+    """A model, its optimizer and schedule, and the budgets that are finished from one trunk."""
 
     name: str
+    layers: int
+    width: int
+    vocabulary: int
+    tokens: int  # of an iteration
     budgets: tuple[int, ...]  # the last is the run's length
-    half: int  # of the trunk
-    overrides: dict[str, object]
+    optimizer: str
+    lr: float
+    decay: float  # fraction of each budget
+    overrides: dict[str, object] = field(default_factory=dict)
+    changed: tuple[str, object] | None = None  # a key that is changed when the first budget is finished
+
+    def chosen(self, seed: int) -> dict[str, object]:
+        """The overrides of the quickstart that make a run of it."""
+        return {
+            "name": f"{self.name}-seed{seed}",
+            "seed": seed,
+            **SMALL,
+            "model.n_layer": self.layers,
+            "model.n_embd": self.width,
+            "model.vocab_size": self.vocabulary,
+            "batch.tokens_per_iter": self.tokens,
+            "schedule.milestones": list(self.budgets[:-1]),
+            "schedule.max_iters": self.budgets[-1],
+            "optim.name": self.optimizer,
+            "optim.lr": self.lr,
+            "schedule.decay_fraction": self.decay,
+            "data.dir": f"data/v{self.vocabulary}",
+            **self.overrides,
+        }
 
 
-LADDERS = (
-    Ladder(
-        "small",
-        (300, 500, 750, 1000),
-        half=400,
-        overrides={
-            "model.n_layer": 2,
-            "model.n_head": 2,
-            "model.n_embd": 64,
-            "model.n_positions": 128,
-            "model.vocab_size": 1024,
-            "batch.sequence_length": 128,
-            "batch.tokens_per_iter": 8192,
-            "optim.lr": 4e-3,
-            "schedule.decay_fraction": 0.2,
-            "data.dir": "data/ladder",
-            "data.val_tokens": 32_768,
-        },
-    ),
-    Ladder("quickstart", (80, 160, 240, 320), half=90, overrides={}),
+TUNED = (
+    Shape("embedding", 2, 32, 8192, 2048, (80, 160, 240), "muon", 8e-3, 0.3),
+    Shape("adamw", 2, 48, 2048, 4096, (100, 200, 300), "adamw", 4e-3, 0.25),
+    Shape("dropout", 3, 64, 512, 2048, (150, 270, 400), "muon", 6e-3, 0.2, {"model.dropout": 0.1}),
+    Shape("wide", 1, 128, 4096, 4096, (120, 220, 320), "muon", 5e-3, 0.4),
+    Shape("cosine", 2, 64, 1024, 4096, (300,), "adamw", 3e-3, 0.4, {"schedule.kind": "cosine"}),
+)
+HELD_OUT = (
+    Shape("small-ladder", 2, 64, 1024, 8192, (300, 500, 750, 1000), "muon", 4e-3, 0.2),
+    Shape("quickstart", 4, 128, 4096, 4096, (80, 160, 240, 320), "muon", 8e-3, 0.4),
+    Shape("vocabulary", 2, 32, 16_384, 2048, (80, 160, 240), "muon", 8e-3, 0.3),
+    Shape("one-layer", 1, 64, 512, 2048, (200, 350, 500), "adamw", 5e-3, 0.15),
+    Shape("half-decay", 4, 64, 2048, 2048, (120, 240, 360), "muon", 1e-2, 0.5),
+    Shape("changed-rate", 2, 48, 1024, 4096, (120, 240, 360), "muon", 8e-3, 0.2, changed=("optim.lr", 2e-3)),
 )
 
 
@@ -112,65 +154,83 @@ def forecast_public_run() -> None:
         )
 
 
-def train(runs: Path, ladder: Ladder, seed: int) -> Path:
-    """Train a ladder unless it is there; returns its run directory."""
-    name = f"{ladder.name}-seed{seed}"
-    chosen = {
-        "name": name,
-        "seed": seed,
-        "threads": 1,
-        "schedule.max_iters": ladder.budgets[-1],
-        "schedule.milestones": list(ladder.budgets[:-1]),
-        "validation.every": 10,
-        "validation.prompts": [],
-        "validation.ngram_baselines": False,
-        **ladder.overrides,
-    }
-    words = [word for key, value in chosen.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
-    command = [sys.executable, str(ROOT / "recipes" / "train.py"), str(ROOT / "recipes" / "quickstart.yaml"), *words]
+def train(runs: Path, shape: Shape, seed: int) -> Path:
+    """Train a run of the grid unless it is there; returns its run directory."""
+    chosen = shape.chosen(seed)
+    sessions = [chosen]
+    if shape.changed:
+        key, value = shape.changed
+        first = {"schedule.max_iters": shape.budgets[0], "schedule.milestones": []}
+        sessions = [chosen | first, chosen | {key: value}]
     runs.mkdir(parents=True, exist_ok=True)
-    with (runs / f"{name}.log").open("a") as log:
-        subprocess.run(command, cwd=runs, env=os.environ, stdout=log, stderr=log, check=True)
-    return runs / "runs" / name
+    folder = runs / "runs" / str(chosen["name"])
+    if finished_in(Metrics(folder / "metrics.jsonl").records()).keys() >= set(shape.budgets):
+        return folder
+    for number, overrides in enumerate(sessions):
+        words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
+        allowed = ["--allow-change", shape.changed[0]] if shape.changed and number else []
+        command = [sys.executable, str(ROOT / "recipes" / "train.py"), str(ROOT / "recipes" / "quickstart.yaml")]
+        with (runs / f"{chosen['name']}.log").open("a") as log:
+            subprocess.run([*command, *words, *allowed], cwd=runs, stdout=log, stderr=log, check=True)
+    return folder
 
 
-def forecast_ladder(runs: Path, ladder: Ladder) -> None:
-    """Print what was forecast at half of the trunk beside what came."""
-    length = ladder.budgets[-1]
-    print(f"\nthe {ladder.name} ladder, {length} iterations, forecasts made at iteration {ladder.half}, nats per token")
-    print(f"{'seed':>4}{'budget':>8}{'forecast':>10}{'90 %':>16}{'came':>9}{'error':>9}{'inside':>8}")
-    inside, widths, errors = 0, [], []
-    for seed in SEEDS:
-        run = train(runs, ladder, seed)
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        (made,) = [
-            r for r in records if (r["kind"], r["iteration"]) == ("forecast", ladder.half) and "cooldown" not in r
-        ]
-        came = {r["iteration"]: r["val_loss"] for r in records if r.get("event") == "finished"}
-        for row in made["budgets"]:
-            if (budget := row["max_iters"]) not in ladder.budgets:
-                continue  # ending at once, which nobody did
-            loss, low, high = row["loss"], row["loss_low"], row["loss_high"]
-            hit = low <= came[budget] <= high
-            inside += hit
-            widths.append(high - low)
-            errors.append(loss - came[budget])
-            between = f"{low:.3f} to {high:.3f}"
-            print(
-                f"{seed:>4}{budget:>8}{loss:>10.4f}{between:>16}{came[budget]:>9.4f}{errors[-1]:>+9.4f}"
-                f"{'yes' if hit else 'no':>8}"
-            )
-    rms = math.sqrt(statistics.mean(error**2 for error in errors))
-    print(f"inside {inside} of {len(errors)}, median width {statistics.median(widths):.3f}, error {rms:.4f} rms")
-    print(f"a forecast from the whole curve, its file read: {cost(run, ladder):.0f} ms")
+def forecasts_of(folder: Path) -> Iterator[tuple[bool, scaling_law.Expected, float]]:
+    """Every forecast that could be made while a run went on: (inside of a decay, forecast, what came)."""
+    recipe, records = read_run(folder)
+    schedule, unique = recipe.schedule, json.loads((folder / "environment.json").read_text())["unique_tokens"]
+    came = {budget: end["val_loss"] for budget, end in finished_in(records).items()}
+    for at, record in enumerate(records):
+        if record["kind"] != "val":
+            continue
+        decay, seen = record.get("cooldown"), validations(schedule, records[: at + 1])
+        ahead = [budget for budget in came if record["iteration"] < budget and decay in (None, budget)]
+        if schedule.kind == "wsd" and decay is None:
+            ahead = [each for each in ahead if branch_point(towards(schedule, each)) >= record["iteration"]]
+        if ahead and len(usable(recipe, seen)) >= FEWEST:
+            found = forecast(recipe, unique, seen, [Point(each, towards(schedule, each)) for each in ahead])
+            yield from ((decay is not None, found.at(number), came[each]) for number, each in enumerate(ahead))
 
 
-def cost(run: Path, ladder: Ladder) -> float:
-    """Milliseconds of a forecast of a run, the median of several."""
+def print_grid(runs: Path, title: str, shapes: Sequence[Shape], seeds: Sequence[int]) -> None:
+    """Print how many of the forecasts of each shape have what came in their 90 % interval."""
+    print(f"\n{title}")
+    print(
+        f"{'':14}{'model':>8}{'vocabulary':>12}{'seeds':>7}{'trunk':>16}{'width':>8}{'decay':>14}{'width':>8}{'error':>9}"
+    )
+    sums: dict[bool, list[tuple[scaling_law.Expected, float]]] = {False: [], True: []}
+    for shape in shapes:
+        made: dict[bool, list[tuple[scaling_law.Expected, float]]] = {False: [], True: []}
+        for seed in seeds:
+            for inside_decay, found, came in forecasts_of(train(runs, shape, seed)):
+                made[inside_decay].append((found, came))
+        print(
+            f"{shape.name:14}{f'{shape.layers} x {shape.width}':>8}{shape.vocabulary:>12,}{len(seeds):>7}"
+            + coverage(made)
+        )
+        for side in sums:
+            sums[side] += made[side]
+    print(f"{'all':41}" + coverage(sums))
+
+
+def coverage(made: dict[bool, list[tuple[scaling_law.Expected, float]]]) -> str:
+    """Inside and all, the share, the median width; on the trunk and inside of decays; and the error, rms."""
+    out = ""
+    for side, width in ((False, 16), (True, 14)):
+        inside = [low <= came <= high for found, came in made[side] for low, high in [found.interval()]]
+        widths = [high - low for found, _ in made[side] for low, high in [found.interval()]]
+        told = f"{sum(inside)}/{len(inside)} {sum(inside) / len(inside):.0%}" if inside else "-"
+        out += f"{told:>{width}}" + (f"{statistics.median(widths):>8.3f}" if widths else f"{'-':>8}")
+    errors = [found.loss - came for found, came in made[False]]
+    return out + f"{math.sqrt(statistics.mean(error**2 for error in errors)):>9.3f}"
+
+
+def cost(folder: Path, budgets: Sequence[int]) -> float:
+    """Milliseconds of a forecast of a run, its file read, the median of several."""
     taken = []
     for _ in range(20):
         started = time.perf_counter()
-        forecast_of_run(run, [*ladder.budgets], None)
+        forecast_of_run(folder, [*budgets], None)
         taken.append(1000 * (time.perf_counter() - started))
     return statistics.median(taken)
 
@@ -180,8 +240,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "forecast", help="where the ladders are trained")
     runs = parser.parse_args().runs.resolve()
     forecast_public_run()
-    for ladder in LADDERS:
-        forecast_ladder(runs, ladder)
+    print_grid(runs, "the part that the priors were chosen on, nats a token", TUNED, seeds=(1, 2))
+    print_grid(runs, "the part that was looked at afterwards", HELD_OUT, seeds=(11, 12))
+    folder = train(runs, HELD_OUT[0], 11)
+    print(f"\na forecast from a whole curve, its file read: {cost(folder, HELD_OUT[0].budgets):.0f} ms")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ BENDING = ("optim.", "model.", "batch.", "schedule.kind")  # keys that make anot
 WARM = 2  # warmups before a curve begins
 DRIFTS = (0.003, 0.01, 0.03, 0.1)  # nats an e-fold of tokens
 NOISES = (0.002, 0.005, 0.012, 0.03)  # nats
-BETAS = (1e-6, 0.5, 1.0)  # where no law says how a curve bends; the first bends nothing
-SLOPE_DRIFTS = (0.2, 0.6)  # nats an e-fold, over one e-fold of tokens: how far its slope wanders there
+BETAS = (1e-6, 0.4, 0.8)  # where no law says how a curve bends; the first bends nothing
+SLOPE_DRIFTS = (0.1, 0.4)  # nats an e-fold, over one e-fold of tokens: how far its slope wanders there
 LOSS_AT_124M = 3.28  # nats on FineWeb, of the runs whose gain facts/scaling_law.json has
 BEND = 0.3  # of the gain: how far a loss in the middle of a decay may be from its rate's share
 
