@@ -74,7 +74,8 @@ def of_scripts(folder: Path) -> list[list[str]]:
     killed = script("benchmarks/gpu_day/killed.py")
     jobs = [losses["Job"](arm, 1, 2e-3) for arm in losses["SETTINGS"]]
     words = [started_by(lambda job=job: losses["run"](job, folder)) for job in jobs]
-    words += [started_by(lambda ladder=ladder: forecast["train"](folder, ladder, 1)) for ladder in forecast["LADDERS"]]
+    shapes = (*forecast["TUNED"], *forecast["HELD_OUT"])
+    words += [started_by(lambda shape=shape: forecast["train"](folder, shape, 1)) for shape in shapes]
     words.append(started_by(lambda: hub["seconds"](folder, "alone", None)))
     words.append(started_by(lambda: kill["start"](Path(QUICKSTART), folder / "data")))
     sys_argv, sys.argv = sys.argv, ["training_step.py", "--device", "cuda", "--nanogpt", "nano"]
