@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from overnight.cli import exit_code, without_device
+from overnight.cli import exit_code
 from overnight.core.extras import require
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import QUICK, Evaluation
@@ -82,11 +82,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # lm-eval's bars; the evaluation has one of its own
     try:
-        return run(options)
-    except InputError as error:
-        return exit_code(error)
-    except RuntimeError as error:
-        return without_device(error)
+        return exit_code(lambda: run(options))
     except KeyboardInterrupt:
         print("interrupted; what was answered is kept, and the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED

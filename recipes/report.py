@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from overnight.cli import exit_code
-from overnight.errors import InputError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +39,8 @@ def run(options: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    try:
-        return run(parser.parse_args())
-    except InputError as error:
-        return exit_code(error)
+    options = parser.parse_args()
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

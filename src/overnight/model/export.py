@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from overnight.model.checkpoint import put_in_place
+from overnight.core.sums import put_in_place
 
 TOLERANCE = 1e-5  # of the logits, float32 against float32 on the same CPU
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from overnight.core.files import no_room
+from overnight.core.files import errno_of, no_room
 from overnight.core.processes import ENDING, ORPHANED, handled
 from overnight.device.faults import end, told, with_room
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
@@ -136,10 +136,11 @@ def finish(run: Run) -> int:
         try:
             model = published(run.model, run.recipe.model)
             with_room(run.device, lambda: export(model, run.tokenizer, folder, probe))
-        except Exception as error:  # tokenizers' own for a full disk is a bare Exception
-            if not no_room(error):
+        except Exception as error:  # tokenizers' own for what the system refuses is a bare Exception
+            if errno_of(error) is None:
                 raise
-            run.console.log(f"{folder} is not written: {error}; make room, and the same command again writes it")
+            mend = "make room" if no_room(error) else "mend that"
+            run.console.log(f"{folder} is not written: {error}; {mend}, and the same command again writes it")
             code = EXIT_INTERRUPTED
         else:
             finalize(run, folder, time.monotonic() - started)

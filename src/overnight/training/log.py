@@ -195,7 +195,7 @@ def log_saved(run: Run, saved: Saved | None) -> None:
         run.console.log(f"saved {saved.path} in {saved.seconds:.1f}s, {saved.held:.2f}s of it before going on")
         run.record("event", event="saved", **values)
         return
-    run.console.log(f"{saved.path} is not saved: {saved.problem}; older checkpoints stay, and the run goes on")
+    run.console.log(f"{saved.path} {saved.problem}; older checkpoints stay, and the run goes on")
     run.record("event", event="not saved", **values, problem=saved.problem)
 
 

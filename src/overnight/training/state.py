@@ -272,5 +272,8 @@ class Run:
 
     def record_at(self, iteration: int, kind: str, **values: Any) -> dict[str, Any]:
         """Append a record of an iteration on the way to this target to metrics.jsonl, and return it."""
-        cooldown = self.target_iters if decaying(self.schedule, iteration) else None
-        return self.directory.append(kind, iteration, cooldown=cooldown, **values)
+        return self.directory.append(kind, iteration, cooldown=self.cooldown_at(iteration), **values)
+
+    def cooldown_at(self, iteration: int) -> int | None:
+        """The milestone of the decay that an iteration belongs to; None on the trunk."""
+        return self.target_iters if decaying(self.schedule, iteration) else None
