@@ -10,11 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from runs import final_sums, tiny
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from overnight.cli import exit_code
 from overnight.core import sums
+from overnight.errors import DamagedData
+from overnight.evaluation.cache import ResponseCache
+from overnight.evaluation.models import load_model
+from overnight.evaluation.scoring import Answer
+from overnight.hub.contents import finished_models
 from overnight.model import checkpoint
+from overnight.model.generate import Writer
+from overnight.run_dir.layout import recipe_of
 from overnight.training import train as train_module
 
 BRANCHED = ("--schedule.branches", "[20, 25]", "--schedule.max_iters", "60")
@@ -152,3 +161,47 @@ def test_h2_a_checkpoint_of_another_run_of_the_same_recipe_is_refused_and_a_move
     assert "`run` was 'another', now" in capsys.readouterr().err
     moved = other.rename("runs/moved")
     assert trained(in_process, moved) == 0
+
+
+FINISHED = ("config.json", "tokenizer_config.json", "model.safetensors", "SHA256SUMS")
+
+
+@pytest.mark.parametrize("file", [*FINISHED, "no sums", "another's place"])
+def test_h3_a_finished_model_that_is_not_as_it_was_written_is_used_for_nothing(in_process, undisturbed, capsys, file):
+    run = Path("runs/harmed")
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree("runs/tiny", run)
+    model = run / "models" / "iter-000040"
+    if file == "no sums":
+        (model / "SHA256SUMS").unlink()
+    elif file == "another's place":
+        GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+            model
+        )
+        sums.write_sums(model)
+    else:
+        flip(model / file, -20)
+    uses = [
+        lambda: Writer.load(str(model)),
+        lambda: load_model(str(model), torch.device("cpu"), torch.float32),
+        lambda: finished_models(run, recipe_of(run), "a/b"),
+        lambda: train_module.train(tiny(in_process, "--name", "harmed")),
+    ]
+    for use in uses:
+        with pytest.raises(DamagedData, match="iter-000040 is damaged"):
+            use()
+
+
+def test_h3_a_model_copied_out_of_its_run_brings_its_sums(in_process, undisturbed, tmp_path):
+    shutil.copytree("runs/tiny/models/iter-000040", tmp_path / "model")
+    Writer.load(str(tmp_path / "model"))
+    flip(tmp_path / "model" / "tokenizer_config.json")
+    with pytest.raises(DamagedData, match="tokenizer_config.json differs"):
+        Writer.load(str(tmp_path / "model"))
+
+
+def test_h3_an_answer_with_another_digit_is_asked_for_again(tmp_path):
+    ResponseCache(tmp_path).add("key", [Answer(-12.5, True)])
+    assert ResponseCache(tmp_path).known == {"key": [Answer(-12.5, True)]}
+    (tmp_path / "rank0.jsonl").write_text((tmp_path / "rank0.jsonl").read_text().replace("-12.5", "-13.5"))
+    assert ResponseCache(tmp_path).known == {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from overnight.core.files import forget_cached, remove, sha256, sync, within
+from overnight.core.files import atomic_write, forget_cached, remove, sha256, sync, within
 from overnight.errors import DamagedData
 
 SUMS = "SHA256SUMS"
@@ -13,8 +13,9 @@ SUMS = "SHA256SUMS"
 
 def write_sums(folder: Path) -> None:
     """Write the checksum of every other file of a folder into its SHA256SUMS."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names), encoding="utf-8")
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    lines = [f"{sha256(path)}  {name}\n" for name, path in sorted(paths.items()) if name != SUMS]
+    atomic_write(folder / SUMS, "".join(lines))
 
 
 def put_in_place(aside: Path, final: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.core.files import atomic_write
+from overnight.core.sums import SUMS, write_sums
 from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, headline
 
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
@@ -100,6 +101,7 @@ def implausible(model: str, verdict: Verdict) -> str | None:
 def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """Write the folder; `items` are the lines of each benchmark. comparison.md comes last."""
     (folder / "items").mkdir(parents=True, exist_ok=True)
+    (folder / SUMS).unlink(missing_ok=True)  # until all of it is new
     for name, lines in items.items():
         atomic_write(folder / "items" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     atomic_write(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
@@ -107,6 +109,7 @@ def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], fold
         if comparison.verdicts:
             draw_differences(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))
     atomic_write(folder / "comparison.md", markdown(outcome))
+    write_sums(folder)
 
 
 def figure_name(opponent: str) -> str:

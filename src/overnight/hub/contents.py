@@ -15,7 +15,7 @@ from pathlib import Path
 from overnight.core.files import atomic_write
 from overnight.recipe.schema import Recipe
 from overnight.report.model_card import CARD, CURVE, METRICS, RECIPE, report, unfinished_card
-from overnight.run_dir.layout import finished, folder_name, iteration_of, saved_iterations
+from overnight.run_dir.layout import finished, folder_name, iteration_of, refuse_damaged_model, saved_iterations
 
 MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -68,6 +68,7 @@ def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Commit]:
 def finished_model(run: Path, recipe: Recipe, repo_id: str, target: int, loss: float) -> Commit:
     """One finished model, with its evaluation where there is one."""
     name, last = folder_name(target), recipe.schedule.max_iters
+    refuse_damaged_model(run / "models" / name)
     scored = allowed_files(run / "evaluation" / name, EVALUATION_FILES)
     return Commit(
         branch=name,

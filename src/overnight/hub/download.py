@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+from overnight.core.sums import write_sums
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
 from overnight.hub.contents import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
 from overnight.hub.upload import HubRepo, differing
@@ -77,3 +78,4 @@ def fetch_model(repo_id: str, name: str, directory: RunDirectory) -> None:
     folder = fresh(directory.models / name)
     for file, path in allowed_files(staged, MODEL_FILES).items():
         path.rename(folder / file)
+    write_sums(folder)

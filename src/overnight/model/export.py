@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from overnight.core.sums import put_in_place
+from overnight.model.load import load_model
 
 TOLERANCE = 1e-5  # of the logits, float32 against float32 on the same CPU
 
@@ -57,8 +58,7 @@ def export_faults(folder: str, probe: str) -> list[str]:
     """What a fresh reader of `folder` finds different from the logits stored in `probe`; empty when all is well."""
     model: Any
     info: dict
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)  # type: ignore[misc]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (model, info), tokenizer = load_model(folder, output_loading_info=True)
     stored = load_file(probe)
     found = [f"{kind}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
     if len(tokenizer) != model.config.vocab_size:

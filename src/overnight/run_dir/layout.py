@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from overnight.core.files import entries, refuse_dangling
+from overnight.core.files import entries, refuse_dangling, sha256
+from overnight.core.sums import SUMS, damage
 from overnight.errors import DamagedData, InputError, first_line
 from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
@@ -100,6 +102,25 @@ def finished(run: Path) -> dict[int, Record]:
 def finished_in(records: list[Record]) -> dict[int, Record]:
     """What records alone say of that, in the order in which the milestones first were finished."""
     return {record["iteration"]: record for record in records if record.get("event") == "finished"}
+
+
+def refuse_damaged_model(folder: Path) -> None:
+    """Raise `DamagedData` for a model folder that is not as it was written, by its SHA256SUMS and its run's record.
+
+    One that has neither comes from elsewhere, or was fetched by an older version.
+    """
+    folder = Path(os.path.abspath(folder))
+    match, metrics = _NAME.fullmatch(folder.name), Metrics(folder.parent.parent / "metrics.jsonl")
+    record = finished_in(metrics.records()).get(int(match[1])) if match and folder.parent.name == "models" else None
+    recorded = record.get("sums") if record else None
+    if recorded is None and not (folder / SUMS).exists():
+        return
+    reason = damage(folder, ("config.json", "model.safetensors"))
+    if reason is None and recorded not in (None, sha256(folder / SUMS)):
+        reason = "it is not the model that its run has recorded there"
+    if reason is not None:
+        way_on = "; remove it, and the run's own training command writes it again" if match else ""
+        raise DamagedData(f"{folder} is damaged: {reason}{way_on}")
 
 
 def recipe_of(run: Path) -> Recipe:

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from overnight.core.files import errno_of, no_room
+from overnight.core.files import errno_of, no_room, sha256
 from overnight.core.processes import ENDING, ORPHANED, handled
+from overnight.core.sums import SUMS
 from overnight.device.faults import end, told, with_room
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
 from overnight.model.export import export
@@ -154,7 +155,8 @@ def finalize(run: Run, folder: Path, export_seconds: float) -> None:
     run.record(
         "event",
         event="finished",
-        model=str(folder),
+        model=f"{folder.parent.name}/{folder.name}",
+        sums=sha256(folder / SUMS),
         val_loss=run.history.validations[-1][1],
         best_val_loss=run.history.best_val,
         tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,

@@ -17,7 +17,7 @@ from overnight.errors import first_line
 from overnight.model.checkpoint import Saved
 from overnight.recipe.schedule import lr_at
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished, iteration_of
+from overnight.run_dir.layout import finished, folder_name, iteration_of
 from overnight.training.state import RATE_WINDOW, QuickEval, Run
 
 P = ParamSpec("P")
@@ -249,7 +249,7 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
     """The box at the end, from metrics.jsonl alone: a finished run prints it again."""
     events = {record["event"]: record for record in directory.records("event")}
     done, baselines = finished(directory.path)[target], events.get("ngram baselines")
-    rate, kwh = done["tokens_per_second"], done["kwh"]
+    rate, kwh, model = done["tokens_per_second"], done["kwh"], directory.models / folder_name(target)
     lines = [
         f"validation loss  {done['val_loss']:.4f} nats per token at the end, {done['best_val_loss']:.4f} at its best"
     ]
@@ -258,9 +258,9 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
     lines += [
         f"speed            {f'{count(rate)} tokens a second over the warm iterations' if rate else 'not measured'}",
         f"energy           {'not measured' if kwh is None else f'{kwh:.2f} kWh'}",
-        f"model            {done['model']}",
+        f"model            {model}",
     ]
     console.box(f"{directory.path} is finished", lines)
     prompts = directory.recipe.validation.prompts
-    console.log(f"next: python recipes/eval.py {done['model']}")
-    console.log(f"      python recipes/sample.py {done['model']}" + (f' --prompt "{prompts[0]}"' if prompts else ""))
+    console.log(f"next: python recipes/eval.py {model}")
+    console.log(f"      python recipes/sample.py {model}" + (f' --prompt "{prompts[0]}"' if prompts else ""))
