@@ -48,12 +48,12 @@ def config_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
 
 def run(options: argparse.Namespace) -> int:
     require("eval", "an evaluation")
+    from overnight.core.files import file_name
     from overnight.evaluation.models import origin_of
-    from overnight.evaluation.results import safe
 
     origin = origin_of(options.model)
     config = config_of(options, origin.recipe.evaluation if origin else Evaluation())
-    out = options.out or (origin.folder if origin else Path()) / "evaluation" / safe(Path(options.model).name)
+    out = options.out or (origin.folder if origin else Path()) / "evaluation" / file_name(Path(options.model).name)
     if options.dry_run:
         print(f"{options.model} against {', '.join(config.against) or 'nothing'}, into {out}")
         print(f"tasks: {', '.join(config.tasks) or 'none'}, {config.limit or 'all'} items of each")

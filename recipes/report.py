@@ -24,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from overnight.report.curve import draw_curve
     from overnight.report.model_card import report, reported
+    from overnight.run_dir.metrics import Metrics
 
     if options.curve:
         file = options.out or options.runs[0] / "report" / "curve.png"
@@ -33,6 +34,10 @@ def run(options: argparse.Namespace) -> int:
     for folder in options.runs:
         for budget in reported(folder):
             print(f"written: {report(folder, budget)}/README.md")
+        log = Metrics(folder / "metrics.jsonl")
+        log.records()
+        if log.skipped:
+            print(f"{log.path}: {log.skipped} lines are no whole records, and are left out")
     return 0
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from overnight.errors import DamagedData, InputError, Unreachable
 
@@ -57,6 +59,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         raise
 
 
+def never_through_a_link(path: str, flags: int) -> int:
+    """An `opener` for open(): OSError where `path` is a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def write_figure(path: Path, figure: Any, **how: Any) -> None:
+    """Write a matplotlib figure in the format of its name, whole or not at all; `InputError` for another format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, **how)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be drawn: {error}; a name that ends in .png would work") from None
+    atomic_write(path, drawn.getvalue())
+
+
 def remove(path: Path) -> None:
     """Delete a file, a folder with all that is in it, or a link, and then nothing behind it; nothing may be there."""
     if path.is_dir() and not path.is_symlink():
@@ -83,6 +101,13 @@ def refuse_dangling(path: Path) -> None:
         raise Unreachable(
             f"{path} is a link to {path.readlink()}, which is not there: mount that disk, and the same command goes on"
         )
+
+
+def file_name(name: str) -> str:
+    """Any name as that of a file: another one for another name, and it leaves no folder."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip("._")[-80:]
+    known = re.fullmatch(r"[A-Za-z0-9-]+/[A-Za-z0-9._-]{1,60}", name)  # on the Hub, whose owners have no underscore
+    return safe if safe == name or known else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def within(folder: Path, name: str) -> Path:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from overnight.core.files import remove
+from overnight.core.processes import Helper
 from overnight.core.sums import put_in_place
 from overnight.model.load import load_model
 
+READING_SECONDS = 900
 TOLERANCE = 1e-5  # of the logits, float32 against float32 on the same CPU
 
 
@@ -30,7 +33,7 @@ def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: P
     the same logits on them, or misses or adds a key.
     """
     aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
@@ -48,10 +51,12 @@ def verify_export(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
         on_cpu = GPT2LMHeadModel(model.config).eval()
         on_cpu.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
         save_file({"ids": probe.cpu().contiguous(), "logits": on_cpu(probe.cpu()).logits.contiguous()}, stored)
-        command = [sys.executable, "-m", "overnight.model.export", str(folder), str(stored)]
-        result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{folder} does not load as the model that was trained:\n{result.stdout}{result.stderr}")
+        reader = Helper("-m", "overnight.model.export", str(folder), str(stored))
+        if not reader.wait(READING_SECONDS):
+            reader.stop()
+            raise TimeoutError(errno.ETIMEDOUT, f"reading it again took more than {READING_SECONDS} s", str(folder))
+    if reader.code:
+        raise RuntimeError(f"{folder} does not load as the model that was trained:\n{reader.said()}")
 
 
 def export_faults(folder: str, probe: str) -> list[str]:

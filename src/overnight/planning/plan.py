@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from overnight.core.extras import require
+from overnight.core.files import atomic_write, write_figure
 from overnight.data.manifest import is_prepared, read_manifest
 from overnight.errors import InputError
 from overnight.planning.forecast import forecast_of_run
@@ -122,7 +123,7 @@ def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
 def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None, probe: Callable[[Recipe], dict[str, Any]]) -> Card:
     measured = probe(recipe)
     if file:
-        file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        atomic_write(file, json.dumps(measured, indent=1) + "\n")
     return _measured(gpu, measured, f"measured just now on {measured['device']}")
 
 
@@ -174,8 +175,6 @@ def draw_plan(budgets: list[Budget], file: Path) -> None:
     axes.set_ylabel("expected validation loss, nats a token; 90 % interval")
     axes.legend()
     try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`--plot {file}`: {error}") from None
+        write_figure(file, figure)
     finally:
         pyplot.close(figure)

@@ -97,7 +97,7 @@ def close(run: Run) -> None:
     try:
         run.console.stop()
         for quick_eval in run.quick_evals:
-            quick_eval.stop()
+            quick_eval.helper.stop()
         run.accelerator.end_training()
     except Exception as error:
         tell(run, "the trackers' end", error)

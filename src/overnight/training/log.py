@@ -227,7 +227,7 @@ def log_quick_evals(run: Run, *, wait: bool) -> None:
 def log_quick_eval(run: Run, quick_eval: QuickEval) -> None:
     """One finished model's scores."""
     milestone, items = iteration_of(quick_eval.folder), quick_eval.items
-    scores, problem = quick_eval.scores()
+    scores, problem = quick_eval.scores(lambda: run.signalled)
     run.directory.append("event", milestone, cooldown=milestone, event="scores", items=items, **scores)
     shown = ", ".join(f"{task} {score:.1%}" for task, score in scores.items())
     run.console.log(f"{quick_eval.folder.name}, first {items} items: {shown or f'not scored: {problem}'}")

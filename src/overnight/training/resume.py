@@ -73,15 +73,14 @@ def resume(run: Run) -> None:
     for line in said:
         run.console.log(line)
     if found is None:
-        if run.accelerator.is_main_process:
-            run.directory.forget_after(-1, run.target_iters)
+        forget_after(run, -1)
         return
     state = checkpoint.read_state(found)
     checkpoint.load_checkpoint(found, run.model, run.optimizers)
     run.iteration, run.joules = state["iteration"], state["joules"]
     run.history = LossHistory.from_json(state["history"])
+    forget_after(run, run.iteration)
     if run.accelerator.is_main_process:
-        run.directory.forget_after(run.iteration, run.target_iters)
         run.record("event", event="resumed", checkpoint=found.name)
         for change in run.directory.changes[len(state["changes"]) :]:
             run.record("event", event="changed", **change)
@@ -93,6 +92,15 @@ def resume(run: Run) -> None:
             " rounding, not to the bit"
         )
     run.console.log(f"goes on at iteration {run.iteration} from {found}")
+
+
+def forget_after(run: Run, iteration: int) -> None:
+    """Drop the records that will be made again, and say how many lines of the log were none."""
+    if not run.accelerator.is_main_process:
+        return
+    run.directory.forget_after(iteration, run.target_iters)
+    if skipped := run.directory.metrics.skipped:
+        run.console.log(f"{run.directory.metrics.path}: {skipped} lines were no whole records, and are left out")
 
 
 def chosen(run: Run) -> tuple[Path | None, list[str]]:
