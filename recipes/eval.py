@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from overnight.cli import exit_code, without_device
+from overnight.cli import exit_code
 from overnight.core.extras import require
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import QUICK, Evaluation
@@ -48,12 +48,12 @@ def config_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
 
 def run(options: argparse.Namespace) -> int:
     require("eval", "an evaluation")
+    from overnight.core.files import file_name
     from overnight.evaluation.models import origin_of
-    from overnight.evaluation.results import safe
 
     origin = origin_of(options.model)
     config = config_of(options, origin.recipe.evaluation if origin else Evaluation())
-    out = options.out or (origin.folder if origin else Path()) / "evaluation" / safe(Path(options.model).name)
+    out = options.out or (origin.folder if origin else Path()) / "evaluation" / file_name(Path(options.model).name)
     if options.dry_run:
         print(f"{options.model} against {', '.join(config.against) or 'nothing'}, into {out}")
         print(f"tasks: {', '.join(config.tasks) or 'none'}, {config.limit or 'all'} items of each")
@@ -82,11 +82,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # lm-eval's bars; the evaluation has one of its own
     try:
-        return run(options)
-    except InputError as error:
-        return exit_code(error)
-    except RuntimeError as error:
-        return without_device(error)
+        return exit_code(lambda: run(options))
     except KeyboardInterrupt:
         print("interrupted; what was answered is kept, and the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED

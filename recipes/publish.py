@@ -49,24 +49,25 @@ def list_files(run: Path, recipe: Recipe) -> None:
             print(f"  {name:<32}{path.stat().st_size:>13,} bytes")
 
 
+def run(options: argparse.Namespace) -> int:
+    recipe = with_repository(recipe_of(options.run), options.repo_id, public=options.public)
+    from overnight.hub.upload import publish
+    from overnight.report.model_card import reported
+
+    reported(options.run)  # or raise
+    require("figures", "the curve on a card")
+    if options.dry_run:
+        list_files(options.run, recipe)
+    else:
+        publish(options.run, recipe, partial(print, flush=True))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     options = parser.parse_args()
-    try:
-        recipe = with_repository(recipe_of(options.run), options.repo_id, public=options.public)
-        from overnight.hub.upload import publish
-        from overnight.report.model_card import reported
-
-        reported(options.run)  # or raise
-        require("figures", "the curve on a card")
-        if options.dry_run:
-            list_files(options.run, recipe)
-        else:
-            publish(options.run, recipe, partial(print, flush=True))
-    except InputError as error:
-        return exit_code(error)
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

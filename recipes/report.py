@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from overnight.cli import exit_code
-from overnight.errors import InputError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     from overnight.report.curve import draw_curve
     from overnight.report.model_card import report, reported
+    from overnight.run_dir.metrics import Metrics
 
     if options.curve:
         file = options.out or options.runs[0] / "report" / "curve.png"
@@ -41,16 +41,18 @@ def run(options: argparse.Namespace) -> int:
     for folder in options.runs:
         for budget in reported(folder):
             print(f"written: {report(folder, budget)}/README.md")
+        log = Metrics(folder / "metrics.jsonl")
+        log.records()
+        if log.skipped:
+            print(f"{log.path}: {log.skipped} lines are no whole records, and are left out")
     return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    try:
-        return run(parser.parse_args())
-    except InputError as error:
-        return exit_code(error)
+    options = parser.parse_args()
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

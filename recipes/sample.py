@@ -3,7 +3,21 @@
 import argparse
 import sys
 
-from overnight.errors import EXIT_INPUT, InputError
+from overnight.cli import exit_code
+
+
+def run(options: argparse.Namespace) -> int:
+    from overnight.model.generate import Writer
+
+    writer = Writer.load(options.model)
+    how = {"tokens": options.tokens, "temperature": options.temperature}
+    how |= {"top_k": options.top_k, "seed": options.seed}
+    if options.prompt is not None:
+        print(options.prompt + writer.after(options.prompt, **how))
+        return 0
+    while prompt := input("> "):
+        print(prompt + writer.after(prompt, **how))
+    return 0
 
 
 def main() -> int:
@@ -15,21 +29,8 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=50, help="choose among this many tokens")
     parser.add_argument("--seed", type=int, default=1337, help="equal seeds write equal text")
     options = parser.parse_args()
-
-    from overnight.model.generate import Writer
-
     try:
-        writer = Writer.load(options.model)
-        how = {"tokens": options.tokens, "temperature": options.temperature}
-        how |= {"top_k": options.top_k, "seed": options.seed}
-        if options.prompt is not None:
-            print(options.prompt + writer.after(options.prompt, **how))
-            return 0
-        while prompt := input("> "):
-            print(prompt + writer.after(prompt, **how))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return EXIT_INPUT
+        return exit_code(lambda: run(options))
     except (EOFError, KeyboardInterrupt):
         print()
     return 0

@@ -1,5 +1,7 @@
 """What torch, CUDA and the libraries around them say of a device, and what is taken for which fault."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_memory_that_runs_out_is_known_in_every_form_in_which_it_is_said(error):
 @pytest.mark.parametrize("error", LOST, ids=str)
 def test_a_lost_device_is_known_in_every_form_and_ends_a_script_with_one_line_and_75(error, capsys):
     assert lost(error) and not out_of_memory(error)
-    assert cli.without_device(error) == cli.EXIT_INTERRUPTED == 75
+    assert cli.exit_code(partial(fail, error)) == cli.EXIT_INTERRUPTED == 75
     (said,) = capsys.readouterr().err.splitlines()
     assert str(error).splitlines()[0] in said and "the same command goes on" in said
 
@@ -65,8 +67,12 @@ def test_a_mistake_of_the_program_is_no_fault_of_the_device_and_stays_a_tracebac
     with pytest.raises(type(error)), until_memory_runs_out():
         raise error
     with pytest.raises(type(error)):
-        cli.without_device(error)
+        cli.exit_code(partial(fail, error))
     assert capsys.readouterr().err == ""
+
+
+def fail(error: Exception) -> int:
+    raise error
 
 
 class Device:

@@ -236,12 +236,12 @@ def test_e1_an_upload_that_a_signal_ends_is_reported_with_what_sends_the_rest(
     recipe = tiny(workplace, "--name", "copied", "--hub.repo_id", "alice/ended")
     uploader = Uploader(RunDirectory(recipe), Console(), active=True)
     uploader.poll()
-    uploader.process.send_signal(signal.SIGTERM)
-    uploader.process.wait()
+    uploader.helper.process.send_signal(signal.SIGTERM)
+    uploader.helper.process.wait()
     uploader.poll()
     said = capsys.readouterr().out
     assert "ended by signal 15. What is still missing, this sends: python recipes/publish.py runs/copied" in said
-    assert uploader.process is None and uploader.active
+    assert uploader.helper is None and uploader.active
 
 
 @pytest.mark.slow

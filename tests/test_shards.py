@@ -1,11 +1,14 @@
 """Promises of the token-shard format: exact bytes, whole or absent, and no damaged file is ever trained on."""
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy
 import pytest
 
+from overnight.data.manifest import Manifest
 from overnight.data.shards import ShardWriter, SplitWriter, open_shards, verify
 from overnight.errors import DamagedData, InputError
 from overnight.prepare.prepare import prepare
@@ -24,8 +27,6 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(prepared, tmp_path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(prepared, tmp_path / "data"))
 
 
@@ -87,7 +88,9 @@ def test_a_truncated_or_missing_file_is_refused_by_name(folder, name, cut):
             open_shards(folder, verify=hashed)
 
 
-@pytest.mark.parametrize("name", [*FILES, "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", [*FILES, "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "manifest.json"]
+)
 def test_a_flipped_bit_is_refused_by_name(folder, name):
     raw = bytearray((folder / name).read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -96,6 +99,44 @@ def test_a_flipped_bit_is_refused_by_name(folder, name):
         verify(folder)
     with pytest.raises(DamagedData, match=name):
         open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"eos_id": 0', '"eos_id": 1'),
+        ('"dtype": "uint16"', '"dtype": "uint32"'),
+        ('"tokens": 500', '"tokens": 499'),
+        ('"licence": null', '"licence": "mit"'),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(folder, before, after):
+    text = (folder / "manifest.json").read_text()
+    assert before in text
+    (folder / "manifest.json").write_text(text.replace(before, after))
+    with pytest.raises(DamagedData, match=r"manifest\.json"):
+        verify(folder)
+
+
+def test_a_manifest_of_an_older_version_is_read_and_its_counts_are_checked(folder):
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["sha256"], content["tokenizer"]["files"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    assert verify(folder).fingerprint == Manifest.model_validate_json(json.dumps(content)).fingerprint
+    content["train"][0]["tokens"] -= 1
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DamagedData, match="cannot hold"):
+        verify(folder)
+
+
+def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(folder):
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["sha256"]
+    shutil.copytree(folder, folder.parent / "other")
+    content["train"][0]["path"] = f"../other/{content['train'][0]['path']}"
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DamagedData, match="which is not in it"):
+        verify(folder)
 
 
 def test_a_file_that_shrinks_while_it_is_open_is_a_named_error(folder):

@@ -101,20 +101,22 @@ def put_into(path: Path, text: str) -> None:
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
+def run(chosen: argparse.Namespace) -> int:
+    """Read the steps, and write the page or print it."""
+    steps = read(chosen.steps)
+    if chosen.page:
+        put_into(chosen.page, page(steps))
+    said = losses(steps)
+    print(head(steps), table(rows(steps)), *([said] if said else []), sep="\n\n")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="+", type=Path, metavar="FILE", help="step-1.json, and further ones")
     parser.add_argument("--page", type=Path, help="the page whose measured part is written anew")
     chosen = parser.parse_args()
-    try:
-        steps = read(chosen.steps)
-        if chosen.page:
-            put_into(chosen.page, page(steps))
-        said = losses(steps)
-        print(head(steps), table(rows(steps)), *([said] if said else []), sep="\n\n")
-    except InputError as error:
-        return exit_code(error)
-    return 0
+    return exit_code(lambda: run(chosen))
 
 
 if __name__ == "__main__":

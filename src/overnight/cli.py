@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from overnight.core.files import errno_of
 from overnight.errors import (
     EXIT_DAMAGED,
     EXIT_INPUT,
@@ -17,6 +18,7 @@ from overnight.errors import (
     InputError,
     Unreachable,
     first_line,
+    refused_by_system,
 )
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe, leaves
@@ -52,7 +54,8 @@ def recipe_command(
     )
     options(parser)
     chosen, overrides = parser.parse_known_args(arguments)
-    try:
+
+    def work() -> int:
         if (code := alone(chosen)) is not None:
             return code
         if not named and default is None:
@@ -60,20 +63,31 @@ def recipe_command(
         path = Path(named[0]) if named else default()  # type: ignore[misc]  # one of the two is there
         chosen.arguments = [str(path), *overrides]
         return run(load(path, overrides), chosen)
+
+    return exit_code(work)
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """What `work` returns; after an error that a user can mend, its message and the exit code of its kind.
+
+    75 where the system refused a file, and where a device was lost or its memory ran out. Any other error is raised
+    again: it is a mistake of the program.
+    """
+    try:
+        return work()
     except InputError as error:
-        return exit_code(error)
-    except RuntimeError as error:
-        return without_device(error)
+        return _told(error)
+    except Exception as error:
+        if errno_of(error) is not None:
+            return _told(refused_by_system(error))
+        if not isinstance(error, RuntimeError):
+            raise
+        from overnight.device import faults  # with torch, which whatever meets such an error has imported
+
+        return faults.end(error)
 
 
-def without_device(error: RuntimeError) -> int:
-    """75 after one line, where a device was lost or its memory ran out; any other error is raised again."""
-    from overnight.device import faults  # with torch, which whatever meets such an error has imported
-
-    return faults.end(error)
-
-
-def exit_code(error: InputError) -> int:
+def _told(error: InputError) -> int:
     """Print every problem of `error`, once for all processes of a run, and return the exit code of its kind."""
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(error.problems), file=sys.stderr)

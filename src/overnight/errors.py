@@ -17,7 +17,12 @@ class InputError(Exception):
 
 
 class Unreachable(InputError):
-    """A server that stays away; what was done is kept. Scripts print it and end with exit code 75."""
+    """A server or a disk that refuses for now; what was done is kept. Scripts print it and end with exit code 75."""
+
+
+def refused_by_system(error: Exception) -> Unreachable:
+    """What the system refused, which says nothing of the file: no descriptor, no room, no permission, a bad disk."""
+    return Unreachable(f"{first_line(error)}: mend that, and the same command goes on; what was done is kept")
 
 
 class DamagedData(InputError):

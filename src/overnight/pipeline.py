@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overnight.cli import default_recipe, recipe_command
-from overnight.core.processes import handled
+from overnight.core.processes import handled, tied
 from overnight.data.manifest import MANIFEST, is_prepared
 from overnight.doctor import checks
 from overnight.errors import EXIT_INTERRUPTED, InputError
@@ -43,7 +43,7 @@ class Child:
         """Run to the end and return the exit code; negative when a signal ended it."""
         if self.stopped_by:
             return EXIT_INTERRUPTED
-        self.process = subprocess.Popen(command, env=environment, process_group=0)
+        self.process = subprocess.Popen(tied(*command), env=environment, process_group=0)
         return self.process.wait()
 
     def pass_on(self, number: int, frame: object) -> None:

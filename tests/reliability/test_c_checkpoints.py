@@ -27,6 +27,7 @@ from runs import (
 )
 
 from overnight.core.lock import hold
+from overnight.core.sums import write_sums
 from overnight.errors import InputError
 from overnight.model import checkpoint, optim
 from overnight.model.gpt2 import LanguageModel
@@ -78,7 +79,7 @@ def test_c3_a_state_that_was_edited_is_damage_and_the_state_of_another_run_is_re
     state["meaning"]["seed"] = 99
     (folder / "state.json").write_text(json.dumps(state))
     assert "state.json differs" in checkpoint.damage(folder)
-    checkpoint.write_sums(folder)
+    write_sums(folder)
     before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=r"(?s)iter-000032 is of another run:.*`seed` was 99, now 1337"):
         train_module.train(tiny(in_process, "--name", name))

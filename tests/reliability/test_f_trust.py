@@ -10,6 +10,7 @@ import pytest
 from runs import ROOT, final_sums, tiny
 
 from overnight.core.console import plain
+from overnight.core.sums import write_sums
 from overnight.errors import InputError
 from overnight.model.generate import Writer
 from overnight.recipe.load import load
@@ -58,6 +59,7 @@ def test_f3_code_that_comes_with_a_model_is_never_run(tmp_path, in_process, undi
     evil = '"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, "model_type": "evil",'
     (tmp_path / "model" / "config.json").write_text(re.sub(r'"model_type": "gpt2",', evil, config))
     (tmp_path / "model" / "evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    write_sums(tmp_path / "model")
     with pytest.raises(InputError, match="no model can be loaded"):
         Writer.load(str(tmp_path / "model"))
     assert not canary.exists()

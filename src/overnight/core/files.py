@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from overnight.errors import InputError
+from overnight.errors import DamagedData, InputError, Unreachable
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PIECE = 4 * 2**20  # bytes read at once
@@ -43,21 +46,88 @@ def forget_cached(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step, so that no reader ever sees half of it."""
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` in one step, so that no reader ever sees half of it; never through a link."""
     aside = path.with_name(f".{path.name}.partial")
+    remove(aside)
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("xb") as file:  # a new file or none: what stands there by then is not written through
+            file.write(content if isinstance(content, bytes) else content.encode())
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
 
 
+def never_through_a_link(path: str, flags: int) -> int:
+    """An `opener` for open(): OSError where `path` is a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def write_figure(path: Path, figure: Any, **how: Any) -> None:
+    """Write a matplotlib figure in the format of its name, whole or not at all; `InputError` for another format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, **how)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be drawn: {error}; a name that ends in .png would work") from None
+    atomic_write(path, drawn.getvalue())
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link, and then nothing behind it; nothing may be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; nothing where there is no such folder. Unlike glob, OSError where it is not read.
+
+    `Unreachable` where the folder is a link to what is not there, such as a disk that is not mounted.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        refuse_dangling(folder)
+        return []
+
+
+def refuse_dangling(path: Path) -> None:
+    """Raise `Unreachable` for a link to what is not there."""
+    if path.is_symlink() and not path.exists():
+        raise Unreachable(
+            f"{path} is a link to {path.readlink()}, which is not there: mount that disk, and the same command goes on"
+        )
+
+
+def file_name(name: str) -> str:
+    """Any name as that of a file: another one for another name, and it leaves no folder."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip("._")[-80:]
+    known = re.fullmatch(r"[A-Za-z0-9-]+/[A-Za-z0-9._-]{1,60}", name)  # on the Hub, whose owners have no underscore
+    return safe if safe == name or known else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def within(folder: Path, name: str) -> Path:
+    """The path of a `name` that stands in a file of `folder`; `DamagedData` where it leads out of the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
+        raise DamagedData(f"{folder} names {name!r}, which is not in it")
+    return folder / name
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The system's error number behind an error; Rust's libraries say it in words alone. None where there is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    said = re.search(r"os error (\d+)", str(error))
+    return int(said[1]) if said else None
+
+
 def no_room(error: Exception) -> bool:
-    """Whether a full disk, or a file at its largest, is behind an error; Rust's libraries say so in words alone."""
-    codes = {getattr(error, "errno", None)} | {int(code) for code in re.findall(r"os error (\d+)", str(error))}
-    return bool(NO_ROOM & codes)
+    """Whether a full disk, or a file at its largest, is behind an error."""
+    return errno_of(error) in NO_ROOM
 
 
 @contextmanager

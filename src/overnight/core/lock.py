@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from overnight.core.files import never_through_a_link
 from overnight.errors import InputError
 
 LOCK = ".lock"
@@ -20,12 +21,15 @@ def hold(folder: Path, otherwise: str) -> FileLock:
 
     `InputError` names the process that has it, and says what to do `otherwise`.
     """
+    if (folder / LOCK).is_symlink():  # it would be emptied, and written to
+        raise InputError(f"{folder / LOCK} is a link, and a lock never is: remove it, and the same command goes on")
     lock = kernel_lock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{folder} is in use by {_holder(folder / LOCK)}; {otherwise}") from None
-    (folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+    with open(folder / LOCK, "w", encoding="utf-8", opener=never_through_a_link) as file:
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
     return lock
 
 
@@ -53,5 +57,5 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}"
-    except ValueError:  # caught between its lock and its words
+    except (ValueError, KeyError, TypeError):  # caught between its lock and its words, or damaged
         return "another process"

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
 
+LOOK = 0.05  # seconds between two looks at a helper that is waited for
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ORPHANED = signal.SIGUSR1  # sent by the kernel when the launcher is gone; none of the above, since it never is a second
@@ -47,14 +49,60 @@ def end_with_launcher() -> None:
         die_with_parent(ORPHANED)
 
 
-def beside(*arguments: str, environment: dict[str, str] | None = None, **how: Any) -> subprocess.Popen[str]:
-    """Start Python at low priority, outside of the run's group of processes; all that it says is on its `stdout`."""
-    inherited = {key: value for key, value in os.environ.items() if key not in OF_THE_GROUP}
-    return subprocess.Popen(
-        ["nice", sys.executable, *arguments],
-        env=inherited | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **how,
-    )
+def tied(*command: str) -> list[str]:
+    """A command as one that the kernel ends with this process, however this one ends."""
+    return [sys.executable, "-m", "overnight.core.processes", str(os.getpid()), *command]
+
+
+class Helper:
+    """Python at low priority, outside of the run's group of processes: it dies with us, and never holds us.
+
+    What it says goes to a file without a name: a pipe that nobody reads would be full one day, and stop it.
+    """
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None):
+        inherited = {key: value for key, value in os.environ.items() if key not in OF_THE_GROUP}
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as it lives
+        self.process = subprocess.Popen(
+            tied("nice", sys.executable, *arguments),
+            env=inherited | (environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=self._said,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # Ctrl-C is for us
+        )
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it goes on."""
+        return self.process.poll()
+
+    def wait(self, seconds: float | None, enough: Callable[[], bool] = lambda: False) -> bool:
+        """Whether it ends in that time, or before there is `enough` of waiting."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while self.code is None and not enough() and (deadline is None or time.monotonic() < deadline):
+            time.sleep(LOOK)
+        return self.code is not None
+
+    def stop(self) -> None:
+        """End it, and whatever it has started; one that the kernel does not let go of is not waited for."""
+        with suppress(ProcessLookupError):
+            if self.code is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.wait(5)
+
+    def said(self) -> str:
+        """All that it has said so far."""
+        self._said.seek(0)
+        return self._said.read().decode(errors="replace")
+
+
+def main() -> None:
+    """Become the command, which ends with the process that asked for it: `... PID COMMAND ARGUMENT ...`."""
+    die_with_parent()
+    if os.getppid() == int(sys.argv[1]):  # it is still there
+        os.execvp(sys.argv[2], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from overnight.core.files import sync
+from overnight.core.files import sha256, sync
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data, Recipe
 
-MANIFEST = "manifest.json"
+MANIFEST, OWN_SUM = "manifest.json", "sha256"
 DType = Literal["uint16", "uint32"]
 SOURCE_KEYS = {"source", "path", "files", "revision", "text_column"}
 SPLIT_KEYS = {"reserved_fraction", "val_tokens", "train_tokens"}
@@ -39,10 +39,14 @@ class FileRecord(ShardRecord):
 
 
 class TokenizerRecord(ShardRecord):
-    """The tokenizer by the name the recipe gave, and `tokenizer.fingerprint` of the one saved in the folder."""
+    """The tokenizer by the name the recipe gave, and `tokenizer.fingerprint` of the one saved in the folder.
+
+    `files` are the SHA-256 of what was saved there, by name; an older version did not keep them.
+    """
 
     name: str
     sha256: str
+    files: dict[str, str] | None = None
 
 
 class SourceRecord(ShardRecord):
@@ -111,6 +115,17 @@ class Manifest(ShardRecord):
     train: list[FileRecord]
     counts: Counts
 
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Manifest:
+        """What is said twice is said alike; only the sums of shards stand against a change of both."""
+        size = little_endian(self.dtype).itemsize
+        for record in (*self.val, *self.train):
+            if record.tokens * size != record.bytes:
+                raise ValueError(f"{record.path} cannot hold {record.tokens} tokens of {size} bytes in {record.bytes}")
+        if self.dtype != dtype_for(self.vocab_size) or not 0 <= self.eos_id < self.vocab_size:
+            raise ValueError(f"no vocabulary of {self.vocab_size} has {self.dtype} and the end of text {self.eos_id}")
+        return self
+
     @property
     def text_sha256(self) -> str:
         """SHA-256 of the input: of the one file, or of the sums of several, in order, as text with a newline each."""
@@ -145,11 +160,21 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`. Raises InputError when there is none and DamagedData when it is not one."""
     path = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        said = content.pop(OWN_SUM, None)  # an older version wrote none
+        manifest = Manifest.model_validate_json(json.dumps(content))
     except FileNotFoundError:
         raise InputError(f"`data.dir` is {folder}: no {MANIFEST} there; prepare.py makes it") from None
-    except ValidationError as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise DamagedData(f"{path} is not a manifest of format 1: {error}") from error
+    if said not in (None, _sum_of(content)):
+        raise DamagedData(f"{path} differs from the checksum that it was written with; prepare.py makes it anew")
+    return manifest
+
+
+def _sum_of(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest as it was parsed, without its own sum: the same in a version that knows more keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def ordered_path(data: Data) -> str | list[str] | None:
@@ -203,10 +228,17 @@ def prepared(recipe: Recipe) -> tuple[Recipe, int | None]:
     return recipe, recipe.data.train_tokens
 
 
-def name_prepared(whole: Path, manifest: Manifest, folder: Path) -> None:
-    """Write the manifest into `whole`, wait until all of it is on the disk, and give it its name, `folder`."""
-    (whole / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+def name_prepared(whole: Path, manifest: Manifest, folder: Path) -> Manifest:
+    """Write the manifest into `whole`, wait until all of it is on the disk, and give it its name, `folder`.
+
+    It gets the sums of the tokenizer's files, and its own. Returns it as it then is.
+    """
+    content = manifest.model_dump()
+    content["tokenizer"]["files"] = {path.name: sha256(path) for path in sorted((whole / "tokenizer").iterdir())}
+    content[OWN_SUM] = _sum_of(content)
+    (whole / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for path in (whole, *whole.rglob("*")):
         sync(path)
     whole.rename(folder)
     sync(folder.parent)
+    return read_manifest(folder)

@@ -147,7 +147,7 @@ class Split:
     def __init__(self, folder: Path, records: list[FileRecord], dtype: DType):
         self.files, self.tokens = records, sum(record.tokens for record in records)
         self.dtype = little_endian(dtype)
-        self._paths = [folder / record.path for record in records]
+        self._paths = [files.within(folder, record.path) for record in records]
         self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
 
     def read(self, file_index: int, start: int, count: int) -> np.ndarray:
@@ -203,25 +203,31 @@ def verify(folder: str | Path) -> Manifest:
 def _check(folder: Path, manifest: Manifest, *, hashed: bool) -> None:
     problems = []
     for record in (*manifest.val, *manifest.train):
-        index = f"{record.path}.index"
-        problems += _differences(folder / record.path, record.bytes, record.sha256 if hashed else None)
-        problems += _differences(folder / index, record.documents * 8, record.index_sha256 if hashed else None)
-    tokenizer = folder / "tokenizer" / "tokenizer.json"
-    try:
-        found = json_fingerprint(tokenizer.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{tokenizer}: cannot be read ({error})")
-    else:
-        if found != manifest.tokenizer.sha256:
-            problems.append(f"{tokenizer}: SHA-256 {manifest.tokenizer.sha256} expected, {found} found")
+        path, index = files.within(folder, record.path), files.within(folder, f"{record.path}.index")
+        problems += _differences(path, record.bytes, record.sha256 if hashed else None)
+        problems += _differences(index, record.documents * 8, record.index_sha256 if hashed else None)
+    problems += tokenizer_problems(folder, manifest)
     if problems:
         raise DamagedData(problems)
 
 
-def _differences(path: Path, size: int, sha256: str | None) -> list[str]:
+def tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """What of the tokenizer in a prepared folder is not what it was written as."""
+    tokenizer, sums = folder / "tokenizer", manifest.tokenizer.files
+    if sums is not None:
+        return [each for name in sums for each in _differences(files.within(tokenizer, name), None, sums[name])]
+    try:  # an older version kept what defines the ids alone
+        found = json_fingerprint((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        return [f"{tokenizer}/tokenizer.json: cannot be read ({error})"]
+    expected = manifest.tokenizer.sha256
+    return [] if found == expected else [f"{tokenizer}/tokenizer.json: SHA-256 {expected} expected, {found} found"]
+
+
+def _differences(path: Path, size: int | None, sha256: str | None) -> list[str]:
     if not path.is_file():
-        return [f"{path}: {size} bytes expected, no file found"]
-    if path.stat().st_size != size:
+        return [f"{path}: no file found"]
+    if size is not None and path.stat().st_size != size:
         return [f"{path}: {size} bytes expected, {path.stat().st_size} found"]
     if sha256 is None:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, MutableMapping
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +14,11 @@ from transformers.utils.logging import disable_progress_bar
 from overnight.core.console import Console
 from overnight.core.extras import require
 from overnight.device.device import keep_large_blocks_whole, resolve_precision
-from overnight.errors import InputError
+from overnight.errors import InputError, refused_by_system
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
+
+T = TypeVar("T")
 
 
 def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
@@ -89,14 +91,20 @@ def set_threads(threads: int | Literal["auto"]) -> None:
     torch.set_num_threads(count)
 
 
-def on_main(accelerator: Accelerator, act: Callable[[], None]) -> None:
-    """Do `act` on the main process; all processes wait for it, and raise its `InputError`."""
-    problem: list[InputError | None] = [None]
+def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """What `act` returns on the main process; all processes wait for it, and raise its `InputError`.
+
+    So do they when the system refuses it a file, as `Unreachable`.
+    """
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            act()
+            outcome[0] = act()
         except InputError as error:
-            problem = [error]
-    (refusal,) = broadcast_object_list(problem)
+            outcome[1] = error
+        except OSError as error:
+            outcome[1] = refused_by_system(error)
+    result, refusal = broadcast_object_list(outcome)
     if refusal:
         raise refusal
+    return result

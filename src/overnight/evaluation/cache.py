@@ -1,8 +1,9 @@
 """Answers that outlive the process: a batch of requests that a model once answered is read, not computed again.
 
 They lie in `$XDG_CACHE_HOME/overnight/evaluation/<fingerprint>/rank<n>.jsonl`, one batch a line, found again by the
-SHA-256 of the batch's tokens. The fingerprint is that of weights, configuration, tokenizer and arithmetic, so nothing
-else can change an answer, whatever the tasks are called.
+SHA-256 of the batch's tokens, and read only where the line has the SHA-256 that it was written with. The fingerprint is
+that of weights, configuration, tokenizer and arithmetic, so nothing else can change an answer, whatever the tasks are
+called.
 """
 
 from __future__ import annotations
@@ -30,20 +31,26 @@ class ResponseCache:
         for path in sorted(folder.glob("rank*.jsonl")):
             for line in path.read_bytes().splitlines():
                 try:
-                    record = json.loads(line)
-                except ValueError:  # a crash left it unfinished
+                    key, answers, said = json.loads(line)
+                    if said == sum_of(key, answers):
+                        self.known[key] = [Answer(*answer) for answer in answers]
+                except (ValueError, TypeError):  # a crash left it unfinished, or an older version kept no sum
                     continue
-                self.known[record["batch"]] = [Answer(*answer) for answer in record["answers"]]
 
     def add(self, key: str, answers: list[Answer]) -> None:
         """Keep the answers to the batch of that key, in one write, so that a kill leaves all of them or none."""
-        line = json.dumps({"batch": key, "answers": answers})
-        descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        line = json.dumps([key, answers, sum_of(key, answers)])
+        descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW, 0o644)
         try:
             os.write(descriptor, f"\n{line}\n".encode())  # the first newline ends a line that a crash left unfinished
         finally:
             os.close(descriptor)
         self.known[key] = answers
+
+
+def sum_of(key: str, answers: list[Answer]) -> str:
+    """SHA-256 of a line's key and answers, which the line ends with."""
+    return hashlib.sha256(json.dumps([key, answers]).encode()).hexdigest()
 
 
 def key_of(trees: list[Tree]) -> str:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate.utils import set_seed
-from pydantic import ValidationError
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -27,11 +23,13 @@ from overnight.data.batches import TrainingBatches
 from overnight.data.ngrams import seen_tokens, unigram
 from overnight.data.shards import Shards
 from overnight.data.tokenizer import fingerprint as tokenizer_fingerprint
-from overnight.errors import InputError, first_line
+from overnight.errors import InputError
 from overnight.evaluation.scoring import Scorer
+from overnight.model import load
 from overnight.model.gpt2 import LanguageModel, published
 from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
+from overnight.run_dir.layout import RECIPE, REWRITTEN, read_file
 
 UNTRAINED, UNIGRAM = "untrained", "unigram"  # names that an opponent may have beside a folder's or the Hub's
 WORTH_TELLING_APART = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a configuration: not these
@@ -77,36 +75,22 @@ class Origin:
 def origin_of(model: str) -> Origin | None:
     """The run of the model folder `runs/<name>/models/<model>`, or None for any other place.
 
-    Raises InputError when the run's recipe is not one of this version.
+    Raises `DamagedData` when the run's recipe is none.
     """
-    folder = Path(model).resolve().parent.parent
-    stored = folder / "recipe.yaml"
+    folder = Path(os.path.abspath(model)).parent.parent
+    stored = folder / RECIPE
     if not Path(model).is_dir() or not stored.is_file():
         return None
-    content = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    try:
-        return Origin(folder, stored_recipe(content["recipe"]), content["meaning"]["data fingerprint"])
-    except (ValidationError, KeyError, TypeError) as error:
-        raise InputError(f"{stored}: not the recipe of a run of this version: {error}") from None
+
+    def origin(found: dict[str, Any]) -> Origin:
+        return Origin(folder, stored_recipe(found["recipe"]), found["meaning"]["data fingerprint"])
+
+    return read_file(stored, origin, REWRITTEN)
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
-    """The model of a folder or a Hub name. Raises InputError for what is none, or would need code or a pickle."""
-    try:
-        config, _ = PretrainedConfig.get_config_dict(name)
-        if "auto_map" in config:
-            raise InputError(
-                f"{name}: its config.json names code of its own (auto_map), which is never run; a model of an "
-                "architecture that transformers has works"
-            )
-        if not config:
-            raise InputError(f"{name}: no config.json there, so no model; runs/NAME/models/iter-... is one")
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except InputError:
-        raise
-    except Exception as error:  # the Hub client, its transport and the parsers share no base class
-        raise InputError(f"{name}: no model can be loaded from there: {first_line(error)}") from error
+    """The model of a folder or a Hub name. Raises as `load.load_model` does, and for a slow tokenizer."""
+    model, tokenizer = load.load_model(name, dtype=dtype)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no tokenizer.json, or no end-of-text token to begin a text with")
     return eval_model(name, model, tokenizer, device, dtype)

@@ -11,7 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from overnight.core.files import atomic_write
+from overnight.core.files import atomic_write, file_name, write_figure
+from overnight.core.sums import SUMS, write_sums
 from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, headline
 
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
@@ -100,8 +101,9 @@ def implausible(model: str, verdict: Verdict) -> str | None:
 def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """Write the folder; `items` are the lines of each benchmark. comparison.md comes last."""
     (folder / "items").mkdir(parents=True, exist_ok=True)
+    (folder / SUMS).unlink(missing_ok=True)  # until all of it is new
     for name, lines in items.items():
-        atomic_write(folder / "items" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        atomic_write(folder / "items" / f"{file_name(name)}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     for left in folder.glob("against-*.png"):  # by an evaluation against others
         left.unlink()
     atomic_write(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
@@ -109,16 +111,12 @@ def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], fold
         if comparison.verdicts:
             draw_differences(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))
     atomic_write(folder / "comparison.md", markdown(outcome))
+    write_sums(folder)
 
 
 def figure_name(opponent: str) -> str:
     """The file of the figure against this opponent."""
-    return f"against-{safe(opponent)}.png"
-
-
-def safe(name: str) -> str:
-    """`name` as a file name."""
-    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name).strip("._")[-80:]
+    return f"against-{file_name(opponent)}.png"
 
 
 def markdown(outcome: Results) -> str:
@@ -270,4 +268,4 @@ def draw_differences(comparison: Comparison, ours: str, path: Path) -> None:
     for word, colour in colours.items():
         axes.plot([], [], "o-", color=colour, label=word)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    write_figure(path, figure, metadata={"Software": None})

@@ -23,8 +23,9 @@ from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
-from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.tasks._yaml_loader import _make_loader, load_yaml
 
+from overnight.core.files import no_room, within
 from overnight.errors import InputError, first_line
 from overnight.evaluation.statistics import metric_of
 
@@ -115,13 +116,16 @@ def _build(entry: Entry, data_dir: Path | None) -> Task:
             f"({', '.join(SCORED)}) works"
         )
     if config.get("dataset_path") in BUILDERS.values():
-        files = config["dataset_kwargs"]["data_files"]  # relative ones lie beside the task's file
-        config["dataset_kwargs"] = {"data_files": {k: str(entry.yaml_path.parent / v) for k, v in files.items()}}
+        files = config["dataset_kwargs"]["data_files"]  # they lie beside the task's file
+        beside = {split: str(within(entry.yaml_path.parent, str(name))) for split, name in files.items()}
+        config["dataset_kwargs"] = {"data_files": beside}
     elif data_dir is not None:
         config |= local_data(entry.name, config, data_dir)
     try:
         return ConfigurableTask(config=config)
     except Exception as error:  # the Hub client, its transport and the builders share no base class
+        if no_room(error):
+            raise
         where = f"{data_dir}" if data_dir else f"{config.get('dataset_path')} on the Hub"
         raise InputError(
             f"`--tasks`: the items of {entry.name} cannot be read from {where}: {first_line(error)}. "
@@ -189,21 +193,24 @@ def check_task_files(folder: Path, *, trust: bool) -> None:
         return
     problems = []
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".yaml", ".yml") or (path.is_file() and not path.suffix):
+        if path.is_file() and (path.suffix in (".yaml", ".yml") or not path.suffix):
             problems += [f"{path}: {reason}" for reason in _code_in(path)]
     if problems:
         raise InputError([*problems, f"`--trust-tasks` runs what stands in {folder}; read it before you trust it"])
 
 
-def _code_in(path: Path) -> list[str]:
+def _code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[str]:
+    """Why a task file, or one that it includes, would run code; what cannot be read may be code, too."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
-        return []  # which lm-eval cannot read either
+        loader = _make_loader(path.parent, resolve_funcs=False)(path.read_bytes())  # lm-eval's own, of the same bytes
+        root = loader.get_single_node()
+        nodes = list(_entries(root))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
+        return [f"it cannot be read ({first_line(error)})"]
     reasons = []
-    for key, node in _entries(root):
+    for key, node in nodes:
         value = node.value
-        if node.tag.startswith("!"):
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
             reasons.append(f"`{node.tag} {value}` is code")
         elif key == "class":
             reasons.append(f"`class: {value}` is code")
@@ -211,8 +218,8 @@ def _code_in(path: Path) -> list[str]:
             reasons.append("`hf_evaluate` fetches code")
         elif key == "metric" and value not in metric_registry:
             reasons.append(f"the metric `{value}` is not lm-eval's own, which would fetch code of that name")
-        elif key == "include" and isinstance(value, str):
-            reasons += _code_in(path.parent / value) if not _lm_eval_has(path.parent / value) else []
+        elif key == "include" and isinstance(value, str) and (included := path.parent / value) not in seen:
+            reasons += _code_in(included, seen | {path}) if not _lm_eval_has(included) else []
     return reasons
 
 

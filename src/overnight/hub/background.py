@@ -6,14 +6,13 @@ No iteration waits for it: between two of them it is only looked at. There is on
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import time
 from collections.abc import Iterator
 
 from accelerate import Accelerator
 
 from overnight.core.console import Console
-from overnight.core.processes import beside
+from overnight.core.processes import Helper
 from overnight.errors import EXIT_INTERRUPTED
 from overnight.run_dir.directory import RunDirectory
 
@@ -32,7 +31,7 @@ class Uploader:
         self.over = False  # the run: what is missing is still sent
         self.news = True  # what an earlier session may have left
         self.checkpoints_due = time.monotonic() + 3600 * self.hub.every_hours
-        self.process: subprocess.Popen[str] | None = None
+        self.helper: Helper | None = None
 
     def first_word(self) -> None:
         """Wait for it, a little: what keeps everything from being sent is then said before the first iteration."""
@@ -41,9 +40,9 @@ class Uploader:
 
     def poll(self) -> None:
         """Tell what an upload that ended has said, and start another where there is news and none goes on."""
-        if self.process is not None and self.process.poll() is not None:
-            self._wait(None)
-        if self.process is None and self.active and (self.news or time.monotonic() >= self.checkpoints_due):
+        if self.helper is not None and self.helper.code is not None:
+            self._wait(0)
+        if self.helper is None and self.active and (self.news or time.monotonic() >= self.checkpoints_due):
             self._start()
 
     def close(self) -> None:
@@ -53,12 +52,12 @@ class Uploader:
         if self.over:
             deadline = time.monotonic() + 60 * self.hub.patience_minutes + GRACE
             self._wait(deadline - time.monotonic())
-            if self.process is None and self.active:
+            if self.helper is None and self.active:
                 self._start()
                 self._wait(deadline - time.monotonic())
-        if self.process is not None:
-            self.process.kill()
-            self._tell(self.process.communicate()[0])
+        if self.helper is not None:
+            self.helper.stop()
+            self._tell(self.helper.said())
             self._tell(f"hub: no answer. {self._later()}" if self.over else "")
 
     def _start(self) -> None:
@@ -67,22 +66,20 @@ class Uploader:
             arguments.append("--checkpoints")
             self.checkpoints_due = time.monotonic() + 3600 * self.hub.every_hours
         self.news = False
-        group = {"process_group": 0}  # Ctrl-C is for the trainer
         try:
-            self.process = beside(*arguments, environment=ENVIRONMENT, stdin=subprocess.DEVNULL, **group)
+            self.helper = Helper(*arguments, environment=ENVIRONMENT)
         except OSError as error:  # no memory to fork with
             self._tell(f"hub: the upload cannot be started ({error}). {self._later()}")
 
-    def _wait(self, seconds: float | None) -> None:
+    def _wait(self, seconds: float) -> None:
         """Wait for the upload, where there is one, but no longer than this; then tell how it ended."""
-        if self.process is None:
+        if self.helper is None or not self.helper.wait(seconds):
             return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._tell(self.process.communicate(timeout=seconds)[0])
-            code, self.process = self.process.returncode, None
-            self.active = code in (0, EXIT_INTERRUPTED) or code < 0
-            if code < 0:
-                self._tell(f"hub: the upload was ended by signal {-code}. {self._later()}")
+        self._tell(self.helper.said())
+        code, self.helper = self.helper.code or 0, None
+        self.active = code in (0, EXIT_INTERRUPTED) or code < 0
+        if code < 0:
+            self._tell(f"hub: the upload was ended by signal {-code}. {self._later()}")
 
     def _tell(self, lines: str) -> None:
         for line in lines.splitlines():

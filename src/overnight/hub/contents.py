@@ -12,10 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from overnight.core.files import atomic_write
+from overnight.core.files import atomic_write, remove
+from overnight.core.sums import damage
+from overnight.errors import DamagedData
 from overnight.recipe.schema import Recipe
 from overnight.report.model_card import CARD, CURVE, METRICS, RECIPE, report, unfinished_card
-from overnight.run_dir.layout import finished, folder_name, iteration_of, saved_iterations
+from overnight.run_dir.layout import (
+    CHECKPOINTS,
+    cooldowns,
+    finished,
+    folder_name,
+    iteration_of,
+    read_file,
+    refuse_damaged_model,
+    refuse_misplaced,
+    saved_iterations,
+)
 
 MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -28,7 +40,8 @@ STATE_FILES = re.compile(
     "|".join(map(re.escape, RUN_FILES))
     + r"|checkpoints/(cooldown-\d+/)?iter-\d+/(model\.safetensors|optimizer\.safetensors|state\.json|SHA256SUMS)"
 )
-CHECKPOINTS, STATE = "checkpoints", "state"  # branches
+STATE = "state"  # a branch, as CHECKPOINTS is
+ANY = re.compile(r"[^/]+")
 STAGED = ".hub"  # in a run directory: copies and links of what is being sent, so that pruning takes nothing away
 
 
@@ -57,7 +70,7 @@ def commits(run: Path, recipe: Recipe, repo_id: str, *, checkpoints: bool) -> li
 
 def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Commit]:
     """A branch for each finished model, and `main` for the one with the lowest validation loss, which comes last."""
-    losses = {target: end["val_loss"] for target, end in finished(run).items()}
+    losses = {target: end["val_loss"] for target, end in finished(run).items() if not linked(run, target)}
     models = {target: finished_model(run, recipe, repo_id, target, loss) for target, loss in losses.items()}
     if not models:
         return []
@@ -65,9 +78,15 @@ def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Commit]:
     return [*models.values(), replace(best, branch="main", tag=None)]
 
 
+def linked(run: Path, target: int) -> bool:
+    """Whether a finished model lies behind a link, and so is never sent."""
+    return (run / "models").is_symlink() or (run / "models" / folder_name(target)).is_symlink()
+
+
 def finished_model(run: Path, recipe: Recipe, repo_id: str, target: int, loss: float) -> Commit:
     """One finished model, with its evaluation where there is one."""
     name, last = folder_name(target), recipe.schedule.max_iters
+    refuse_damaged_model(run / "models" / name)
     scored = allowed_files(run / "evaluation" / name, EVALUATION_FILES)
     return Commit(
         branch=name,
@@ -81,13 +100,14 @@ def finished_model(run: Path, recipe: Recipe, repo_id: str, target: int, loss: f
 
 def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Commit | None:
     """The newest weights of the trunk, before any decay, as a model that loads; None while there are none."""
-    trunk = saved_iterations(run / "checkpoints")
+    trunk = own_checkpoints(run / CHECKPOINTS)
     if not trunk:
         return None
     from overnight.model.unannealed import write_model  # and with it torch, which nothing else here needs
 
     iteration, checkpoint = max(trunk.items())
-    folder = fresh(run / STAGED / CHECKPOINTS)
+    refuse_damaged(checkpoint)
+    folder = fresh(staging(run) / CHECKPOINTS)
     write_model(checkpoint, recipe, folder)
     atomic_write(folder / CARD, unfinished_card(recipe, iteration, repo_id))
     files = allowed_files(folder, MODEL_FILES)
@@ -96,32 +116,56 @@ def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Commit | None:
 
 def exact_state(run: Path) -> Commit | None:
     """The exact state to go on from elsewhere: the newest checkpoint of the trunk, and of a decay that is newer."""
-    trunk = saved_iterations(run / "checkpoints")
-    decays = [saved_iterations(folder) for folder in (run / "checkpoints").glob("cooldown-*")]
+    trunk = own_checkpoints(run / CHECKPOINTS)
+    decays = [own_checkpoints(folder) for folder in cooldowns(run / CHECKPOINTS).values()]
     newest = [max(found.items())[1] for found in (trunk, *decays) if found]
     if not newest:
         return None
     last_trunk = max(trunk, default=-1)
     chosen = [path for path in newest if path.parent.name == "checkpoints" or iteration_of(path) > last_trunk]
-    staged = fresh(run / STAGED / STATE)
-    for path in chosen:  # as links: a checkpoint's files are never changed, only removed
-        shutil.copytree(path, staged / path.relative_to(run), copy_function=os.link)
+    staged = fresh(staging(run) / STATE)
+    for path in chosen:  # as hard links: a checkpoint's files are never changed, only removed
+        there = staged / path.relative_to(run)
+        there.mkdir(parents=True)
+        for name, file in allowed_files(path, ANY).items():
+            os.link(file, there / name, follow_symlinks=False)
+        refuse_damaged(there)
     for name in RUN_FILES:
-        if (run / name).is_file():
+        if (run / name).is_file() and not (run / name).is_symlink():
             shutil.copyfile(run / name, staged / name)
     message = f"the state after {max(map(iteration_of, chosen)):,} iterations"
     return Commit(STATE, message, allowed_files(staged, STATE_FILES), replaces=STATE_FILES)
+
+
+def own_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by iteration, but for those that were moved away with a link in their place."""
+    behind_link = folder.is_symlink() or folder.parent.is_symlink()
+    return {i: path for i, path in saved_iterations(folder).items() if not (behind_link or path.is_symlink())}
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Raise `DamagedData` for a checkpoint that is not whole, `InputError` for one that is not in its place."""
+    if (reason := damage(checkpoint, ["state.json", "model.safetensors"])) is not None:
+        raise DamagedData(f"{checkpoint} is damaged: {reason}; it is not sent")
+    refuse_misplaced(checkpoint, read_file(checkpoint / "state.json", dict, "it is not sent"))
 
 
 def allowed_files(folder: Path, names: re.Pattern[str]) -> dict[str, Path]:
     """The files of a folder whose path in it is allowed; never a link, nor anything behind one."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
     found = {path.relative_to(folder).as_posix(): path for path in paths}  # rglob enters no folder that is a link
-    return {name: path for name, path in found.items() if names.fullmatch(name)}
+    return {name: path for name, path in found.items() if names.fullmatch(name) and not folder.is_symlink()}
+
+
+def staging(run: Path) -> Path:
+    """Where what is sent or fetched is put together; a link there goes: what lies behind it is not ours to empty."""
+    if (run / STAGED).is_symlink():
+        (run / STAGED).unlink()
+    return run / STAGED
 
 
 def fresh(folder: Path) -> Path:
     """An empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir(parents=True)
     return folder

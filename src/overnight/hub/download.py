@@ -9,8 +9,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+from overnight.core.sums import write_sums
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
-from overnight.hub.contents import MODEL_FILES, RUN_FILES, STAGED, STATE, STATE_FILES, allowed_files, fresh
+from overnight.hub.contents import MODEL_FILES, RUN_FILES, STATE, STATE_FILES, allowed_files, fresh, staging
 from overnight.hub.upload import HubRepo, differing
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import finished_in, folder_name
@@ -48,7 +49,7 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
         there = directory.path / name
         there.parent.mkdir(parents=True, exist_ok=True)
         path.rename(there)
-    shutil.rmtree(directory.path / STAGED)
+    shutil.rmtree(staging(directory.path))
 
 
 def fetch(repo_id: str, branch: str, directory: RunDirectory, names: list[str] | None = None) -> Path:
@@ -58,7 +59,7 @@ def fetch(repo_id: str, branch: str, directory: RunDirectory, names: list[str] |
     """
     repo = HubRepo(repo_id)
     commit = repo.api.model_info(repo_id, revision=branch).sha or branch
-    staged = directory.path / STAGED / f"{branch}-{commit}"
+    staged = staging(directory.path) / f"{branch}-{commit}"
     snapshot_download(repo_id, revision=commit, local_dir=staged, allow_patterns=names)
     if wrong := differing(allowed_files(staged, FETCHED), repo.digests(commit)):
         shutil.rmtree(staged)
@@ -77,3 +78,4 @@ def fetch_model(repo_id: str, name: str, directory: RunDirectory) -> None:
     folder = fresh(directory.models / name)
     for file, path in allowed_files(staged, MODEL_FILES).items():
         path.rename(folder / file)
+    write_sums(folder)

@@ -30,11 +30,10 @@ from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
 from overnight.core.files import sha256
-from overnight.core.processes import die_with_parent
-from overnight.errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError, Unreachable, first_line
-from overnight.hub.contents import Commit, commits
+from overnight.errors import EXIT_INPUT, EXIT_INTERRUPTED, DamagedData, InputError, Unreachable, first_line
+from overnight.hub.contents import Commit, commits, linked
 from overnight.recipe.schema import Recipe
-from overnight.run_dir.layout import recipe_of
+from overnight.run_dir.layout import finished, folder_name, recipe_of
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries; doubled each time, half of it by chance
 SILENCE = 120.0  # seconds without a byte after which a request has failed; huggingface_hub itself would wait for ever
@@ -162,7 +161,9 @@ def publish(run: Path, recipe: Recipe, log: Log, *, checkpoints: bool = False) -
         if commit.tag:
             tag = partial(repo.api.create_tag, tag=commit.tag, revision=commit.branch, exist_ok=True)
             attempt(partial(tag, repo.repo_id))
-    log(f"hub: {repo.repo_id}, {'private' if repo.private else 'public'}, holds every finished model of {run}")
+    left = [folder_name(target) for target in finished(run) if linked(run, target)]
+    but = f" but {', '.join(left)}: links are never sent" if left else ""
+    log(f"hub: {repo.repo_id}, {'private' if repo.private else 'public'}, holds every finished model of {run}{but}")
 
 
 def main() -> int:
@@ -171,13 +172,12 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoints", action="store_true")
     options = parser.parse_args()
-    die_with_parent()
     log: Log = partial(print, flush=True)
     try:
         publish(options.run, recipe_of(options.run), log, checkpoints=options.checkpoints)
     except InputError as error:
         log(f"hub: {error}. What is still missing, this sends: python recipes/publish.py {options.run}")
-        return EXIT_INTERRUPTED if isinstance(error, Unreachable) else EXIT_INPUT
+        return EXIT_INTERRUPTED if isinstance(error, Unreachable | DamagedData) else EXIT_INPUT
     return 0
 
 

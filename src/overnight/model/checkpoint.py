@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from overnight.core.files import forget_cached, sha256, sync
+from overnight.core.files import remove
+from overnight.core.sums import damage, discard, put_in_place
+from overnight.errors import DamagedData, Unreachable
 from overnight.run_dir.layout import saved_iterations
 
-MODEL, OPTIMIZER, STATE_FILE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+FILES = MODEL, OPTIMIZER, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 Tensors = dict[str, dict[str, Tensor]]  # by file, by name in the file
 
@@ -36,7 +38,7 @@ class Saved:
     path: Path
     held: float  # seconds that it held up the training
     seconds: float  # from its start to its end
-    problem: str | None = None  # why there is no such checkpoint; nothing of it is left
+    problem: str | None = None  # what it is not, and why
 
 
 class Saver:
@@ -62,9 +64,7 @@ class Saver:
         held = time.monotonic() - started
 
         def work() -> Saved:
-            problem = write_checkpoint(final, copies, text)
-            if problem is None:
-                prune(final.parent, self.keep, kept_for_ever)
+            problem = write_checkpoint(final, copies, text) or prune(final.parent, self.keep, kept_for_ever)
             return Saved(final, held, time.monotonic() - started, problem)
 
         self._underway = self._thread.submit(work)
@@ -100,11 +100,12 @@ def host_memory_like(tensor: Tensor) -> Tensor:
 def write_checkpoint(final: Path, tensors: Tensors, state: str) -> str | None:
     """Write a checkpoint, aside first; it gets its name when it is whole, and keeps it when the disk gives it back.
 
-    Returns None, or why there is none: then nothing of it is left, and older ones are as they were.
+    Returns None, or what it is not and why. Older ones are as they were then, and nothing of it is left, unless the
+    disk does not say whether it is whole.
     """
     aside = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         aside.mkdir(parents=True)
         for name, named in tensors.items():
             save_file(named, aside / name)
@@ -112,73 +113,38 @@ def write_checkpoint(final: Path, tensors: Tensors, state: str) -> str | None:
         put_in_place(aside, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        return str(error)
-    reason = damage(final)
-    if reason is not None:
-        quarantine(final)
-    return reason
-
-
-def write_sums(folder: Path) -> None:
-    """Write the checksum of every other file of a folder into its SHA256SUMS."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names), encoding="utf-8")
-
-
-def put_in_place(aside: Path, final: Path) -> None:
-    """Checksum and sync what is in `aside`, then give it its `final` name; an older folder of that name is replaced."""
-    write_sums(aside)
-    for path in aside.iterdir():
-        sync(path)
-        forget_cached(path)
-    sync(aside)
-    if final.exists():
-        discard(final)
-    aside.rename(final)
-    sync(final.parent)
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is there and has the checksum it was written with."""
+        return f"is not saved: {error}"
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError) as error:
-        return f"{SUMS}: {error}"
-    if missing := {MODEL, OPTIMIZER, STATE_FILE} - sums.keys():
-        return f"{SUMS} does not list {', '.join(sorted(missing))}"
-    for name, digest in sums.items():
-        try:
-            if sha256(folder / name) != digest:
-                return f"{name} differs from its checksum"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-    return None
-
-
-def discard(path: Path) -> None:
-    """Delete a whole checkpoint, never leaving half of one under its name."""
-    aside = path.with_name(f".{path.name}.discarded")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(path.rename(aside))
+        if (reason := damage(final, FILES)) is None:
+            return None
+        quarantine(final)
+    except OSError as error:
+        return f"is saved, but not read again: {error}"
+    return f"is not saved: {reason}"
 
 
 def quarantine(path: Path) -> Path:
     """Give a damaged checkpoint a name under which nobody takes it for one."""
     aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     return path.rename(aside)
 
 
 def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The first undamaged of `candidates`, which come newest first, and what was said about the damaged before it."""
-    said: list[str] = []
+    """The first undamaged of `candidates`, which come newest first, and what was said about the damaged before it.
+
+    Those are set aside once there is one to go back to. Raises `DamagedData` where all are damaged, and OSError where
+    the disk does not tell; both leave every one as it was.
+    """
+    reasons: dict[Path, str] = {}
     for path in candidates:
-        reason = damage(path)
-        if reason is None:
-            return path, said
-        said.append(f"{path}: {reason}; set aside as {quarantine(path).name}, going back to the one before")
-    return None, said
+        if (reason := damage(path, FILES)) is None:
+            aside = {each: quarantine(each).name for each in reasons}
+            return path, [f"{p}: {reasons[p]}; set aside as {aside[p]}, going back to the one before" for p in reasons]
+        reasons[path] = reason
+    if reasons:
+        raise DamagedData([f"{path}: {reason}" for path, reason in reasons.items()])
+    return None, []
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -224,8 +190,15 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
             optimizer.state[parameter][entry].copy_(tensor)
 
 
-def prune(folder: Path, keep: int, kept_for_ever: set[int]) -> None:
-    """Delete the oldest checkpoints beyond `keep`, but none of `kept_for_ever` (the branch points of the trunk)."""
-    plain = [path for iteration, path in saved_iterations(folder).items() if iteration not in kept_for_ever]
-    for path in plain[:-keep]:
-        discard(path)
+def prune(folder: Path, keep: int, kept_for_ever: set[int]) -> str | None:
+    """Delete the oldest checkpoints beyond `keep`, but none of `kept_for_ever` (the branch points of the trunk).
+
+    Returns why it cannot be done, or None.
+    """
+    try:
+        plain = [path for iteration, path in saved_iterations(folder).items() if iteration not in kept_for_ever]
+        for path in plain[:-keep]:
+            discard(path)
+    except (OSError, Unreachable) as error:
+        return f"is saved, but older ones cannot be removed: {error}"
+    return None

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from overnight.model.checkpoint import put_in_place
+from overnight.core.files import remove
+from overnight.core.processes import Helper
+from overnight.core.sums import put_in_place
+from overnight.model.load import load_model
 
+READING_SECONDS = 900
 TOLERANCE = 1e-5  # of the logits, float32 against float32 on the same CPU
 
 
@@ -29,7 +33,7 @@ def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: P
     the same logits on them, or misses or adds a key.
     """
     aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     try:
         model.save_pretrained(aside)
         tokenizer.model_max_length = model.config.n_positions  # so that a longer text is cut, or warned of
@@ -48,18 +52,19 @@ def verify_export(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
         on_cpu = GPT2LMHeadModel(model.config).eval()
         on_cpu.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
         save_file({"ids": probe.cpu().contiguous(), "logits": on_cpu(probe.cpu()).logits.contiguous()}, stored)
-        command = [sys.executable, "-m", "overnight.model.export", str(folder), str(stored)]
-        result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{folder} does not load as the model that was trained:\n{result.stdout}{result.stderr}")
+        reader = Helper("-m", "overnight.model.export", str(folder), str(stored))
+        if not reader.wait(READING_SECONDS):
+            reader.stop()
+            raise TimeoutError(errno.ETIMEDOUT, f"reading it again took more than {READING_SECONDS} s", str(folder))
+    if reader.code:
+        raise RuntimeError(f"{folder} does not load as the model that was trained:\n{reader.said()}")
 
 
 def export_faults(folder: str, probe: str) -> list[str]:
     """What a fresh reader of `folder` finds different from the logits stored in `probe`; empty when all is well."""
     model: Any
     info: dict
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)  # type: ignore[misc]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (model, info), tokenizer = load_model(folder, output_loading_info=True)
     stored = load_file(probe)
     found = [f"{kind}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
     if len(tokenizer) != model.config.vocab_size:

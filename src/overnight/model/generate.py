@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import plain
-from overnight.errors import InputError
+from overnight.model.load import load_model
 
 
 class Writer:
@@ -20,13 +19,9 @@ class Writer:
 
     @classmethod
     def load(cls, name: str) -> Writer:
-        """The model in a folder or on the Hub, on the best device; `InputError` when there is none. It runs no code."""
+        """The model in a folder or on the Hub, on the best device; raises as `load_model` does."""
         disable_progress_bar()
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{name}: no model can be loaded from there: {error}") from None
+        model, tokenizer = load_model(name)
         return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     @torch.no_grad()

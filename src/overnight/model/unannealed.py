@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from overnight.data.manifest import read_manifest
+from overnight.data.shards import tokenizer_problems
+from overnight.errors import DamagedData
 from overnight.model.checkpoint import MODEL
 from overnight.model.gpt2 import LanguageModel, published
 from overnight.recipe.schema import Recipe
@@ -17,7 +19,10 @@ from overnight.recipe.schema import Recipe
 def write_model(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
     """Write the weights of `checkpoint` and the tokenizer of the run's data into `folder`, on the CPU."""
     data = Path(recipe.data.dir)
-    model = LanguageModel(recipe.model, read_manifest(data).eos_id, compile=False)
+    manifest = read_manifest(data)
+    if problems := tokenizer_problems(data, manifest):
+        raise DamagedData(problems)
+    model = LanguageModel(recipe.model, manifest.eos_id, compile=False)
     weights = load_file(checkpoint / MODEL)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

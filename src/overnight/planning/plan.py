@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from overnight.core.console import count, duration
 from overnight.core.extras import require
+from overnight.core.files import atomic_write, write_figure
 from overnight.data.manifest import prepared
 from overnight.errors import InputError
 from overnight.planning.forecast import forecast_of_run
-from overnight.planning.gpus import Gpu, Speed, gpu_named, known_gpus, present
+from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
 from overnight.planning.memory import Memory, by_formula
 from overnight.planning.model_size import derive, derived_rows
 from overnight.planning.roofline import speed_of
 from overnight.planning.scaling_law import offset_of
-from overnight.planning.table import Budget, Losses, Prices, budget, by_law, default_milestones, lines
+from overnight.planning.table import VISIBLE, Budget, Losses, Prices, budget, by_law, default_milestones
 from overnight.recipe.schema import Recipe
 
 
@@ -113,7 +115,7 @@ def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
 def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None, probe: Callable[[Recipe], dict[str, Any]]) -> Card:
     measured = probe(recipe)
     if file:
-        file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        atomic_write(file, json.dumps(measured, indent=1) + "\n")
     return _measured(gpu, measured, f"measured just now on {measured['device']}")
 
 
@@ -143,6 +145,88 @@ def _print(recipe: Recipe, budgets: list[Budget], unique: int | None, prices: Pr
         print("\n".join(lines(each, prices)))
 
 
+def lines(budget: Budget, prices: Prices) -> list[str]:
+    """The table and the sentences under it, for a person."""
+    head = ("iterations", "tokens", "epochs", "loss", "90 %", "below GPT-2", "gain", "per night", "hours", "nights")
+    table = [(*head, "kWh", "money")]
+    for row in budget.rows:
+        per_night = row.gain_per_hour * prices.hours_per_night if row.gain_per_hour is not None else None
+        table.append(
+            (
+                f"{row.max_iters:,}",
+                count(row.tokens),
+                _shown(row.epochs, ".2f"),
+                _shown(row.loss, ".3f"),
+                f"{row.loss_low:.3f}-{row.loss_high:.3f}" if row.loss is not None else "-",
+                _shown(row.chance_below_gpt2, ".0%"),
+                _shown(row.gain, ".3f"),
+                _shown(per_night, ".3f"),
+                _shown(row.hours, ".1f"),
+                _shown(row.nights, ".1f"),
+                _shown(row.kwh, ".1f"),
+                _shown(row.cost, ".2f"),
+            )
+        )
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(head) + 2)]
+    out = ["  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in table]
+    return [*out, "", *_sentences(budget), *_basis(budget, prices)]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _sentences(budget: Budget) -> list[str]:
+    rows = {row.max_iters: row for row in budget.rows}
+    cheapest, sweet, best = budget.cheapest_below_gpt2(), budget.sweet_spot(), budget.best()
+    out = []
+    if cheapest is not None:
+        out.append(
+            f"The cheapest expected to pass GPT-2 124M's published {budget.gpt2:.4f} ({budget.dataset}, another"
+            f" validation split) is {cheapest:,} iterations, with a chance of {rows[cheapest].chance_below_gpt2:.0%}."
+        )
+    elif budget.gpt2 is not None and best is not None:
+        out.append(f"No budget here is expected to pass GPT-2 124M's published {budget.gpt2:.4f}.")
+    if best is not None:
+        hours = rows[best].hours
+        out += [
+            f"The sweet spot is {sweet:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one before,"
+            " which a validation can tell apart.",
+            f"The best is {best:,}, {rows[best].loss:.3f} expected"
+            + (f", after {duration(hours * 3600)}." if hours is not None else "."),
+        ]
+    return [*out, ""] if out else []
+
+
+def _basis(budget: Budget, prices: Prices) -> list[str]:
+    """What the numbers stand on, and where they do not."""
+    out = []
+    if budget.speed and budget.seconds_per_iteration and budget.validation_hours is not None:
+        rate, each = f"{count(budget.speed.tokens_per_second)} tokens a second", budget.seconds_per_iteration
+        out += [
+            f"hours     {rate}, {f'{each:.2f} s' if each >= 0.1 else f'{1000 * each:.3g} ms'} an iteration;"
+            f" {budget.speed.source}",
+            f"          validations included, {budget.validation_hours:.1f} h of the longest; nights of"
+            f" {prices.hours_per_night:g} h",
+        ]
+        if budget.gpu:
+            out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} a kWh")
+    elif budget.gpu:
+        out.append("hours     not known: the estimate is of bf16, which this card has not; --probe measures them")
+    else:
+        out.append(
+            f"hours     not known: there is no GPU here. `--gpu {USUAL}` plans for the card that the recipes are"
+            " written for, `--probe` measures this machine"
+        )
+    if budget.memory:
+        rows = f"{budget.memory.micro_batch} rows at once"
+        out.append(f"memory    {budget.memory.peak_gib:.1f} GiB with {rows}, {budget.memory.source}")
+    data = f", and at most {budget.data_gb:.1f} GB more while the data is prepared" if budget.data_gb else ""
+    out.append(f"disk      {budget.disk_gb:.1f} GB for the run{data}")
+    out.append(f"loss      {budget.losses}")
+    return out + [f"WARNING   {doubt}" for doubt in budget.caveats]
+
+
 def draw_plan(budgets: list[Budget], file: Path) -> None:
     """Loss against hours, or against iterations where no speed is known, with the intervals and GPT-2's line."""
     require("figures", "`--plot`")
@@ -169,8 +253,6 @@ def draw_plan(budgets: list[Budget], file: Path) -> None:
     axes.set_ylabel("expected validation loss, nats a token; 90 % interval")
     axes.legend()
     try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`--plot {file}`: {error}") from None
+        write_figure(file, figure)
     finally:
         pyplot.close(figure)

@@ -94,7 +94,7 @@ def adopt(
             train=train,
             counts=Counts(duplicates=0, reserved_unused=0, empty=0, unreadable=0, too_long=0, after_budget=0),
         )
-        name_prepared(partial, manifest, folder)
+        manifest = name_prepared(partial, manifest, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

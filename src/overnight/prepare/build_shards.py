@@ -44,11 +44,10 @@ def build_shards(job: Job, folder: Path, commit: str | None) -> Manifest:
         val.close()
         train.close()
         manifest = _manifest(job, commit, staged, chosen, val, train)
-        name_prepared(whole, manifest, folder)
+        return name_prepared(whole, manifest, folder)
     except BaseException:
         shutil.rmtree(whole, ignore_errors=True)
         raise
-    return manifest
 
 
 def _staged(job: Job) -> tuple[list[Stage], Allotment]:

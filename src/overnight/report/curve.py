@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.core.extras import require
-from overnight.errors import InputError
+from overnight.core.files import write_figure
 from overnight.planning.scaling_law import gpt2_dataset
 from overnight.planning.table import gpt2_loss
 from overnight.run_dir.layout import finished_in, read_run
@@ -21,7 +21,7 @@ HIGHEST = 1.2  # nats above the median validation loss that are shown
 def draw_curve(runs: Sequence[Path], file: Path) -> None:
     """Draw the runs over each other into `file`, a .png, .svg or .pdf.
 
-    Raises `InputError` for a folder that is no run, and a file that cannot be written.
+    Raises `InputError` for a folder that is no run, and a format that there is not.
     """
     require("figures", "a curve")
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
@@ -41,11 +41,7 @@ def draw_curve(runs: Sequence[Path], file: Path) -> None:
     axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be drawn: {error}; a name that ends in .png would work") from None
+    write_figure(file, figure)
 
 
 def _draw_run(axes: Any, name: str, records: list[Record], color: str) -> tuple[float, float]:

@@ -17,17 +17,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from overnight.core.console import count, duration, plain
 from overnight.core.files import atomic_write
-from overnight.errors import InputError
+from overnight.core.sums import SUMS, damage
+from overnight.errors import DamagedData, InputError
 from overnight.planning import scaling_law
 from overnight.planning.gpus import facts as facts_of
 from overnight.planning.table import gpt2_loss
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.report.curve import draw_curve
-from overnight.run_dir.layout import finished, finished_in, folder_name, read_run
+from overnight.run_dir.layout import ENVIRONMENT, finished, finished_in, folder_name, read_file, read_run
 from overnight.run_dir.metrics import Record, standing
 
-CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
+CARD, RECIPE, METRICS, CURVE, RESULTS = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png", "results.json"
 TEMPLATE, UNFINISHED = (Path(__file__).with_name(name) for name in ("model_card.md", "unfinished_card.md"))
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb")
 
@@ -51,7 +52,7 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     if (scored / "results.json").is_file():
         (folder / "evaluation").mkdir(exist_ok=True)
         for path in [scored / "results.json", scored / "comparison.md", *scored.glob("against-*.png")]:
-            shutil.copyfile(path, folder / "evaluation" / path.name)
+            atomic_write(folder / "evaluation" / path.name, path.read_bytes())
     atomic_write(folder / CARD, card(run, recipe, records, end, repo_id))
     return folder
 
@@ -114,9 +115,8 @@ def corpus(recipe: Recipe) -> str:
 def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id: str | None) -> str:
     """The whole README.md: the template with the values of the run."""
     model, context = folder_name(end["iteration"]), recipe.model.n_positions
-    facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    results = run / "evaluation" / model / "results.json"
-    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    facts = read_file(run / ENVIRONMENT, checked_facts, "remove it, and the run's training command writes it anew")
+    scores = scores_of(run, model)
     dataset = scaling_law.gpt2_dataset(recipe)
     here = json.dumps(str(run / "models" / model))
     values: dict[str, Any] = {
@@ -148,6 +148,24 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "thousands": "{:,}".format,
     }
     return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values)) + "\n"
+
+
+def checked_facts(found: dict[str, Any]) -> dict[str, Any]:
+    """What environment.json says of the machine and the data, with all that a card shows of it."""
+    numbers = {key: int(found[key]) for key in ("parameters", "unique_tokens", "validation_tokens")}
+    words = {key: str(found[key]) for key in ("device", "precision", "attention", "python")}
+    return found | numbers | words | {"packages": dict(found["packages"])}
+
+
+def scores_of(run: Path, model: str) -> dict[str, Any] | None:
+    """The results.json of a finished model's evaluation; None without one. `DamagedData` where a file of it differs."""
+    folder = run / "evaluation" / model
+    if not (folder / RESULTS).is_file():
+        return None
+    again = f"`python recipes/eval.py {run}/models/{model}` measures it again"
+    if (folder / SUMS).exists() and (reason := damage(folder, [RESULTS])):  # an older version wrote none
+        raise DamagedData(f"{folder} is damaged: {reason}; {again}")
+    return read_file(folder / RESULTS, dict, again)
 
 
 def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> ModelCardData:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
+import uuid
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,24 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from overnight.core.files import atomic_write
+from overnight.core.files import atomic_write, entries, remove
 from overnight.core.lock import hold
+from overnight.core.sums import damage
 from overnight.errors import InputError
 from overnight.recipe.identity import difference_lines, differences, grown, immutable_keys, recipe_identity
 from overnight.recipe.schedule import branch_point, branch_points, decaying, goals, towards
 from overnight.recipe.schema import Recipe, Schedule
-from overnight.run_dir.layout import folder_name, saved_iterations
+from overnight.run_dir.layout import (
+    CHECKPOINTS,
+    ENVIRONMENT,
+    RECIPE,
+    REWRITTEN,
+    cooldown_name,
+    cooldowns,
+    folder_name,
+    read_file,
+    saved_iterations,
+)
 from overnight.run_dir.metrics import Metrics
 
 RUNS = Path("runs")
@@ -30,15 +40,16 @@ class RunDirectory:
     def __init__(self, recipe: Recipe, runs: Path = RUNS):
         self.path = runs / recipe.name
         self.recipe = recipe
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self.models = self.path / "models"
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self.changes: list[dict[str, Any]] = []  # of the run's identity since it began: {"key", "before", "now"}
+        self.run_id: str | None = None  # what its checkpoints call it, wherever the directory lies; None before `claim`
         self._lock: FileLock | None = None
 
     def cooldown_of(self, goal: int) -> Path:
         """The checkpoints of the decay towards a budget."""
-        return self.checkpoints / f"cooldown-{goal:06d}"
+        return self.checkpoints / cooldown_name(goal)
 
     def refuse_unreachable(self, goal: int, *, now: bool) -> None:
         """Raise `InputError` when the trunk has no checkpoint that the decay of `goal` begins with, and went past it.
@@ -64,10 +75,8 @@ class RunDirectory:
 
     def kept_for_ever(self, schedule: Schedule) -> set[int]:
         """Iterations of the trunk that are never pruned: there a budget that is wanted, or finished, branches off."""
-        folders = [re.fullmatch(r"cooldown-(\d+)", path.name) for path in self.checkpoints.glob("cooldown-*")]
-        finished = [int(match[1]) for match in folders if match]
         wanted = branch_points(self.recipe.schedule) | {branch_point(schedule)}
-        return wanted | {branch_point(towards(schedule, m)) for m in finished}
+        return wanted | {branch_point(towards(schedule, m)) for m in cooldowns(self.checkpoints)}
 
     def refuse_another_run(self, found: dict[str, Any], allowed: Collection[str] = ()) -> None:
         """Raise `InputError` with every difference when this directory holds a run of another identity.
@@ -75,11 +84,9 @@ class RunDirectory:
         `found` is what decides the run beside its recipe: the data's fingerprint and the precision of this device.
         `allowed` names keys that may differ all the same; under `wsd` the run may always become longer.
         """
-        stored = self.path / "recipe.yaml"
-        before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.exists() else {"meaning": {}}
-        self.changes = before.get("changes", [])
-        now = recipe_identity(self.recipe) | found
-        differing = differences(before["meaning"], now) if stored.exists() else []
+        stored = self._stored_identity()
+        meaning, self.changes, self.run_id = stored or ({}, [], None)
+        differing = differences(meaning, recipe_identity(self.recipe) | found) if stored else []
         if useless := set(allowed) - {change["key"] for change in differing + self.changes}:
             raise InputError(f"`--allow-change {min(useless)}`: nothing to allow, that is as it was in {self.path}")
         grows = self.recipe.schedule.kind == "wsd" and grown(differing)
@@ -88,6 +95,22 @@ class RunDirectory:
         if refused:
             raise InputError(self._refusal(refused))
         self.changes = self.changes + differing
+
+    def _stored_identity(self) -> tuple[dict[str, Any], list[dict[str, Any]], str | None] | None:
+        """The identity of the run here, its changes, and its id: from recipe.yaml, or without it from a checkpoint."""
+        checkpoints = [path for folder in self._folders() for path in saved_iterations(folder).values()]
+        whole = (path / "state.json" for path in reversed(checkpoints) if damage(path) is None)
+        path = self.path / RECIPE if (self.path / RECIPE).exists() else next(whole, None)
+
+        def identity(found: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
+            changes = [{key: change[key] for key in ("key", "before", "now")} for change in found.get("changes", [])]
+            return dict(found["meaning"]), changes, found.get("run")
+
+        return read_file(path, identity, REWRITTEN) if path else None
+
+    def _folders(self) -> list[Path]:
+        """The trunk's checkpoints, and those of each decay."""
+        return [self.checkpoints, *cooldowns(self.checkpoints).values()]
 
     def _refusal(self, refused: list[dict[str, Any]]) -> str:
         keys = [change["key"] for change in refused]
@@ -132,13 +155,15 @@ class RunDirectory:
         A changed identity is written down with what it was before.
         """
         self._hold()
+        self.run_id = self.run_id or uuid.uuid4().hex
         now = {
+            "run": self.run_id,
             "meaning": recipe_identity(self.recipe) | found,
             "changes": self.changes,
             "recipe": self.recipe.model_dump(),
         }
-        atomic_write(self.path / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
-        atomic_write(self.path / "environment.json", json.dumps(environment, indent=1))
+        atomic_write(self.path / RECIPE, yaml.safe_dump(now, sort_keys=False))
+        atomic_write(self.path / ENVIRONMENT, json.dumps(environment, indent=1))
 
     def checkpoint(self, iteration: int, schedule: Schedule) -> Path:
         """Where the state after `iteration` belongs: to the trunk, or to the decay towards the schedule's end."""
@@ -153,10 +178,10 @@ class RunDirectory:
 
     def clear_leftovers(self) -> None:
         """Remove what killed saves have left: half-written and half-deleted folders."""
-        for folder in (self.checkpoints, *self.checkpoints.glob("cooldown-*")):
-            for pattern in (".iter-*.partial", ".iter-*.discarded"):
-                for path in folder.glob(pattern):
-                    shutil.rmtree(path)
+        for folder in self._folders():
+            for path in entries(folder):
+                if path.name.startswith(".iter-") and path.suffix in (".partial", ".discarded"):
+                    remove(path)
 
     def append(self, kind: str, iteration: int, *, cooldown: int | None = None, **values: Any) -> dict[str, Any]:
         """Add one record to metrics.jsonl and return it; `cooldown` is the milestone of the decay that it is of."""

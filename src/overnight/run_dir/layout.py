@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
-from overnight.errors import InputError
+from overnight.core.files import entries, refuse_dangling, sha256
+from overnight.core.sums import SUMS, damage
+from overnight.errors import DamagedData, InputError, first_line
 from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.metrics import Metrics, Record
 
 LOG = "log.txt"  # what the session printed; of those before it log-1.txt and so on
-_NAME = re.compile(r"iter-(\d{6,})")
+CHECKPOINTS, RECIPE, ENVIRONMENT = "checkpoints", "recipe.yaml", "environment.json"
+REWRITTEN = "move it away, and the run's own training command writes it anew and goes on from its checkpoints"
+T = TypeVar("T")
+_NAME, _COOLDOWN = re.compile(r"iter-(\d{6,})"), re.compile(r"cooldown-(\d{6,})")
 
 
 def folder_name(iteration: int) -> str:
@@ -27,9 +37,61 @@ def iteration_of(path: Path) -> int:
 
 
 def saved_iterations(folder: Path) -> dict[int, Path]:
-    """The checkpoints (or models) in `folder` by iteration, ascending; other files there are left alone."""
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("iter-*"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_dir()))
+    """The checkpoints (or models) in `folder` by iteration, ascending; other files there are left alone.
+
+    `Unreachable` where one is a link to what is not there.
+    """
+    return _numbered(folder, _NAME)
+
+
+def cooldowns(checkpoints: Path) -> dict[int, Path]:
+    """The folders of decays by the milestone that they end with, ascending."""
+    return _numbered(checkpoints, _COOLDOWN)
+
+
+def _numbered(folder: Path, name: re.Pattern[str]) -> dict[int, Path]:
+    found = [(int(match[1]), path) for path in entries(folder) if (match := name.fullmatch(path.name))]
+    for _, path in found:
+        try:
+            path.stat()
+        except FileNotFoundError:  # or pruned by now
+            refuse_dangling(path)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+    return dict(sorted((number, path) for number, path in found if path.is_dir()))
+
+
+def cooldown_name(milestone: int) -> str:
+    """`cooldown-006000`"""
+    return f"cooldown-{milestone:06d}"
+
+
+def refuse_misplaced(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Raise `InputError` for a checkpoint whose state is of another iteration, or another branch, than its place says.
+
+    A state that an older version wrote does not name its branch.
+    """
+    milestone = state.get("cooldown")
+    branch = checkpoint.parent.name
+    if "cooldown" in state:
+        branch = CHECKPOINTS if milestone is None else cooldown_name(milestone)
+    says = f"{branch}/{folder_name(state['iteration'])}"
+    if says != f"{checkpoint.parent.name}/{checkpoint.name}":
+        raise InputError(f"{checkpoint} holds what belongs to {says}: put it there, or move it away")
+
+
+def read_file(path: Path, make: Callable[[Any], T], otherwise: str) -> T:
+    """What `make` makes of a small JSON or YAML file of a run directory.
+
+    Raises FileNotFoundError where it is not there, and `DamagedData`, which says what to do `otherwise`, where it is
+    not what it was written as: unreadable, or without what `make` takes from it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return make(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text))
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedData(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): {otherwise}") from error
 
 
 def finished(run: Path) -> dict[int, Record]:
@@ -43,12 +105,31 @@ def finished_in(records: list[Record]) -> dict[int, Record]:
     return {record["iteration"]: record for record in records if record.get("event") == "finished"}
 
 
+def refuse_damaged_model(folder: Path) -> None:
+    """Raise `DamagedData` for a model folder that is not as it was written, by its SHA256SUMS and its run's record.
+
+    One that has neither comes from elsewhere, or was fetched by an older version.
+    """
+    folder = Path(os.path.abspath(folder))
+    match, metrics = _NAME.fullmatch(folder.name), Metrics(folder.parent.parent / "metrics.jsonl")
+    record = finished_in(metrics.records()).get(int(match[1])) if match and folder.parent.name == "models" else None
+    recorded = record.get("sums") if record else None
+    if recorded is None and not (folder / SUMS).exists():
+        return
+    reason = damage(folder, ("config.json", "model.safetensors"))
+    if reason is None and recorded not in (None, sha256(folder / SUMS)):
+        reason = "it is not the model that its run has recorded there"
+    if reason is not None:
+        way_on = "; remove it, and the run's own training command writes it again" if match else ""
+        raise DamagedData(f"{folder} is damaged: {reason}{way_on}")
+
+
 def recipe_of(run: Path) -> Recipe:
     """The recipe of a run directory; `InputError` where it is none."""
     try:
-        return stored_recipe(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recipe"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{run} is no run directory ({type(error).__name__}); runs/NAME would work") from None
+        return read_file(run / RECIPE, lambda found: stored_recipe(found["recipe"]), REWRITTEN)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{run} is no run directory: it has no {RECIPE}; runs/NAME would work") from None
 
 
 def read_run(run: Path) -> tuple[Recipe, list[Record]]:

@@ -8,9 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from overnight.core.files import atomic_write
+from overnight.core.files import atomic_write, never_through_a_link
 
 Record = dict[str, Any]
+
+FORECAST = ("max_iters", "loss", "loss_low", "loss_high")  # of each budget
+TAKEN = {
+    "train": ("loss",),
+    "val": ("loss", "seconds"),
+    "finished": ("val_loss", "best_val_loss", "tokens_per_second", "kwh", "mean_watts", "export_seconds"),
+    "flat": ("budget", "longer", "min_gain_nats"),
+    "ngram baselines": ("unigram", "bigram"),
+}
+"""What readers take from a record beside its iteration and tokens, by its kind, and by what happened in an event."""
+MAY_BE_NULL = ("tokens_per_second", "kwh", "mean_watts")  # and the training loss
 
 
 class Metrics:
@@ -20,12 +31,13 @@ class Metrics:
         self.path = path
         self.waiting: list[bytes] = []
         self.trouble: str | None = None  # why they wait
+        self.skipped = 0  # lines that were no whole records when they were last read
 
     def append(self, record: Record) -> None:
         """Write one record behind those that wait, all of them or none."""
         self.waiting.append(_line(record).encode())
         try:
-            with self.path.open("ab", buffering=0) as file:
+            with open(self.path, "ab", buffering=0, opener=never_through_a_link) as file:
                 whole = file.tell()
                 try:
                     _write_all(file, b"".join(self.waiting))
@@ -38,10 +50,15 @@ class Metrics:
             self.waiting, self.trouble = [], None
 
     def records(self) -> list[Record]:
-        """The records so far, those that wait included; a line that a crash left unfinished is no record."""
+        """The records so far, those that wait included.
+
+        A line that a crash left unfinished, or that lacks what is read from it, is no record, and counted as skipped.
+        """
         written = self.path.read_bytes() if self.path.exists() else b""
         lines = b"".join([written, *self.waiting]).decode(errors="replace").splitlines()
-        return [record for record in map(_parsed, lines) if isinstance(record, dict)]
+        found = [record for record in map(_parsed, lines) if whole(record)]
+        self.skipped = len(lines) - len(found)
+        return found
 
     def keep(self, wanted: Callable[[Record], bool]) -> None:
         """Drop the records that are not `wanted`, and unfinished lines."""
@@ -56,6 +73,30 @@ def standing(loss: float, baselines: Record) -> str:
     if loss >= baselines["bigram"]:
         return f"It predicts better than the frequencies of tokens ({tokens}), not yet than those of pairs ({pairs})."
     return f"It predicts better than the frequencies of tokens ({tokens}) and of pairs ({pairs})."
+
+
+def whole(record: Any) -> bool:
+    """Whether a parsed line is a record with all that its readers take from it."""
+    if not isinstance(record, dict) or record.get("kind") not in ("train", "val", "forecast", "event"):
+        return False
+    counts = [record.get("iteration"), record.get("tokens"), record.get("cooldown", 0)]
+    if not all(isinstance(number, int) for number in counts):
+        return False
+    if record["kind"] == "forecast":
+        rows = record.get("budgets")
+        return isinstance(rows, list) and all(isinstance(row, dict) and _has(row, FORECAST) for row in rows)
+    if record["kind"] == "event":
+        event = record.get("event")
+        return isinstance(event, str) and _has(record, TAKEN.get(event, ()))
+    return _has(record, TAKEN[record["kind"]], null=record["kind"] == "train")
+
+
+def _has(record: Record, numbers: tuple[str, ...], *, null: bool = False) -> bool:
+    missing = object()
+    return all(
+        isinstance(value := record.get(key, missing), int | float) or (value is None and (null or key in MAY_BE_NULL))
+        for key in numbers
+    )
 
 
 def _line(record: Record) -> str:

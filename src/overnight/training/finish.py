@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from overnight.core.files import no_room
+from overnight.core.files import errno_of, no_room, sha256
 from overnight.core.processes import ENDING, ORPHANED, handled
+from overnight.core.sums import SUMS
 from overnight.device.faults import end, told, with_room
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
 from overnight.model.export import export
@@ -96,7 +97,7 @@ def close(run: Run) -> None:
     try:
         run.console.stop()
         for quick_eval in run.quick_evals:
-            quick_eval.stop()
+            quick_eval.helper.stop()
         run.accelerator.end_training()
     except Exception as error:
         tell(run, "the trackers' end", error)
@@ -136,10 +137,11 @@ def finish(run: Run) -> int:
         try:
             model = published(run.model, run.recipe.model)
             with_room(run.device, lambda: export(model, run.tokenizer, folder, probe))
-        except Exception as error:  # tokenizers' own for a full disk is a bare Exception
-            if not no_room(error):
+        except Exception as error:  # tokenizers' own for what the system refuses is a bare Exception
+            if errno_of(error) is None:
                 raise
-            run.console.log(f"{folder} is not written: {error}; make room, and the same command again writes it")
+            mend = "make room" if no_room(error) else "mend that"
+            run.console.log(f"{folder} is not written: {error}; {mend}, and the same command again writes it")
             code = EXIT_INTERRUPTED
         else:
             finalize(run, folder, time.monotonic() - started)
@@ -153,7 +155,8 @@ def finalize(run: Run, folder: Path, export_seconds: float) -> None:
     run.record(
         "event",
         event="finished",
-        model=str(folder),
+        model=f"{folder.parent.name}/{folder.name}",
+        sums=sha256(folder / SUMS),
         val_loss=run.history.validations[-1][1],
         best_val_loss=run.history.best_val,
         tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,

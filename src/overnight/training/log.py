@@ -17,7 +17,7 @@ from overnight.errors import first_line
 from overnight.model.checkpoint import Saved
 from overnight.recipe.schedule import goals, iterations_left, lr_at
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished, iteration_of
+from overnight.run_dir.layout import finished, folder_name, iteration_of
 from overnight.run_dir.metrics import standing
 from overnight.training.state import RATE_WINDOW, RISING, QuickEval, Run
 
@@ -212,7 +212,7 @@ def log_saved(run: Run, saved: Saved | None) -> None:
         run.console.log(f"saved {saved.path} in {saved.seconds:.1f}s, {saved.held:.2f}s of it before going on")
         run.record("event", event="saved", **values)
         return
-    run.console.log(f"{saved.path} is not saved: {saved.problem}; older checkpoints stay, and the run goes on")
+    run.console.log(f"{saved.path} {saved.problem}; older checkpoints stay, and the run goes on")
     run.record("event", event="not saved", **values, problem=saved.problem)
 
 
@@ -244,7 +244,7 @@ def log_quick_evals(run: Run, *, wait: bool) -> None:
 def log_quick_eval(run: Run, quick_eval: QuickEval) -> None:
     """One finished model's scores."""
     milestone, items = iteration_of(quick_eval.folder), quick_eval.items
-    scores, problem = quick_eval.scores()
+    scores, problem = quick_eval.scores(lambda: run.signalled)
     run.directory.append("event", milestone, cooldown=milestone, event="scores", items=items, **scores)
     shown = ", ".join(f"{task} {score:.1%}" for task, score in scores.items())
     run.console.log(f"{quick_eval.folder.name}, first {items} items: {shown or f'not scored: {problem}'}")
@@ -266,7 +266,7 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
     """The box at the end, from metrics.jsonl alone: a finished run prints it again."""
     events = {record["event"]: record for record in directory.records("event")}
     done, baselines = finished(directory.path)[target], events.get("ngram baselines")
-    rate, kwh = done["tokens_per_second"], done["kwh"]
+    rate, kwh, model = done["tokens_per_second"], done["kwh"], directory.models / folder_name(target)
     lines = [
         f"validation loss  {done['val_loss']:.4f} nats per token at the end, {done['best_val_loss']:.4f} at its best"
     ]
@@ -275,7 +275,7 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
     lines += [
         f"speed            {f'{count(rate)} tokens a second over the warm iterations' if rate else 'not measured'}",
         f"energy           {'not measured' if kwh is None else f'{kwh:.2f} kWh'}",
-        f"model            {done['model']}",
+        f"model            {model}",
     ]
     budgets = goals(directory.recipe.schedule)
     of = (
@@ -287,5 +287,5 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
     if baselines:
         console.log(standing(done["val_loss"], baselines))
     prompts = directory.recipe.validation.prompts
-    console.log(f"next: python recipes/eval.py {done['model']}")
-    console.log(f"      python recipes/sample.py {done['model']}" + (f' --prompt "{prompts[0]}"' if prompts else ""))
+    console.log(f"next: python recipes/eval.py {model}")
+    console.log(f"      python recipes/sample.py {model}" + (f' --prompt "{prompts[0]}"' if prompts else ""))

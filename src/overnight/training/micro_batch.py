@@ -5,7 +5,6 @@ It decides speed and memory, never the result. Only divisors of a process's rows
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -14,13 +13,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from overnight.core.console import count, duration
 from overnight.device.faults import until_memory_runs_out
+from overnight.device.launch import on_main
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.planning.memory import largest_fitting
 from overnight.planning.model_size import memory_gib, next_divisor
+from overnight.run_dir.layout import ENVIRONMENT, read_file
 from overnight.training.state import Run
 
 WARM_STEPS, TIMED_STEPS = 2, 5  # the first compiles, the second is the first that has gradients to add to
@@ -118,15 +118,19 @@ def measured(run: Run) -> dict[str, Any] | None:
 
 def earlier(run: Run, limit_gib: float) -> int:
     """The size of the run's last session, where it was measured under what would be measured now; otherwise 0."""
-    environment = run.directory.path / "environment.json"
-    found = [None]
-    if run.accelerator.is_main_process and environment.exists():
-        found = [json.loads(environment.read_text(encoding="utf-8")).get("measured")]
-    (measured,) = broadcast_object_list(found)
-    if measured is None or measured["circumstances"] != circumstances(run):
-        return 0
-    same = abs(limit_gib - measured["limit_gib"]) <= AS_MUCH_MEMORY * measured["limit_gib"]
-    return measured["micro_batch"] if same else 0
+    environment = run.directory.path / ENVIRONMENT
+
+    def size(found: dict[str, Any]) -> int:
+        measured = found.get("measured")
+        if measured is None or measured["circumstances"] != circumstances(run):
+            return 0
+        same = abs(limit_gib - measured["limit_gib"]) <= AS_MUCH_MEMORY * measured["limit_gib"]
+        return int(measured["micro_batch"]) if same else 0
+
+    def read() -> int:
+        return read_file(environment, size, "remove it: the same command writes it anew") if environment.exists() else 0
+
+    return on_main(run.accelerator, read)
 
 
 def largest_to_try(run: Run, limit_gib: float) -> int:

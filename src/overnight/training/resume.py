@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from overnight.device.faults import with_room
-from overnight.errors import InputError
+from overnight.device.launch import on_main
+from overnight.errors import DamagedData, InputError
 from overnight.model import checkpoint
 from overnight.recipe.identity import difference_lines, differences, recipe_identity
 from overnight.recipe.schedule import branch_point, branch_points
+from overnight.run_dir.layout import refuse_misplaced
 from overnight.training.log import informs, log_saved
 from overnight.training.setup import found_identity
 from overnight.training.state import LossHistory, Run
@@ -57,7 +58,9 @@ def time_used(run: Run) -> float:
 def state_of(run: Run) -> dict[str, Any]:
     """What a checkpoint says beside its tensors."""
     return {
+        "run": run.directory.run_id,
         "iteration": run.iteration,
+        "cooldown": run.cooldown_at(run.iteration),
         "meaning": run_identity(run),
         "changes": run.directory.changes,
         "history": run.history.as_json(),
@@ -72,29 +75,20 @@ def resume(run: Run) -> None:
 
     Raises `InputError`, before anything of the run is changed, when that is a checkpoint of another run.
     """
-    if run.accelerator.is_main_process:
-        run.directory.clear_leftovers()
-    chosen = None
-    if run.accelerator.is_main_process:
-        chosen = checkpoint.newest_whole(run.directory.resumable(run.schedule))
-    found, said = broadcast_object_list([chosen])[0]
+    found, said = on_main(run.accelerator, lambda: chosen(run))
     for line in said:
         run.console.log(line)
     if found is None:
-        if run.iteration:  # a budget was finished, and the weights at hand are those of its decay
-            raise InputError(f"{run.directory.checkpoints} has no whole checkpoint of the trunk to go back to")
-        if run.accelerator.is_main_process:
-            run.directory.forget_after(-1, run.target_iters)
+        forget_after(run, -1)
         return
     state = checkpoint.read_state(found)
-    refuse_foreign(run, found, state)
     checkpoint.load_checkpoint(found, run.model, run.optimizers)
     if not run.iteration:  # otherwise it is this session that goes back to its own trunk
         run.joules, run.seconds = state["joules"], state.get("seconds", 0.0)
     run.iteration = state["iteration"]
     run.history = LossHistory.from_json(state["history"])
+    forget_after(run, run.iteration)
     if run.accelerator.is_main_process:
-        run.directory.forget_after(run.iteration, run.target_iters)
         run.record("event", event="resumed", checkpoint=found.name)
         for change in run.directory.changes[len(state["changes"]) :]:
             run.record("event", event="changed", **change)
@@ -108,11 +102,46 @@ def resume(run: Run) -> None:
     run.console.log(f"goes on at iteration {run.iteration} from {found}")
 
 
+def forget_after(run: Run, iteration: int) -> None:
+    """Drop the records that will be made again, and say how many lines of the log were none."""
+    if not run.accelerator.is_main_process:
+        return
+    run.directory.forget_after(iteration, run.target_iters)
+    if skipped := run.directory.metrics.skipped:
+        run.console.log(f"{run.directory.metrics.path}: {skipped} lines were no whole records, and are left out")
+
+
+def chosen(run: Run) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, None where there never was one, and what is said about damaged ones before it.
+
+    Raises `InputError` when it is not this run's, or not what its place says, and `DamagedData` when none is whole: to
+    begin anew is the user's word, not ours.
+    """
+    directory = run.directory
+    directory.clear_leftovers()
+    nothing = f"nothing is left to go on from. `--name NEW` begins anew, as does moving {directory.path} away"
+    try:
+        found, said = checkpoint.newest_whole(directory.resumable(run.schedule))
+    except DamagedData as error:
+        raise DamagedData([*error.problems, nothing]) from None
+    if found is not None:
+        state = checkpoint.read_state(found)
+        refuse_foreign(run, found, state)
+        refuse_misplaced(found, state)
+        return found, said
+    own = [each for each in directory.records("event") if each.get("cooldown") in (None, run.target_iters)]
+    if run.iteration or any(each["event"] == "saved" for each in own):
+        raise DamagedData([f"{directory.checkpoints} has none of the checkpoints that were saved there", nothing])
+    return None, said
+
+
 def refuse_foreign(run: Run, found: Path, state: dict[str, Any]) -> None:
     """Raise `InputError` for a checkpoint whose identity is not this run's, now or before a change that was allowed."""
     changed = {change["key"] for change in run.directory.changes}
     now = run_identity(run)
     foreign = [change for change in differences(state["meaning"], now) if change["key"] not in changed]
+    if state.get("run", run.directory.run_id) != run.directory.run_id:  # an older version's state does not say
+        foreign.append({"key": "run", "before": state["run"], "now": run.directory.run_id})
     if foreign:
         raise InputError(
             f"{found} is of another run:\n{difference_lines(foreign)}\nmove it away; the one before it would work"

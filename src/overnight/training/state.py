@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from overnight.cli import RECIPES
 from overnight.core.console import Console
-from overnight.core.processes import beside
+from overnight.core.processes import Helper
 from overnight.data.batches import TrainingBatches
 from overnight.data.shards import Shards
 from overnight.data.tokenizer import load_tokenizer
@@ -38,6 +38,8 @@ SPIKE_FEWEST = 16  # losses below which nothing is called a spike
 SPIKE = 8.0  # standard deviations above the median, the deviation taken from the median of the distances to it
 RISING = 3  # rises of the validation loss in a row that are worth a word
 SPIKE_LEAST = 0.05  # nats; a smaller rise is never worth a word
+
+QUICK_EVAL_SECONDS = 3600.0  # after which an evaluation at a milestone is stopped: it stands still, or is too long
 
 COLD_ITERATIONS = 3  # compilation, allocator and caches: in no rate
 RATE_WINDOW = 10  # iterations that a rate is compared over, so that one slow iteration says nothing
@@ -166,23 +168,22 @@ class QuickEval:
         script = str(RECIPES / "eval.py")
         options = ["--against", "none", "--texts", "none", "--shards", "none", "--limit", str(items)]
         command = [script, str(folder), "--out", str(self.out), *options]
-        self.process = beside(*command, environment={"CUDA_VISIBLE_DEVICES": ""})
+        self.helper = Helper(*command, environment={"CUDA_VISIBLE_DEVICES": ""})
+        self.ends = time.monotonic() + QUICK_EVAL_SECONDS
 
     @property
     def over(self) -> bool:
-        """Whether the process has ended."""
-        return self.process.poll() is not None
+        """Whether the process has ended, or its time has."""
+        return self.helper.code is not None or time.monotonic() > self.ends
 
-    def stop(self) -> None:
-        """End the process: the run was interrupted, and does not wait for it."""
-        self.process.kill()
-        self.process.communicate()
-
-    def scores(self) -> tuple[dict[str, float], str]:
-        """Wait for the end: the deciding metric of each task, and what went wrong, or an empty text."""
-        said, _ = self.process.communicate()
-        if self.process.returncode:
-            return {}, (said.strip().splitlines() or ["no word"])[-1]
+    def scores(self, enough: Callable[[], bool]) -> tuple[dict[str, float], str]:
+        """At the end of the process, of its time, or when there is `enough` of waiting: the deciding metric of each
+        task, and what went wrong, or an empty text."""
+        if not self.helper.wait(self.ends - time.monotonic(), enough):
+            self.helper.stop()
+            return {}, "it was stopped"
+        if self.helper.code:
+            return {}, (self.helper.said().strip().splitlines() or ["no word"])[-1]
         [model] = json.loads((self.out / "results.json").read_text(encoding="utf-8"))["models"]
         return {task: found["metrics"][found["metric"]] for task, found in model["tasks"].items()}, ""
 
@@ -283,5 +284,8 @@ class Run:
 
     def record_at(self, iteration: int, kind: str, **values: Any) -> dict[str, Any]:
         """Append a record of an iteration on the way to this target to metrics.jsonl, and return it."""
-        cooldown = self.target_iters if decaying(self.schedule, iteration) else None
-        return self.directory.append(kind, iteration, cooldown=cooldown, **values)
+        return self.directory.append(kind, iteration, cooldown=self.cooldown_at(iteration), **values)
+
+    def cooldown_at(self, iteration: int) -> int | None:
+        """The milestone of the decay that an iteration belongs to; None on the trunk."""
+        return self.target_iters if decaying(self.schedule, iteration) else None

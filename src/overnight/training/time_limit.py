@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import psutil
 from accelerate.utils import broadcast_object_list
@@ -21,7 +22,7 @@ from overnight.errors import InputError
 from overnight.recipe.schedule import branch_point, ending_now, towards
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished, saved_iterations
+from overnight.run_dir.layout import finished, read_file, saved_iterations
 from overnight.training.state import KeptLimit, Run, TimeLimit
 
 FILE = "night.json"
@@ -71,11 +72,19 @@ def going_on(directory: RunDirectory, asked: str, now: datetime) -> KeptLimit | 
     path = directory.path / FILE
     if not path.exists():
         return None
-    kept = KeptLimit(**json.loads(path.read_text(encoding="utf-8")))
+    kept = read_file(path, kept_limit, "remove it, and the same command chooses what fits by the pace of the run again")
     if kept.asked != asked or (kept.budget and kept.budget in finished(directory.path)):
         return None
     decaying = kept.budget is not None and bool(saved_iterations(directory.cooldown_of(kept.budget)))
     return kept if decaying or now < datetime.fromisoformat(kept.until) else None
+
+
+def kept_limit(found: dict[str, Any]) -> KeptLimit:
+    """What `night.json` says."""
+    kept = KeptLimit(**found)
+    if datetime.fromisoformat(kept.until).tzinfo is None or not isinstance(kept.budget, int | None):
+        raise ValueError("no time with a zone, or no number of iterations")
+    return replace(kept, seconds=float(kept.seconds))
 
 
 def next_time(clock: str, now: datetime) -> datetime:

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from overnight.model import optim
 from overnight.recipe.schedule import goals, lr_at
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished
+from overnight.run_dir.layout import finished, folder_name, refuse_damaged_model
 from overnight.training import finish, micro_batch
 from overnight.training.log import (
     log_baselines,
@@ -80,6 +81,8 @@ def train(
     for target in unfinished:
         directory.refuse_unreachable(target, now=cooldown is not None)
     on_main(accelerator, directory.lock)
+    for target in done.keys() & set(targets):
+        on_main(accelerator, partial(refuse_damaged_model, directory.models / folder_name(target)))
     run = set_up(recipe, accelerator, console, directory, shards, time_limit) if unfinished else None
     with uploading(accelerator, directory, console) as uploader:
         if run is None:

@@ -1,0 +1,54 @@
+"""Any model of a folder or of the Hub: weights from safetensors alone, and no code or kernel that comes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from overnight.core.files import errno_of
+from overnight.errors import InputError, first_line
+from overnight.run_dir.layout import refuse_damaged_model
+
+BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # implementations for which nothing is fetched
+
+
+def load_model(name: str, **how: Any) -> tuple[Any, Any]:
+    """What transformers' `from_pretrained` gives for the model of a folder or a Hub name, and its tokenizer.
+
+    Raises `InputError` for what is none or would need code or a pickle, `DamagedData` for a folder that is not as it
+    was written, and OSError where the system refuses a file.
+    """
+    try:
+        if Path(name).is_dir():
+            refuse_damaged_model(Path(name))
+        config, _ = PretrainedConfig.get_config_dict(name)
+        if not config:
+            raise InputError(f"{name}: no config.json there, so no model; runs/NAME/models/iter-... is one")
+        if code := sorted(set(code_in(config))):
+            raise InputError(
+                f"{name}: no model can be loaded from there: its config.json names code that is never fetched or run"
+                f" ({', '.join(code)}); a model of an architecture that transformers has works"
+            )
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **how)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # the Hub client, its transport and the parsers share no base class
+        if errno_of(error) is not None:
+            raise
+        raise InputError(f"{name}: no model can be loaded from there: {first_line(error)}") from error
+
+
+def code_in(config: dict[str, Any]) -> Iterator[str]:
+    """The keys of a configuration, and of those in it, that name code: classes of its own, or kernels of the Hub."""
+    for key, value in config.items():
+        if key in ("auto_map", "quantization_config"):
+            yield key
+        elif key.endswith("_implementation"):
+            asked = value.values() if isinstance(value, dict) else [value]
+            yield from (f"{key}: {each}" for each in asked if each not in BUILT_IN)
+        elif isinstance(value, dict):
+            yield from code_in(value)

@@ -1,0 +1,144 @@
+"""Group H of docs/reliability.md: nothing outlives or holds a run, and what comes from elsewhere runs no code."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from runs import ROOT, records, tiny
+from safetensors.torch import load_file
+
+from overnight.core.files import file_name, within
+from overnight.core.processes import Helper
+from overnight.errors import DamagedData, InputError
+from overnight.evaluation.results import Results, write_results
+from overnight.evaluation.tasks import index_of, load_benchmarks
+from overnight.model.generate import Writer
+from overnight.training import state
+from overnight.training import train as train_module
+
+PARENT = """import time
+from overnight.core.processes import Helper
+print(Helper("-c", "import time; time.sleep(600)").process.pid, flush=True)
+time.sleep(600)"""
+
+
+def test_h6_a_helper_ends_with_the_process_that_started_it():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    helper = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs([helper], timeout=30)[1] == []
+
+
+def test_h6_a_helper_that_says_much_or_stands_still_holds_nobody():
+    loud = Helper("-c", "print('x' * 10**6)")
+    assert loud.wait(60) and loud.code == 0
+    assert len(loud.said()) == 10**6 + 1
+    still = Helper("-c", "import time; time.sleep(600)")
+    os.kill(still.process.pid, signal.SIGSTOP)
+    assert not still.wait(0.1)
+    still.stop()
+    assert still.code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("ends", ["its time", "a signal"])
+def test_h6_an_evaluation_that_stands_still_holds_no_run(in_process, undisturbed, tmp_path, monkeypatch, ends):
+    asks = "os.kill(os.getppid(), signal.SIGTERM)" if ends == "a signal" else ""
+    (tmp_path / "eval.py").write_text(f"import os, signal, time\n{asks}\ntime.sleep(600)\n")
+    monkeypatch.setattr(state, "RECIPES", tmp_path)
+    monkeypatch.setattr(state, "QUICK_EVAL_SECONDS", 0.5 if ends == "its time" else 600.0)
+    name = f"still-{ends.split()[1]}"
+    recipe = tiny(in_process, "--name", name, "--schedule.max_iters", "10", "--evaluation.at_milestones", "5")
+    assert train_module.train(recipe) == 0
+    assert [r["items"] for r in records(in_process, name, "event") if r["event"] == "scores"] == [5]
+    left = [c for c in psutil.Process().children(recursive=True) if str(tmp_path / "eval.py") in c.cmdline()]
+    assert psutil.wait_procs(left, timeout=10)[1] == []
+
+
+TASK = """task: innocent
+dataset_path: json
+dataset_kwargs: {data_files: {test: items.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: c
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ((TASK + "doc_to_target: !function evil.f\n").encode("utf-16"), "`!function evil.f` is code"),
+        ((TASK + "doc_to_target:\t!function evil.f\n").encode(), "!function|cannot be read"),
+        ((TASK + "doc_to_target: !!python/name:evil.f\n").encode(), "python/name:evil.f"),
+        ((TASK + "doc_to_target: [\n").encode(), "cannot be read"),
+        ((TASK + "doc_to_target: &a [*a]\n").encode(), "cannot be read"),
+        (TASK.replace("items.jsonl", "../items.jsonl").encode(), "which is not in it"),
+        (TASK.replace("items.jsonl", "/etc/hostname").encode(), "which is not in it"),
+    ],
+    ids=["UTF-16", "a tab", "an object", "no YAML", "a loop", "beside the folder", "anywhere"],
+)
+def test_h7_a_task_file_is_read_as_lm_eval_reads_it_and_what_is_not_read_is_refused(tmp_path, content, said):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\ndef f(doc): return 0\n")
+    (tmp_path / "items.jsonl").write_text('{"q": "a b", "c": ["x", "y"]}\n')
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        load_benchmarks(["innocent"], index_of(["innocent"], tmp_path))
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_h7_no_name_leaves_its_folder_and_two_names_are_two_files(tmp_path):
+    names = ["../../../metrics", "..", "", "a b", "a_b", "a/b/c", "a_b_c", "x" * 300, "x" * 301, "\u00e9", "con\n"]
+    made = [file_name(name) for name in names]
+    assert len(set(made)) == len(names)
+    assert all(Path(name).name == name and name.isascii() and len(name) < 100 for name in made)
+    assert file_name("openai-community/gpt2") == "openai-community_gpt2"
+    write_results(
+        Results({"dtype": "float32"}, [state_of_nothing()], [], []), {"../../metrics": []}, tmp_path / "a" / "b"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    for name in ("../other", "/etc/passwd", "a/../../b", ""):
+        with pytest.raises(DamagedData, match="which is not in it"):
+            within(tmp_path, name)
+
+
+def state_of_nothing():
+    from overnight.evaluation.results import Scores
+
+    return Scores({"name": "nothing", "parameters": 1, "context": 1})
+
+
+@pytest.fixture
+def model(undisturbed, in_process, tmp_path) -> Path:
+    """A copy of the tiny run's model, without its sums."""
+    folder = Path(shutil.copytree("runs/tiny/models/iter-000040", tmp_path / "model"))
+    (folder / "SHA256SUMS").unlink()
+    return folder
+
+
+def test_h7_weights_are_never_read_from_a_pickle(model):
+    Writer.load(str(model))
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no model can be loaded from there"):
+        Writer.load(str(model))
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+def test_h7_a_kernel_that_a_model_names_is_never_fetched(model, key):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {key: "somebody/kernel"}))
+    with pytest.raises(InputError, match=f"{key}: somebody/kernel"):
+        Writer.load(str(model))
+
+
+def test_h7_one_function_loads_a_model():
+    files = [path for folder in ("src", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert [path.name for path in files if "ForCausalLM.from_pretrained" in path.read_text()] == ["load.py"]
