@@ -3,11 +3,10 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import yaml
 
-from overnight.cli import recipe_command
+from overnight.cli import recipe_command, user_path
 from overnight.core.extras import require
 from overnight.core.processes import handled
 from overnight.errors import EXIT_INTERRUPTED, InputError
@@ -20,8 +19,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executor-options", default="{}", help="what that executor takes: '{partition: cpu, time: \"02:00:00\"}'"
     )
-    parser.add_argument("--adopt", type=Path, metavar="DIR", help="use the token files there (datatrove's, nanoGPT's)")
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder; needs no RECIPE")
+    parser.add_argument(
+        "--adopt", type=user_path, metavar="DIR", help="use the token files there (datatrove's, nanoGPT's)"
+    )
+    parser.add_argument("--verify", type=user_path, metavar="DIR", help="check a prepared folder; needs no RECIPE")
 
 
 def run(recipe, options) -> int:

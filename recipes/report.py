@@ -8,17 +8,16 @@ several runs over each other. Nothing but files is read, so it can be done while
 
 import argparse
 import sys
-from pathlib import Path
 
-from overnight.cli import exit_code
+from overnight.cli import exit_code, user_path
 from overnight.errors import InputError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, runs/NAME")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="a run directory, runs/NAME")
     parser.add_argument("--curve", action="store_true", help="draw the curve alone, of all runs in one figure")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="of the curve; default: report/curve.png in the first run"
+        "--out", type=user_path, metavar="FILE", help="of the curve; default: report/curve.png in the first run"
     )
 
 

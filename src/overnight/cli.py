@@ -66,6 +66,11 @@ def recipe_command(
         return without_device(error)
 
 
+def user_path(text: str) -> Path:
+    """The path of an option, with the home folder for `~`: a shell leaves it in `--option=~/folder`."""
+    return Path(text).expanduser()
+
+
 def without_device(error: RuntimeError) -> int:
     """75 after one line, where a device was lost or its memory ran out; any other error is raised again."""
     from overnight.device import faults  # with torch, which whatever meets such an error has imported

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overnight.cli import default_recipe, recipe_command
+from overnight.cli import default_recipe, recipe_command, user_path
 from overnight.core.processes import handled
 from overnight.data.manifest import MANIFEST, is_prepared
 from overnight.doctor import checks
@@ -251,7 +251,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     says = "finish by this time of day, as `--schedule.hours` does in so many hours"
     parser.add_argument("--until", metavar="HH:MM", help=says)
     says = "accelerate's configuration (default: your own where there is one, otherwise accelerate_config.yaml)"
-    parser.add_argument("--config_file", type=Path, help=says)
+    parser.add_argument("--config_file", type=user_path, help=says)
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
