@@ -25,9 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} items of each task")
     parser.add_argument("--tasks-dir", help="a folder of further task files in lm-eval's format")
     parser.add_argument("--trust-tasks", action="store_true", help="let the task files in --tasks-dir run code")
-    parser.add_argument(
-        "--data-dir", type=user_path, help="read the items of the tasks below this folder, not from the Hub"
-    )
+    parser.add_argument("--data-dir", type=user_path, help="read the items of the tasks below it, not from the Hub")
     parser.add_argument("--texts", nargs="+", help="text files or NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hub, or none")
     parser.add_argument("--shards", help="prepared data whose validation set is measured, or none (default: the run's)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of every model")

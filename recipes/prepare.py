@@ -4,12 +4,11 @@ import argparse
 import os
 import sys
 
-import yaml
-
 from overnight.cli import recipe_command, user_path
 from overnight.core.extras import require
 from overnight.core.processes import handled
 from overnight.errors import EXIT_INTERRUPTED, InputError
+from overnight.recipe.text import typed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(recipe, options) -> int:
     from overnight.prepare.cost import expected_cost
 
-    given = yaml.safe_load(options.executor_options)
+    given = typed(options.executor_options, set())
     if not isinstance(given, dict):
         raise InputError(f"`--executor-options` is {options.executor_options!r}; '{{partition: cpu}}' would work")
     if options.workers < 1:

@@ -279,8 +279,10 @@ def test_a_tokenizer_that_gives_other_ids_each_time_is_refused(tmp_path):
     def drop(content):
         content["model"]["dropout"] = 0.1
 
-    folder = saved(train_tokenizer(texts_of(1, 50), VOCAB), tmp_path / "tokenizer", drop)
-    with pytest.raises(InputError, match="has `dropout` 0.1"):
+    backend = train_tokenizer(texts_of(1, 50), VOCAB).backend_tokenizer
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    folder = saved(plain, tmp_path / "tokenizer", drop)
+    with pytest.raises(InputError, match=r"has `dropout` 0\.1"):
         load_tokenizer(folder)
 
 
@@ -302,10 +304,8 @@ def test_a_tokenizer_that_fastokens_does_not_know_serves_without_it(data, tmp_pa
 
 
 def test_of_many_files_each_is_read_a_few_times_whatever_their_number(data, tmp_path, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        dedup_split, "read_stage", lambda path, real=dedup_split.read_stage: read.append(path) or real(path)
-    )
+    read, real = [], dedup_split.read_stage
+    monkeypatch.setattr(dedup_split, "read_stage", lambda path: read.append(path) or real(path))
     budgets = dedup_split.Budgets(data.model_copy(update={"train_tokens": 10**9}), lambda rank: tmp_path / str(rank))
     for rank in range(200):
         (tmp_path / str(rank)).mkdir()

@@ -19,7 +19,7 @@ from overnight.cli import default_recipe, recipe_command, user_path
 from overnight.core.processes import handled
 from overnight.data.manifest import MANIFEST, is_prepared
 from overnight.doctor import checks
-from overnight.errors import EXIT_INTERRUPTED, InputError
+from overnight.errors import EXIT_INTERRUPTED, InputError, script_command
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import finished, folder_name, iteration_of
@@ -198,7 +198,7 @@ def run_evaluate(model: Path, config_file: Path, child: Child) -> int:
     command, environment, _ = launched(config_file, "eval.py", [str(model)])
     code = child.run(command, environment)
     if code and not child.stopped_by:
-        print(f"{model} is finished, its evaluation is not (code {code}): python recipes/eval.py {model}")
+        print(f"{model} is finished, its evaluation is not (code {code}): {script_command('eval.py', model)}")
     return EXIT_INTERRUPTED if child.stopped_by else code if code >= 0 else 128 - code
 
 

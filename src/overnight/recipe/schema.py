@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
+from overnight.errors import script_command
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -22,7 +24,9 @@ PathText = Annotated[str, AfterValidator(expanduser)]
 class Section(BaseModel):
     """Strict types, unknown keys refused, the attribute docstrings become the help."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Data(Section):
@@ -241,11 +245,16 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     hub: Hub = Hub()
     _file: Path = PrivateAttr(Path("RECIPE"))
+    _overrides: tuple[str, ...] = PrivateAttr(())
 
     @property
     def file(self) -> Path:
-        """Where the recipe was read from, for commands that are suggested to the user."""
+        """Where the recipe was read from."""
         return self._file
+
+    def command(self, script: str) -> str:
+        """The command of a script with this recipe as it was given, overrides included, quoted for a shell."""
+        return script_command(script, self._file, *self._overrides)
 
 
 def leaves(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -56,7 +56,7 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
         on_main(accelerator, lambda: prepare_embedded(recipe, console))
     elif not is_prepared(folder):
         raise InputError(
-            f"`data.dir`: {folder} holds no prepared data. `python recipes/prepare.py {recipe.file}` makes it:"
+            f"`data.dir`: {folder} holds no prepared data. `{recipe.command('prepare.py')}` makes it:"
             f" {expected_cost(recipe.data)}"
         )
     shards = open_shards(folder, verify=accelerator.is_local_main_process)
