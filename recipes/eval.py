@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from overnight.cli import exit_code
+from overnight.cli import exit_code, user_path
 from overnight.core.extras import require
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import QUICK, Evaluation
@@ -25,12 +25,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} items of each task")
     parser.add_argument("--tasks-dir", help="a folder of further task files in lm-eval's format")
     parser.add_argument("--trust-tasks", action="store_true", help="let the task files in --tasks-dir run code")
-    parser.add_argument("--data-dir", type=Path, help="read the items of the tasks below this folder, not from the Hub")
+    parser.add_argument("--data-dir", type=user_path, help="read the items of the tasks below it, not from the Hub")
     parser.add_argument("--texts", nargs="+", help="text files or NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hub, or none")
     parser.add_argument("--shards", help="prepared data whose validation set is measured, or none (default: the run's)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of every model")
     parser.add_argument(
-        "--out", type=Path, help="folder of the results (default: the run's evaluation/, or ./evaluation/)"
+        "--out", type=user_path, help="folder of the results (default: the run's evaluation/, or ./evaluation/)"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured; change nothing")
 

@@ -7,10 +7,9 @@ the device at hand, so that neither data nor a run is needed, and the hours foll
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from overnight.cli import recipe_command
+from overnight.cli import recipe_command, user_path
 from overnight.errors import InputError
 from overnight.recipe.schema import Recipe
 
@@ -20,12 +19,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--milestones", metavar="N,N", help="budgets in iterations (default: 6000,10000,15000,20000)")
     parser.add_argument("--throughput", type=float, metavar="TOK_S", help="tokens a second, where you know better")
     parser.add_argument("--probe", action="store_true", help="train 20 iterations on this device and measure them")
-    parser.add_argument("--probe-file", type=Path, metavar="FILE", help="with --probe write it there, without read it")
-    parser.add_argument("--calibrate", type=Path, metavar="CSV|RUN", help="measured runs that shift the law, or a run")
+    parser.add_argument(
+        "--probe-file", type=user_path, metavar="FILE", help="with --probe write it there, without read it"
+    )
+    parser.add_argument(
+        "--calibrate", type=user_path, metavar="CSV|RUN", help="measured runs that shift the law, or a run"
+    )
     parser.add_argument("--hours-per-night", type=float, default=10.0, metavar="H", help="default 10")
     parser.add_argument("--price-kwh", type=float, default=0.30, metavar="P", help="default 0.30")
     parser.add_argument("--json", action="store_true", help="print the same for programs")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss against hours into a .png or .svg")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw loss against hours into a .png or .svg")
 
 
 def probe(recipe: Recipe) -> dict[str, Any]:

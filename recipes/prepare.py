@@ -3,15 +3,12 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
-import yaml
-
-from overnight.cli import recipe_command
+from overnight.cli import recipe_command, user_path
 from overnight.core.extras import require
 from overnight.core.processes import handled
 from overnight.errors import EXIT_INTERRUPTED, InputError
-from overnight.recipe.load import pairs
+from overnight.recipe.text import pairs, typed
 
 TOLD = ("data.path", "data.files", "data.revision", "data.license")  # on the command line, of tokens that are adopted
 
@@ -25,18 +22,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--adopt",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="use the token files there (datatrove's, nanoGPT's); of their text is said what this line says in"
         " --data.path, .files, .revision and .license, and nothing that the recipe says",
     )
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder; needs no RECIPE")
+    parser.add_argument("--verify", type=user_path, metavar="DIR", help="check a prepared folder; needs no RECIPE")
 
 
 def run(recipe, options) -> int:
     from overnight.prepare.cost import expected_cost
 
-    given = yaml.safe_load(options.executor_options)
+    given = typed(options.executor_options, set())
     if not isinstance(given, dict):
         raise InputError(f"`--executor-options` is {options.executor_options!r}; '{{partition: cpu}}' would work")
     if options.workers < 1:

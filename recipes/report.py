@@ -9,17 +9,16 @@ done from another terminal while the run goes on.
 
 import argparse
 import sys
-from pathlib import Path
 
-from overnight.cli import exit_code
+from overnight.cli import exit_code, user_path
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, runs/NAME")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="a run directory, runs/NAME")
     parser.add_argument("--curve", action="store_true", help="draw the curve alone, of all runs in one figure")
     parser.add_argument("--status", action="store_true", help="say where each run stands, and write nothing")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="of the curve; default: report/curve.png in the first run"
+        "--out", type=user_path, metavar="FILE", help="of the curve; default: report/curve.png in the first run"
     )
 
 

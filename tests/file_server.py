@@ -29,6 +29,7 @@ class FileServer:
     drops: int = 0  # so many of the next GETs end in the middle of the body; -1: all of them
     statuses: list[int] = field(default_factory=list)  # of the next GETs, before anything else
     wrong_bytes: bool = False
+    ranges: bool = True  # whether it answers with a part of a file
     requested: list[tuple[str, str]] = field(default_factory=list)  # (path, Range) of every GET
 
     @property
@@ -92,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(404)
             return
         raw = file.read_bytes()
-        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "") if self.state.ranges else "")
         start, stop = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(raw))
         part = raw[start:stop]
         if self.state.wrong_bytes:

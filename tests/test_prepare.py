@@ -9,14 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from texts import SILENT, digests, documents_of, gpt2
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from overnight.core.lock import hold
 from overnight.data.encoder import Encoder
+from overnight.data.manifest import InputRecord, narrowed
 from overnight.data.shards import open_shards
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from overnight.errors import DamagedData, InputError
+from overnight.prepare import dedup_split
 from overnight.prepare.cost import expected_cost
 from overnight.prepare.documents import is_reserved, normalised_text, text_hash
 from overnight.prepare.prepare import prepare
@@ -165,6 +170,30 @@ def test_a_prepared_folder_is_reused_and_never_overwritten(data):
         prepare(data, VOCAB, **SILENT)
 
 
+@pytest.mark.parametrize("change", ["same size", "longer", "new", "gone"])
+def test_text_that_is_not_what_was_prepared_is_refused_by_name(data, change):
+    prepare(data, VOCAB, **SILENT)
+    folder = Path(data.path or "")
+    one, other = folder / "a.jsonl", folder / "b.jsonl"
+    before = one.stat()
+    if change == "same size":
+        one.write_text(one.read_text().replace("assert", "tressa"))
+        os.utime(one, ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif change == "longer":
+        write(one, texts_of(3, 700))
+    elif change == "new":
+        write(folder / "c.jsonl", texts_of(3, 10))
+    else:
+        one.unlink()
+    named = {"new": r"c\.jsonl is new", "gone": r"a\.jsonl is gone"}.get(change, r"a\.jsonl has changed")
+    with pytest.raises(InputError, match=named):
+        prepare(data, VOCAB, **SILENT)
+    one.unlink(missing_ok=True)
+    other.unlink()
+    (folder / "c.jsonl").unlink(missing_ok=True)
+    prepare(data, VOCAB, **SILENT)  # where the text is not, its shards are what there is
+
+
 def test_a_folder_of_other_files_is_left_alone(data):
     write(Path(data.dir) / "thesis.jsonl", ["mine"])
     with pytest.raises(InputError, match=r"`data\.dir` is .* holds other files"):
@@ -225,6 +254,68 @@ def test_a_vocabulary_that_does_not_fit_the_model_is_refused(data, tmp_path):
     train_tokenizer(texts_of(1, 600), VOCAB).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(InputError, match=r"`model\.vocab_size` is 512, but .* has 300 entries: use 300"):
         prepare(data.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")}), 512, **SILENT)
+
+
+def saved(tokenizer, folder: Path, change=lambda content: None) -> str:
+    """A tokenizer in a folder, its tokenizer.json changed."""
+    tokenizer.save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize("far", [65_541, 400])
+def test_a_tokenizer_whose_ids_have_holes_is_refused(tmp_path, far):
+    def tear(content):
+        content["model"]["vocab"]["a"] = far
+
+    folder = saved(train_tokenizer(texts_of(1, 50), VOCAB), tmp_path / "tokenizer", tear)
+    with pytest.raises(InputError, match=rf"`data\.tokenizer` is .* the largest {far}; .* 0 to {VOCAB - 1} would work"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_that_gives_other_ids_each_time_is_refused(tmp_path):
+    def drop(content):
+        content["model"]["dropout"] = 0.1
+
+    backend = train_tokenizer(texts_of(1, 50), VOCAB).backend_tokenizer
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    folder = saved(plain, tmp_path / "tokenizer", drop)
+    with pytest.raises(InputError, match=r"has `dropout` 0\.1"):
+        load_tokenizer(folder)
+
+
+def test_an_id_that_the_type_on_disk_does_not_hold_is_never_stored():
+    with pytest.raises(ValueError, match="has an id outside"):
+        narrowed(np.array([65_541]), 65_536, "text")
+
+
+def test_a_tokenizer_that_fastokens_does_not_know_serves_without_it(data, tmp_path):
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(VOCAB, show_progress=False, special_tokens=["<unk>", "</s>"], unk_token="<unk>")
+    backend.train_from_iterator(texts_of(1, 600), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "unigram")
+    data = data.model_copy(update={"tokenizer": str(tmp_path / "unigram")})
+    manifest = prepare(data, len(tokenizer), **SILENT)
+    assert manifest.counts.unreadable == 0 and documents_of(data.dir, "train")
+
+
+def test_of_many_files_each_is_read_a_few_times_whatever_their_number(data, tmp_path, monkeypatch):
+    read, real = [], dedup_split.read_stage
+    monkeypatch.setattr(dedup_split, "read_stage", lambda path: read.append(path) or real(path))
+    budgets = dedup_split.Budgets(data.model_copy(update={"train_tokens": 10**9}), lambda rank: tmp_path / str(rank))
+    for rank in range(200):
+        (tmp_path / str(rank)).mkdir()
+        record = InputRecord(name="", bytes=1, sha256="", rows=1, documents=1, characters=1, text_bytes=1, rejected=[])
+        (tmp_path / str(rank) / "stage.json").write_text(json.dumps({"record": record.model_dump(), "counts": {}}))
+        np.array([(2**63, rank, 10**7), (1, rank, 10)], dedup_split.DOCUMENT).tofile(
+            tmp_path / str(rank) / "documents.bin"
+        )
+        assert budgets.met_before(rank) == (rank >= 100)
+    assert len(read) <= 3 * 100
 
 
 def test_a_missing_tokenizer_is_refused_with_its_key(tmp_path):

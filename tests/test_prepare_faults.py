@@ -103,8 +103,8 @@ def test_d5_d6_d7_odd_rows_are_counted_and_listed_and_the_others_come_through(da
     manifest = prepare(data.model_copy(update={"path": str(path)}), GPT2_VOCABULARY, **SILENT)
     assert manifest is not None
     counts = manifest.counts
-    assert (counts.empty, counts.unreadable, counts.too_long) == (3, 2, 1)
-    assert manifest.inputs[0].rejected == ["row 7: no UTF-8 text", "row 9: no UTF-8 text", "row 205: over 8 MiB"]
+    assert (counts.empty, counts.unreadable, counts.missing, counts.too_long) == (3, 1, 1, 1)
+    assert manifest.inputs[0].rejected == ["row 7: no UTF-8 text", "row 9: no text there", "row 205: over 8 MiB"]
     assert len(manifest.model_dump_json()) < 3000
     tokens = open_shards(data.dir).train.read_all()
     ends = tokens == manifest.eos_id

@@ -1,5 +1,7 @@
 """A recipe is read strictly, and everything wrong with it is said at once."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,16 @@ def test_every_recipe_of_the_project_loads_under_its_own_name(path):
     assert load(path, []).name == path.stem
 
 
+def test_a_home_folder_is_known_in_every_path_of_a_recipe(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    keys = ("data.dir", "data.tokenizer", "evaluation.tasks_dir", "data.path")
+    given = [f"--{key}=~/there" for key in keys]
+    given += ["--evaluation.texts=[~/there]", "--evaluation.against=[~/there]", "--data.source=files"]
+    recipe = load(ROOT / "recipes" / "quickstart.yaml", given)
+    found = [recipe.data.dir, recipe.data.tokenizer, recipe.data.path, recipe.evaluation.tasks_dir]
+    assert {*found, *recipe.evaluation.texts, *recipe.evaluation.against} == {"/home/someone/there"}
+
+
 def test_three_problems_make_one_message_with_the_three(tmp_path):
     path = recipe_file(tmp_path, "speed: fast\noptim: {lr: high}\nbatch: {tokens_per_iter: 1000}\n")
     found = problems(path)
@@ -41,6 +53,64 @@ def test_a_number_may_be_written_with_an_exponent_but_a_truth_value_is_no_number
     assert load(recipe_file(tmp_path, "optim: {lr: 1e-3}"), ["--optim.weight_decay=2E-1"]).optim.lr == 1e-3
     (found,) = problems(recipe_file(tmp_path, "schedule: {max_iters: true}"))
     assert "`schedule.max_iters` is True" in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "*.jsonl",
+        "[x].jsonl",
+        "%x",
+        "@x",
+        "{a}.jsonl",
+        "2024-06-01",
+        "87e4310",
+        "a: b # c",
+        "12:30",
+        "yes",
+        "'",
+        "[" * 9,
+    ],
+)
+def test_what_is_typed_for_a_key_that_takes_text_is_that_text(text):
+    assert load(ROOT / "recipes" / "quickstart.yaml", ["--data.revision", text]).data.revision == text
+
+
+def test_what_is_typed_may_still_be_null_a_list_or_quoted():
+    given = ["--data.source=files", "--data.path=[a, b]", "--data.revision='1e5'", "--data.files=null", "--compile=no"]
+    recipe = load(ROOT / "recipes" / "quickstart.yaml", given)
+    assert recipe.data.path == ["a", "b"] and recipe.data.revision == "1e5" and recipe.data.files is None
+    assert recipe.compile is False
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {revision: 87e4310}", "`data.revision` is inf: .* text in quotes"),
+        ("validation: {prompts: [2024]}", "`validation.prompts` is 2024: .* text in quotes"),
+        ("optim: {lr: .inf}", "`optim.lr` is inf"),
+        ("1: 2", "line 1: `1` is no name for a key"),
+        ("a: b\nnull: 2", "line 2: `None` is no name for a key"),
+        ("seed: !!bool foo", "line 1: `foo` cannot be read"),
+        ("seed: " + "9" * 6000, "line 1: `9{100}...` cannot be read"),
+        ("x: " + "[" * 5000, "line 1: nested deeper"),
+        ("compute_environment: LOCAL_MACHINE", "configuration of accelerate, not a recipe; .* --config_file"),
+    ],
+)
+def test_whatever_yaml_makes_of_a_recipe_is_refused_with_its_key_or_line(tmp_path, text, said):
+    (found,) = problems(recipe_file(tmp_path, text))
+    assert re.search(said, found), found
+
+
+def test_a_date_in_a_recipe_is_text(tmp_path):
+    assert load(recipe_file(tmp_path, "name: 2024-06-01")).name == "2024-06-01"
+
+
+def test_a_suggested_command_has_the_overrides_and_is_quoted_for_a_shell(tmp_path):
+    path = recipe_file(tmp_path, "seed: 1")
+    said = load(path, ["--data.dir", "$(touch x)"]).command("prepare.py")
+    assert shlex.split(said) == ["python", "recipes/prepare.py", str(path), "--data.dir", "$(touch x)"]
+    assert "'$(touch x)'" in said
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
@@ -60,6 +130,8 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
         ("--hub.token", "hf auth login"),
         ("--optim.learning_rate=1", "optim.lr"),
         ("--schedule.max_itres=40", "schedule.max_iters"),
+        ("--shedule.hours=8", "schedule.hours"),
+        ("--model.max_itres=40", "schedule.max_iters"),
     ],
 )
 def test_the_keys_of_other_tools_are_answered_with_ours(override, ours):
@@ -88,6 +160,7 @@ def test_a_missing_recipe_is_answered_with_the_ones_that_are_there():
         ("--data.path=x.txt", "no use with `data.source: embedded`"),
         ("--checkpoint.keep=1", "greater than or equal to 2"),
         ("--model", "`model` is True"),
+        ("--logging.trackers=tensorboard", "`[tensorboard]` would work"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_a_way_out(override, said):

@@ -142,6 +142,13 @@ def hub(server, folder: Path, revision: str = "") -> str:
     return done.stdout
 
 
+def test_a_server_without_ranges_serves_a_file_of_several_blocks_whole(server, urls, tmp_path):
+    server.ranges, server.drops = False, 1
+    [file] = find(sample_data(f"{urls[0]}?download=true", tmp_path / "data", tmp_path), None)
+    path, _ = fetch(file, tmp_path / "inputs")
+    assert path.read_bytes() == (server.folder / "sample" / "000_00000.parquet").read_bytes()
+
+
 def test_a_hub_dataset_is_read_at_a_commit_and_against_its_published_sums(server, tmp_path):
     lines = hub(server, tmp_path).splitlines()
     assert [line.split()[1] for line in lines] == ["True"] * FILES, lines

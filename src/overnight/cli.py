@@ -87,6 +87,11 @@ def exit_code(work: Callable[[], int]) -> int:
         return faults.end(error)
 
 
+def user_path(text: str) -> Path:
+    """The path of an option, with the home folder for `~`: a shell leaves it in `--option=~/folder`."""
+    return Path(text).expanduser()
+
+
 def _told(error: InputError) -> int:
     """Print every problem of `error`, once for all processes of a run, and return the exit code of its kind."""
     if os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,8 @@
-"""What a script ends with when it cannot go on: errors that are told in a line each, and the exit codes they become."""
+"""What a script ends with when it cannot go on: errors of a line each, their exit codes, the command that goes on."""
 
 from __future__ import annotations
+
+import shlex
 
 EXIT_INPUT, EXIT_DAMAGED, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 4, 75
 
@@ -27,6 +29,11 @@ def refused_by_system(error: Exception) -> Unreachable:
 
 class DamagedData(InputError):
     """A file differs from what its manifest or checksum says. Scripts print it and end with exit code 3."""
+
+
+def script_command(script: str, *arguments: object) -> str:
+    """A command that is suggested to the user: the script in recipes/ with its arguments, quoted for a shell."""
+    return shlex.join(["python", f"recipes/{script}", *map(str, arguments)])
 
 
 def first_line(error: Exception) -> str:

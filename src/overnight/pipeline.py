@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overnight.cli import default_recipe, recipe_command
+from overnight.cli import default_recipe, recipe_command, user_path
 from overnight.core.processes import handled, tied
 from overnight.data.manifest import MANIFEST, is_prepared
 from overnight.doctor import checks
-from overnight.errors import EXIT_INTERRUPTED, InputError
+from overnight.errors import EXIT_INTERRUPTED, InputError, script_command
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import finished, folder_name, iteration_of
@@ -193,7 +193,7 @@ def run_evaluate(model: Path, config_file: Path, child: Child) -> int:
     command, environment, _ = launched(config_file, "eval.py", [str(model)])
     code = child.run(command, environment)
     if code and not child.stopped_by:
-        print(f"{model} is finished, its evaluation is not (code {code}): python recipes/eval.py {model}")
+        print(f"{model} is finished, its evaluation is not (code {code}): {script_command('eval.py', model)}")
     return EXIT_INTERRUPTED if child.stopped_by else code if code >= 0 else 128 - code
 
 
@@ -246,7 +246,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     says = "finish by this time of day, as `--schedule.hours` does in so many hours"
     parser.add_argument("--until", metavar="HH:MM", help=says)
     says = "accelerate's configuration (default: your own where there is one, otherwise accelerate_config.yaml)"
-    parser.add_argument("--config_file", type=Path, help=says)
+    parser.add_argument("--config_file", type=user_path, help=says)
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import io
@@ -17,6 +18,9 @@ from overnight.errors import DamagedData, InputError, Unreachable
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PIECE = 4 * 2**20  # bytes read at once
+SUM_LINE = re.compile(
+    r"\\?(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)|SHA256 \((?P<tagged>.+)\) ?= ?(?P<tagged_sum>[0-9a-fA-F]{64})"
+)
 
 
 def sha256(path: Path) -> str:
@@ -26,6 +30,27 @@ def sha256(path: Path) -> str:
         while piece := file.read(PIECE):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """The SHA-256 of each name in a SHA256SUMS, whether sha256sum wrote it as text, binary or with `--tag`.
+
+    Raises InputError for a line that is none of these, or a name with two sums: what is published could not be checked.
+    """
+    if not path.is_file():
+        return {}
+    found: dict[str, str] = {}
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").splitlines()
+    for number, line in enumerate(lines, start=1):
+        match = SUM_LINE.fullmatch(line.strip())
+        if line.strip() and not line.startswith("#") and match is None:
+            raise InputError(f"{path}, line {number}: no SHA-256 and name; `sha256sum FILE > {path.name}` writes one")
+        if match:
+            name = os.path.normpath(match["name"] or match["tagged"])
+            sha256 = (match["sum"] or match["tagged_sum"]).lower()
+            if found.setdefault(name, sha256) != sha256:
+                raise InputError(f"{path}, line {number}: {name} has two sums; leave the one that is right")
+    return found
 
 
 def sync(path: Path) -> None:

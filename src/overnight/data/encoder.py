@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,7 +35,10 @@ class Encoder:
         self.reference.encode_special_tokens = True
         self.reference.no_truncation()
         self.reference.no_padding()
-        self.fast = FastTokenizer.from_file(path) if FastTokenizer else None
+        self.fast = None
+        if FastTokenizer:
+            with suppress(ValueError):  # a kind of tokenizer that fastokens does not know, and `tokenizers` serves
+                self.fast = FastTokenizer.from_file(path)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts one after the other, uint32 (tokens,), and where each ends, int64 (texts,)."""

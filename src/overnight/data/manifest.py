@@ -89,12 +89,14 @@ class SplitRule(ShardRecord):
 
 class Counts(ShardRecord):
     """What was read and written nowhere: exact duplicates, reserved documents validation did not need, whitespace
-    only, rows that are no text, rows that are too long, and training documents after `train_tokens`."""
+    only, rows that are no UTF-8 or JSON, rows without a text, rows that are too long, and training documents after
+    `train_tokens`."""
 
     duplicates: int
     reserved_unused: int
     empty: int
     unreadable: int
+    missing: int = 0
     too_long: int
     after_budget: int
 
@@ -151,6 +153,13 @@ def little_endian(dtype: DType) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("<")
 
 
+def narrowed(ids: np.ndarray, vocab_size: int, name: object) -> np.ndarray:
+    """Token ids in the type on disk. Raises ValueError when one is not in [0, vocab_size): it would become another."""
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise ValueError(f"{name}: has an id outside [0, {vocab_size})")
+    return ids.astype(little_endian(dtype_for(vocab_size)), copy=False)
+
+
 def is_prepared(folder: Path) -> bool:
     """Whether the folder's shards are all there: the manifest is written last."""
     return (folder / MANIFEST).exists()
@@ -196,7 +205,9 @@ def request_differences(folder: Path, manifest: Manifest, data: Data, vocab_size
     held = {"data.tokenizer": manifest.tokenizer.name, "model.vocab_size": manifest.vocab_size}
     asked = {"data.tokenizer": data.tokenizer, "model.vocab_size": vocab_size}
     if manifest.split.rule != "adopted":
-        said = manifest.source.model_dump(include=SOURCE_KEYS) | manifest.split.model_dump(include=SPLIT_KEYS)
+        source = manifest.source.model_dump(include=SOURCE_KEYS)
+        source["path"] = Data(path=source["path"]).path  # `~` as recipes have it, and older manifests have not
+        said = source | manifest.split.model_dump(include=SPLIT_KEYS)
         wanted = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": ordered_path(data)}
         held |= {f"data.{key}": said[key] for key in said}
         asked |= {f"data.{key}": wanted[key] for key in said}

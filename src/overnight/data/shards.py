@@ -17,7 +17,7 @@ import numpy as np
 
 from overnight.core import files
 from overnight.data.encoder import json_fingerprint
-from overnight.data.manifest import DType, FileRecord, Manifest, dtype_for, little_endian, read_manifest
+from overnight.data.manifest import DType, FileRecord, Manifest, dtype_for, little_endian, narrowed, read_manifest
 from overnight.errors import DamagedData
 
 TOKENS_PER_FILE = 100_000_000
@@ -53,9 +53,9 @@ class ShardWriter:
         """
         tokens = np.asarray(ids)
         sizes = np.asarray([len(tokens)] if lengths is None else lengths, dtype=np.int64)
-        if sizes.min() <= 0 or tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise ValueError(f"{self.path}: a document is empty or has an id outside [0, {self.vocab_size})")
-        raw = tokens.astype(little_endian(self.dtype), copy=False).tobytes()
+        if sizes.min() <= 0:
+            raise ValueError(f"{self.path}: a document is empty")
+        raw = narrowed(tokens, self.vocab_size, self.path).tobytes()
         self._file.write(raw)
         self._sha256.update(raw)
         self._ends.append(self.tokens + np.cumsum(sizes))

@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer by Hub name or from a folder, without running code from either.
 
-    Raises InputError naming `data.tokenizer` when it cannot be had or has no end-of-text token.
+    Raises InputError naming `data.tokenizer` when it cannot be had, has no end-of-text token, or has ids with holes.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
@@ -57,7 +57,23 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
             f"`data.tokenizer` is {name_or_dir}, which has no tokenizer.json or no end-of-text token; "
             "openai-community/gpt2 has both"
         )
+    _require_countable(name_or_dir, tokenizer)
     return tokenizer
+
+
+def _require_countable(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise InputError unless the ids are 0 up to the number of entries, and a text always has the same."""
+    ids = set(tokenizer.get_vocab().values())
+    if len(ids) != len(tokenizer) or max(ids) + 1 != len(ids):
+        raise InputError(
+            f"`data.tokenizer` is {name}, which has {len(tokenizer)} entries, {len(ids)} different ids and the largest "
+            f"{max(ids)}; one whose ids are 0 to {len(tokenizer) - 1} would work"
+        )
+    if dropout := json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("dropout"):
+        raise InputError(
+            f"`data.tokenizer` is {name}, whose tokenizer.json has `dropout` {dropout}: a text would have other ids "
+            "each time; null there would work"
+        )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -23,7 +23,7 @@ from overnight.data.shards import Split
 from overnight.errors import InputError, first_line
 from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
-from overnight.prepare.documents import SUFFIXES, rows
+from overnight.prepare.documents import FORMATS, format_of, rows
 
 
 class TokenLoss(evaluate.Metric):
@@ -147,10 +147,10 @@ def read_texts(spec: str) -> list[str]:
     NAME is a dataset's on the Hub; SPLIT is test and COLUMN text unless said otherwise. Raises InputError.
     """
     path = Path(spec)
-    if path.suffix in SUFFIXES:
+    if form := format_of(spec):
         if not path.is_file():
             raise InputError(f"`--texts`: there is no file {spec}")
-        found = [row.text for row in rows(path, path.suffix, "text", spec) if row.text and row.text.strip()]
+        found = [row.text for row in rows(path, form, "text", spec) if row.text and row.text.strip()]
     else:
         name, config, split, column = [*spec.split(":"), "", "", "", ""][:4]
         try:
@@ -158,7 +158,7 @@ def read_texts(spec: str) -> list[str]:
             found = [document for document in documents if document.strip()]
         except Exception as error:  # the Hub client, its transport and the builders share no base class
             raise InputError(
-                f"`--texts`: {spec} is neither a {', '.join(SUFFIXES)} file nor a dataset that can be read "
+                f"`--texts`: {spec} is neither a {FORMATS} file nor a dataset that can be read "
                 f"({first_line(error)}); EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page is one, "
                 "`--texts none` leaves it out"
             ) from error

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from overnight.core.console import Console
 from overnight.core.processes import Helper
-from overnight.errors import EXIT_INTERRUPTED
+from overnight.errors import EXIT_INTERRUPTED, script_command
 from overnight.run_dir.directory import RunDirectory
 
 FIRST_WORD = 5.0  # seconds in which, before the first iteration, it can be known whether the Hub lets us
@@ -87,7 +87,7 @@ class Uploader:
             self.last_line = line
 
     def _later(self) -> str:
-        return f"What is still missing, this sends: python recipes/publish.py {self.run}"
+        return f"What is still missing, this sends: {script_command('publish.py', self.run)}"
 
 
 @contextlib.contextmanager

@@ -30,7 +30,15 @@ from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
 from overnight.core.files import sha256
-from overnight.errors import EXIT_INPUT, EXIT_INTERRUPTED, DamagedData, InputError, Unreachable, first_line
+from overnight.errors import (
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    DamagedData,
+    InputError,
+    Unreachable,
+    first_line,
+    script_command,
+)
 from overnight.hub.contents import Commit, commits, linked
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.layout import finished, folder_name, recipe_of
@@ -176,7 +184,7 @@ def main() -> int:
     try:
         publish(options.run, recipe_of(options.run), log, checkpoints=options.checkpoints)
     except InputError as error:
-        log(f"hub: {error}. What is still missing, this sends: python recipes/publish.py {options.run}")
+        log(f"hub: {error}. What is still missing, this sends: {script_command('publish.py', options.run)}")
         return EXIT_INTERRUPTED if isinstance(error, Unreachable | DamagedData) else EXIT_INPUT
     return 0
 

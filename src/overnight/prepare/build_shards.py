@@ -23,7 +23,7 @@ from overnight.data.manifest import (
 from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.errors import InputError
 from overnight.prepare.dedup_split import Allotment, Stage, allot, read_stage
-from overnight.prepare.documents import NOT_TEXT, TOO_LONG
+from overnight.prepare.documents import NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG
 from overnight.prepare.tokenize_files import DUPLICATE, EMPTY, Job
 from overnight.recipe.schema import Data
 
@@ -142,7 +142,8 @@ def _manifest(
             duplicates=counts[DUPLICATE] + chosen.duplicates,
             reserved_unused=chosen.reserved - sum(record.documents for record in val.records),
             empty=counts[EMPTY],
-            unreadable=counts[NOT_TEXT],
+            unreadable=counts[NOT_UTF8] + counts[NOT_JSON],
+            missing=counts[NO_TEXT],
             too_long=counts[TOO_LONG],
             after_budget=chosen.training - sum(record.documents for record in train.records),
         ),

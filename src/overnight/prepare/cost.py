@@ -20,6 +20,8 @@ BYTES_PER_SECOND = {"fastokens": 20e6, "tokenizers": 1.2e6}
 """Of text on one core, from parquet to shards, on a slow cloud machine; benchmarks/prepare.py measures it."""
 TOKEN_BYTES_PER_INPUT_BYTE = {".parquet": 0.75, ".jsonl": 0.5, ".txt": 0.5}
 """Of two-byte tokens, at most, for English text; FineWeb-Edu's parquet files have 0.70."""
+PACKED_TOKEN_BYTES = 1.5
+"""The same of a text file that was packed to a third of its size."""
 
 
 def expected_cost(data: Data) -> str:
@@ -44,7 +46,7 @@ def expected_cost(data: Data) -> str:
 def require_room(partial: Path, data: Data, vocab_size: int, files: list[SourceFile], workers: int) -> None:
     """Raise InputError when the disk will not hold the staged files, the shards, and the files fetched at one time."""
     size = np.dtype(dtype_for(vocab_size)).itemsize
-    staged = sum(file.size * TOKEN_BYTES_PER_INPUT_BYTE[file.suffix] for file in files) * size / 2
+    staged = sum(file.size * TOKEN_BYTES_PER_INPUT_BYTE.get(file.form, PACKED_TOKEN_BYTES) for file in files) * size / 2
     wanted = staged if data.train_tokens is None else (data.train_tokens + data.val_tokens) * size
     remote = sorted((file.size for file in files if file.remote), reverse=True)
     fetched = sum(remote if data.tokenizer == "trained" else remote[:workers])  # each goes when it is staged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +60,7 @@ def allot(documents: list[np.ndarray], data: Data) -> Allotment:
     every = np.concatenate([*documents, np.empty(0, DOCUMENT)])
     high, low = every["high"].astype(np.uint64), every["low"].astype(np.uint64)
     first = _first_of_equal(high, low)
-    border = first_training_key(data.reserved_fraction)
-    reserved = first & (high <= border - 1) if border else np.zeros(len(first), bool)
+    reserved = first & _reserved(high, data)
     training = first & ~reserved
     train, val = [], []
     train_left, val_left = data.train_tokens or np.inf, data.val_tokens
@@ -78,6 +78,44 @@ def allot(documents: list[np.ndarray], data: Data) -> Allotment:
     counts = {name: int(marks[:stop].sum()) for name, marks in (("training", training), ("reserved", reserved))}
     duplicates = int((~first[:stop]).sum())
     return Allotment(train, val, **counts, duplicates=duplicates, enough=train_left <= 0 and val_left <= 0)
+
+
+class Budgets:
+    """Whether the first files of a set meet both budgets; each is read as it is staged, and few of them twice."""
+
+    def __init__(self, data: Data, stage_of: Callable[[int], Path]):
+        self.data, self.stage_of = data, stage_of
+        self.files = self.train = self.val = 0  # read so far, and the tokens in them, those of equal texts too
+        self.next_look = 0
+        self.enough: int | None = None  # so many files are
+
+    def met_before(self, rank: int) -> bool:
+        """Whether those before number `rank`, as far as they are staged without a gap, meet both."""
+        while self.data.train_tokens and self.enough is None and self.files < rank:
+            stage = read_stage(self.stage_of(self.files))
+            if stage is None:
+                break
+            self._add(stage.documents)
+        return self.enough is not None and self.enough <= rank
+
+    def _add(self, documents: np.ndarray) -> None:
+        """Count a file; equal texts are looked for only where the budgets would be met without that."""
+        self.files += 1
+        reserved = int(documents["tokens"][_reserved(documents["high"], self.data)].sum())
+        self.val += reserved
+        self.train += int(documents["tokens"].sum()) - reserved
+        if self.files < self.next_look or self.train < (self.data.train_tokens or 0) or self.val < self.data.val_tokens:
+            return
+        stages = (read_stage(self.stage_of(number)) for number in range(self.files))
+        if allot([stage.documents for stage in stages if stage], self.data).enough:
+            self.enough = self.files
+        self.next_look = self.files + self.files // 10 + 1  # so that all looks together take a multiple of one
+
+
+def _reserved(high: np.ndarray, data: Data) -> np.ndarray:
+    """Marks the documents that never train, by the first halves of their keys."""
+    border = first_training_key(data.reserved_fraction)
+    return high.astype(np.uint64) <= border - 1 if border else np.zeros(len(high), bool)
 
 
 def _first_of_equal(high: np.ndarray, low: np.ndarray) -> np.ndarray:

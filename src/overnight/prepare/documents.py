@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
 import math
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from overnight.errors import DamagedData, InputError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-TEXT_FILE_DOCUMENT = 4000
-"""A .txt file is cut into documents at the first blank line after this many bytes."""
+TEXT_FILE_DOCUMENT, LONGEST_PIECE = 4000, 100_000
+"""A .txt file is cut into documents at the first blank line after so many bytes; where none comes in time, at the end
+of a line, and in a line without an end at a space."""
 LONGEST_ROW = 8 * 2**20
 """Bytes of a row above which it is rejected: no page of the web has that many, and memory stays bounded."""
 PARQUET_BUFFER = 2**22
 SPACE = 32
 ASCII_SPACES = bytes(SPACE if chr(code).isspace() and code < 128 else code for code in range(256))
 """For bytes.translate: makes a space of what str.split takes for one."""
-NOT_TEXT, TOO_LONG = "no UTF-8 text", f"over {LONGEST_ROW >> 20} MiB"
+NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG = (
+    "no UTF-8 text",
+    "no JSON object",
+    "no text there",
+    f"over {LONGEST_ROW >> 20} MiB",
+)
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+LONG_RUN = 64
+"""Combining characters in a row that are put in order before Python normalises them."""
 
 
 class SourceRow(NamedTuple):
@@ -35,9 +46,34 @@ class SourceRow(NamedTuple):
     share: float
 
 
+FORMATS = ".txt, .jsonl (both also .gz, .bz2, .zst), .parquet"
+
+
+def format_of(name: str) -> str | None:
+    """The format of a file or URL that can be read, by the end of its name: `.jsonl`, `.txt.gz`; None for any other."""
+    path = name.split("?")[0].split("#")[0] if "://" in name else name
+    found = re.search(r"(\.txt|\.jsonl)(\.gz|\.bz2|\.zst)?$|\.parquet$", path, re.IGNORECASE)
+    return found[0].lower() if found else None
+
+
 def normalised_text(text: str) -> str:
     """Return `text` in Unicode NFC with every run of whitespace made one space: what makes two documents equal."""
+    if not _marks().isdisjoint(text[::LONG_RUN]):  # it may have a run of them so long
+        text = re.sub(f"[{''.join(_marks())}]{{{LONG_RUN},}}", lambda run: _canonical_order(run[0]), text)
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+@lru_cache(maxsize=1)
+def _marks() -> frozenset[str]:
+    """Combining characters: for many in a row Python's time grows with their square (python/cpython issue 149079)."""
+    candidates = map(chr, range(0x300, 0x1F000))  # there is none outside of these
+    return frozenset(each for each in candidates if unicodedata.combining(unicodedata.normalize("NFD", each)[0]))
+
+
+def _canonical_order(marks: str) -> str:
+    """Combining characters in the order that each normal form has; what they are normalised to stays the same."""
+    apart = "".join(unicodedata.normalize("NFD", mark) for mark in marks)
+    return "".join(sorted(apart, key=unicodedata.combining))
 
 
 def text_hash(text: str) -> bytes:
@@ -70,21 +106,21 @@ def is_reserved(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < first_training_key(fraction)
 
 
-def rows(path: Path, suffix: str, column: str, name: str) -> Iterator[SourceRow]:
-    """Yield every row of the file at `path`, in order; `suffix` is its format and `name` what messages call it.
+def rows(path: Path, form: str, column: str, name: str) -> Iterator[SourceRow]:
+    """Yield every row of the file at `path`, in order; `form` is its `format_of`, `name` what messages call it.
 
     Raises InputError naming `data.text_column` when there is no such column, and DamagedData when the file cannot be
     decoded to its end; a single row that is no text is a row like the others.
     """
-    read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[suffix]
-    for raw, share in read(path, column, name):
-        if raw is None:
-            yield SourceRow(None, NOT_TEXT, share)
+    found = _read_parquet(path, column, name) if form == ".parquet" else _read_text(path, form, column, name)
+    for raw, share in found:
+        if isinstance(raw, str):
+            yield SourceRow(None, raw, share)
         elif len(raw) > LONGEST_ROW:
             yield SourceRow(None, TOO_LONG, share)
         else:
             text = _decoded(raw)
-            yield SourceRow(text, "" if text is not None else NOT_TEXT, share)
+            yield SourceRow(text, "" if text is not None else NOT_UTF8, share)
 
 
 def _decoded(raw: bytes) -> str | None:
@@ -94,53 +130,108 @@ def _decoded(raw: bytes) -> str | None:
         return None
 
 
-Raw = Iterator[tuple[bytes | None, float]]
-"""Rows as they stand in a file, None where there is nothing, each with the share of the file that was read."""
+Raw = bytes | str
+"""A row as it stands in a file, or why there is none."""
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
-    """The lines of a file with the share read; of a line over LONGEST_ROW only so much that it is seen to be that."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        while line := file.readline(LONGEST_ROW + 1):
-            rest = line
-            while len(rest) > LONGEST_ROW and not rest.endswith(b"\n"):
-                rest = file.readline(LONGEST_ROW + 1)
-            yield line, file.tell() / size
+def _read_text(path: Path, form: str, column: str, name: str) -> Iterator[tuple[Raw, float]]:
+    """The rows of a .txt or .jsonl file with the share of it that was read, unpacked on the way."""
+    kind, packing = re.findall(r"\.\w+", f"{form}.plain")[:2]
+    try:
+        with path.open("rb") as file:
+            stream = file if packing == ".plain" else _unpacked(file, packing)
+            for raw in _text_pieces(stream) if kind == ".txt" else _json_rows(stream, column, name):
+                yield raw, file.tell() / path.stat().st_size
+    except OSError as error:
+        if packing == ".plain":
+            raise
+        raise DamagedData(f"{name} cannot be unpacked to its end ({error}); fetch or write it again") from error
 
 
-def _read_txt(path: Path, column: str, name: str) -> Raw:
-    pending, share = bytearray(), 0.0
-    for line, share in _lines(path):
-        pending += line[: LONGEST_ROW + 1]
-        if (not line.strip() and len(pending) >= TEXT_FILE_DOCUMENT) or len(pending) > LONGEST_ROW:
-            yield _text_document(pending), share
-            pending = bytearray()
+def _unpacked(file: BinaryIO, packing: str) -> BinaryIO:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, COMPRESSED[packing]))
+
+
+def _text_pieces(file: BinaryIO) -> Iterator[bytes]:
+    pending = bytearray()
+    while line := file.readline(LONGEST_PIECE):
+        pending += line
+        ends = len(pending) if len(pending) >= TEXT_FILE_DOCUMENT and not line.strip() else 0
+        if not ends and len(pending) >= LONGEST_PIECE:
+            ends = _last_break(pending)
+        if ends:
+            yield _text_document(pending[:ends])
+            del pending[:ends]
     if pending.strip():
-        yield _text_document(pending), share
+        yield _text_document(pending)
+
+
+def _last_break(text: bytearray) -> int:
+    """Behind its last line, else its last word, else its last whole character: where a long text may be cut."""
+    found = next((at for mark in (b"\n", b" ") if (at := text.rfind(mark) + 1) >= TEXT_FILE_DOCUMENT), len(text))
+    while 0 < found < len(text) and text[found] & 0xC0 == 0x80:
+        found -= 1
+    return found
 
 
 def _text_document(raw: bytearray) -> bytes:
     return bytes(raw).removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").strip(b"\n")
 
 
-def _read_jsonl(path: Path, column: str, name: str) -> Raw:
-    for number, (line, share) in enumerate(_lines(path)):
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file that hold something; of one over LONGEST_ROW only so much that it is seen to be that."""
+    while line := file.readline(LONGEST_ROW + 1):
+        rest = line
+        while len(rest) > LONGEST_ROW and not rest.endswith(b"\n"):
+            rest = file.readline(LONGEST_ROW + 1)
+        line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield line
+
+
+def _json_rows(file: BinaryIO, column: str, name: str) -> Iterator[Raw]:
+    """Each line's text; the first of them may lack the column, not all."""
+    other: set[str] | None = None  # what the first row has, as long as none has the column
+    for line in _lines(file):
         if len(line) > LONGEST_ROW:
-            yield line, share
+            yield line
             continue
         try:
-            record: Any = json.loads(line.removeprefix(codecs.BOM_UTF8))
-        except ValueError:  # not JSON, or not UTF-8
-            record = None
-        if number == 0:
-            _require_column(column, list(record) if isinstance(record, dict) else [], name)
-        text = record.get(column) if isinstance(record, dict) else None
+            record: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield NOT_UTF8 if isinstance(error, UnicodeDecodeError) else NOT_JSON
+            continue
+        if not isinstance(record, dict):
+            yield NOT_JSON
+            continue
+        if column in record:
+            other = set()
+        elif other is None:
+            other = set(record)
+        text = record.get(column)
         # Back to bytes: JSON can spell a lone surrogate, which UTF-8 cannot.
-        yield (text.encode("utf-8", "surrogatepass") if isinstance(text, str) else None), share
+        yield text.encode("utf-8", "surrogatepass") if isinstance(text, str) else NO_TEXT
+    if other:
+        _require_column(column, sorted(other), name)
 
 
-def _read_parquet(path: Path, column: str, name: str) -> Raw:
+def looks_like(path: Path, form: str) -> str | None:
+    """What iconv calls the encoding of a .txt or .jsonl file that is not UTF-8; None when its head is unclear."""
+    if form not in (".txt", ".jsonl"):
+        return None
+    with path.open("rb") as file:
+        head = file.read(LONGEST_ROW)
+    zeros = head.count(b"\0")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if zeros > len(head) / 4:
+        return "UTF-16LE" if head[1::2].count(b"\0") > zeros / 2 else "UTF-16BE"
+    return "WINDOWS-1252" if re.search(rb"[A-Za-z][\xc0-\xff][a-z]", head) else None  # a letter among letters
+
+
+def _read_parquet(path: Path, column: str, name: str) -> Iterator[tuple[Raw, float]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -149,19 +240,29 @@ def _read_parquet(path: Path, column: str, name: str) -> Raw:
             path, page_checksum_verification=True, buffer_size=PARQUET_BUFFER, pre_buffer=False
         ) as file:
             _require_column(column, file.schema_arrow.names, name)
-            kind, read = file.schema_arrow.field(column).type, 0
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise InputError(f"`data.text_column` is {column}, but {name} has {kind} there; text would work")
+            _require_text(file.schema_arrow.field(column).type, column, name)
+            read = 0
             for batch in file.iter_batches(batch_size=256, columns=[column], use_threads=False):
                 # As bytes, so that one row of invalid UTF-8 is one rejected row and not the end of the file.
                 for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     read += 1
-                    yield raw, read / file.metadata.num_rows
+                    yield NO_TEXT if raw is None else raw, read / file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedData(f"{name} cannot be read as parquet ({error}); fetch or write it again") from error
 
 
-def _require_column(column: str, found: Iterable[str], name: str) -> None:
-    names = list(found)
+def _require_column(column: str, names: list[str], name: str) -> None:
     if column not in names:
         raise InputError(f"`data.text_column` is {column}, but {name} has {', '.join(names) or 'no columns'}")
+    if names.count(column) > 1:
+        raise InputError(f"`data.text_column` is {column}, which {name} has {names.count(column)} times; rename one")
+
+
+def _require_text(kind: Any, column: str, name: str) -> None:
+    """Raise InputError unless the values of an Arrow type are text or bytes, plain or by a dictionary."""
+    from pyarrow import types
+
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    forms = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    if not any(is_form(values) for is_form in forms):
+        raise InputError(f"`data.text_column` is {column}, but {name} has {kind} there; text would work")

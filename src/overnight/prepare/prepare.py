@@ -2,6 +2,7 @@
 
 `DIR.partial` holds the work in hand and survives whatever ends it; the same command goes on from there:
 
+    files-KEY.json  the input files, as they were found
     inputs/         files that are being fetched
     tokenizer-KEY/  the tokenizer
     stage/KEY/      a staged file (staging.py)
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -23,9 +25,18 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 from transformers import PreTrainedTokenizerFast
 
-from overnight.core.files import disk_full_error
+from overnight.core.files import atomic_write, disk_full_error, sha256
 from overnight.core.lock import hold, kernel_lock
-from overnight.data.manifest import MANIFEST, Manifest, dtype_for, is_prepared, require_same_request
+from overnight.data.manifest import (
+    MANIFEST,
+    Counts,
+    InputRecord,
+    Manifest,
+    dtype_for,
+    is_prepared,
+    read_manifest,
+    require_same_request,
+)
 from overnight.data.shards import verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from overnight.errors import InputError
@@ -35,8 +46,8 @@ from overnight.prepare.cost import require_room
 from overnight.prepare.documents import is_reserved, rows, text_hash
 from overnight.prepare.progress import watched
 from overnight.prepare.sources import SourceFile
-from overnight.prepare.tokenize_files import Job, pipeline, raise_left
-from overnight.prepare.workers import run_here, run_local, run_ray, submit_slurm
+from overnight.prepare.tokenize_files import Job, pipeline
+from overnight.prepare.workers import raise_left, run_here, run_local, run_ray, submit_slurm
 from overnight.recipe.schema import Data
 
 TOKENIZER_CHARACTERS = 50_000_000
@@ -64,6 +75,7 @@ def prepare(
     folder = Path(data.dir)
     if is_prepared(folder):
         require_same_request(folder, data, vocab_size)
+        _require_same_text(data, read_manifest(folder).inputs)
         report(f"{folder}: already prepared; verifying it")
         if _partial(folder).exists():  # killed after the folder had its name
             with _claimed(folder) as partial:
@@ -85,8 +97,38 @@ def prepare(
         manifest = build_shards(job, folder, commit)
     shutil.rmtree(partial)
     train, val = (sum(record.tokens for record in side) for side in (manifest.train, manifest.val))
-    report(f"{folder}: {train:,} training and {val:,} validation tokens")
+    report(f"{folder}: {train:,} training and {val:,} validation tokens{_left_out(manifest.counts)}")
     return manifest
+
+
+def _require_same_text(data: Data, inputs: list[InputRecord]) -> None:
+    """Raise InputError when files on this machine are not those that were prepared, by name, size and SHA-256.
+
+    Files that are gone altogether are not missed: shards are trained on where their text is not.
+    """
+    before = {record.name: record for record in inputs if "://" not in record.name}
+    if data.source != "files" or not any(os.path.exists(name) for name in before):
+        return
+    now = {file.name: file for file in sources.find(data, None) if not file.remote}
+    last = max(before)
+    problems = [f"{name} is gone" for name in before if name not in now]
+    problems += [f"{name} is new" for name in now if name not in before and (data.train_tokens is None or name < last)]
+    for name in before.keys() & now.keys():
+        sizes = before[name].bytes, now[name].size
+        if sizes[0] != sizes[1] or before[name].sha256 != sha256(Path(name)):
+            problems.append(f"{name} has changed (it had {sizes[0]:,} bytes and has {sizes[1]:,})")
+    if problems:
+        raise InputError(
+            [f"`data.path`: {each} since the data in {data.dir} was prepared" for each in sorted(problems)]
+            + ["name a new `data.dir` to prepare the text as it is now, or go back to the text as it was"]
+        )
+
+
+def _left_out(counts: Counts) -> str:
+    """What of the rows is in neither, by cause."""
+    found = counts.model_dump(exclude={"reserved_unused", "after_budget"})
+    listed = [f"{number:,} {cause.replace('_', ' ')}" for cause, number in found.items() if number]
+    return f"; left out of the text: {', '.join(listed)} (rows that are named in {MANIFEST})" if listed else ""
 
 
 def _partial(folder: Path) -> Path:
@@ -115,7 +157,7 @@ def _job(
     partial: Path, data: Data, commit: str | None, vocab_size: int, workers: int, report: Callable[[str], None]
 ) -> Job:
     """What the tasks need: the files, found and with room for what they become, and the tokenizer in the folder."""
-    files = sources.find(data, commit)
+    files = sources.find(data, commit, report)
     require_room(partial, data, vocab_size, files, workers)
     about = [data.tokenizer, vocab_size]
     if data.tokenizer == "trained":
@@ -127,10 +169,13 @@ def _job(
         tokenizer = _tokenizer(partial / "inputs", data, files, vocab_size, report)
         tokenizer.save_pretrained(partial / f"{name}.partial")
         (partial / f"{name}.partial").rename(partial / name)
+    listed = json.dumps(files)
+    key = hashlib.sha256(f"{data.model_dump_json()} {listed}".encode()).hexdigest()[:16]
+    atomic_write(partial / f"files-{key}.json", listed)
     return Job(
         folder=partial.absolute(),  # tasks on a cluster may start elsewhere
         data=data,
-        files=tuple(files),
+        key=key,
         tokenizer=name,
         tokenizer_sha256=fingerprint(tokenizer),
         vocab_size=vocab_size,
@@ -160,7 +205,7 @@ def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Itera
     left = TOKENIZER_CHARACTERS
     for file in files:
         path, _ = sources.fetch(file, inputs)
-        for row in rows(path, file.suffix, data.text_column, file.name):
+        for row in rows(path, file.form, data.text_column, file.name):
             if not row.text or not row.text.strip() or (key := text_hash(row.text)) in seen:
                 continue
             seen.add(key)

@@ -67,6 +67,7 @@ class Watcher:
         self.stopped = threading.Event()
         self.dead: set[int] = set()  # workers that were gone at an earlier look
         self.killed: int | None = None
+        self.waiting = {job.stage(rank).name: rank for rank in range(len(job.files))}
         self.done: dict[int, Counter[str]] = {}  # of files that are staged
         self.look()
         self.before = self._sums()  # by an earlier command
@@ -90,13 +91,12 @@ class Watcher:
 
     def look(self) -> None:
         """Read what the tasks have written."""
-        self.running: dict[int, dict] = {}
-        for rank in range(len(self.job.files)):
-            if rank in self.done:
-                continue
-            if (stage := read_stage(self.job.stage(rank))) is not None:
+        for name in self.waiting.keys() & {path.name for path in self.job.stage(0).parent.glob("*")}:
+            if (stage := read_stage(self.job.stage(rank := self.waiting.pop(name)))) is not None:
                 self.done[rank] = Counter(stage.counts) + Counter(tokens=int(stage.documents["tokens"].sum()))
-            elif (path := self.job.report(rank)).exists():
+        self.running: dict[int, dict] = {}
+        for path in self.job.report(0).parent.glob("*.json"):
+            if (rank := int(path.stem)) not in self.done:
                 self._look_at(rank, path)
 
     def _look_at(self, rank: int, path: Path) -> None:

@@ -17,18 +17,22 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import fsspec
+import fsspec.asyn
 from fsspec.core import url_to_fs
+from fsspec.implementations.http import HTTPFileSystem
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from overnight.core import files
 from overnight.errors import DamagedData, InputError, Unreachable
 from overnight.prepare.docstrings import embedded_documents, embedded_version
-from overnight.prepare.documents import SUFFIXES
+from overnight.prepare.documents import FORMATS, format_of
 from overnight.recipe.schema import Data
 
 EMBEDDED = "embedded.jsonl"
 EMBEDDED_BYTES = 11_000_000
 SHA256SUMS = "SHA256SUMS"
+MOST_NAMED = 8
+PARTIAL_CONTENT = 206
 BLOCK = 32 * 2**20
 """Bytes of one request; what is lost at most when a transfer breaks."""
 PAUSES = (1, 2, 4, 8, 16, 32)
@@ -48,9 +52,9 @@ class SourceFile(NamedTuple):
     sha256: str | None = None
 
     @property
-    def suffix(self) -> str:
-        """Its format: .txt, .jsonl or .parquet."""
-        return Path(self.name).suffix
+    def form(self) -> str:
+        """Its format and packing: .txt, .jsonl.gz, .parquet."""
+        return format_of(self.name) or ""
 
     @property
     def remote(self) -> bool:
@@ -63,8 +67,8 @@ class SourceFile(NamedTuple):
         return hashlib.sha256(json.dumps([self.name, self.size, self.version]).encode()).hexdigest()[:16]
 
 
-def find(data: Data, commit: str | None) -> list[SourceFile]:
-    """The files of the source, sorted by name; those of a Hub dataset at `commit`.
+def find(data: Data, commit: str | None, report: Callable[[str], None] = lambda line: None) -> list[SourceFile]:
+    """The files of the source, sorted by name; those of a Hub dataset at `commit`. `report` hears what is left out.
 
     Raises InputError naming the recipe key for what cannot be found or read, and Unreachable for a network that fails.
     """
@@ -77,7 +81,7 @@ def find(data: Data, commit: str | None) -> list[SourceFile]:
     named = [data.path] if isinstance(data.path, str) else data.path
     if data.source == "datasets":
         named = [_hub_url(data, commit)]
-    found = {file.name: file for pattern in named for file in (_remote if "://" in pattern else _local)(pattern)}
+    found = {file.name: file for place in named for file in (_remote if "://" in place else _local)(place, report)}
     return [found[name] for name in sorted(found)]
 
 
@@ -98,32 +102,56 @@ def _hub_url(data: Data, commit: str | None) -> str:
     return f"hf://datasets/{data.path}@{commit}/{data.files or '**'}"
 
 
-def _local(pattern: str) -> Iterator[SourceFile]:
-    root = Path(pattern).expanduser()
-    names = [str(path) for path in root.iterdir()] if root.is_dir() else glob.glob(str(root), recursive=True)
-    found = sorted(Path(name) for name in names if not root.is_dir() or Path(name).suffix in SUFFIXES)
-    if not found:
-        raise InputError(f"`data.path` is {pattern}: no file found there; it takes {', '.join(SUFFIXES)} or a folder")
-    for path in found:
-        _require_format(str(path), pattern)
+def _local(place: str, report: Callable[[str], None]) -> Iterator[SourceFile]:
+    """What a path means: the file, the text files in the folder, or the files that fit it as a pattern."""
+    root = Path(place)
+    if root.is_dir():
+        names = _only_text(place, [str(path) for path in root.iterdir()], report)
+    else:
+        names = [str(root)] if root.exists() else [name for name in _matching(root) if not os.path.isdir(name)]
+    if not names:
+        raise InputError(f"`data.path` is {place}: no file found there; it takes {FORMATS} or a folder")
+    sums: dict[Path, dict[str, str]] = {}
+    for path in sorted(map(Path, names)):
+        _require_format(str(path), place)
         about = path.stat()
-        yield SourceFile(str(path), about.st_size, str(about.st_mtime_ns), _published(path))
+        if path.parent not in sums:
+            sums[path.parent] = files.read_sums(path.with_name(SHA256SUMS))
+        yield SourceFile(str(path), about.st_size, str(about.st_mtime_ns), sums[path.parent].get(path.name))
 
 
-def _published(path: Path) -> str | None:
-    """The SHA-256 that a SHA256SUMS beside the file has for it."""
-    sums = path.with_name(SHA256SUMS)
-    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
-    return {name.lstrip("*"): sha256 for sha256, _, name in (line.partition("  ") for line in lines)}.get(path.name)
+def _matching(pattern: Path) -> list[str]:
+    """The files that fit a pattern; the folders at its beginning that are there are names, whatever stands in them."""
+    there = next(folder for folder in pattern.parents if folder.exists())
+    return [str(there / name) for name in glob.glob(str(pattern.relative_to(there)), root_dir=there, recursive=True)]
 
 
-def _remote(pattern: str) -> Iterator[SourceFile]:
+def _only_text(place: str, names: list[str], report: Callable[[str], None]) -> list[str]:
+    """Those of a folder's files that can be read; says which and, beside hidden ones, which cannot."""
+    text = [name for name in names if format_of(name) and not os.path.isdir(name)]
+    others = [name for name in names if name not in set(text) and not Path(name).name.startswith(".")]
+    others = [name for name in others if Path(name).name != SHA256SUMS]
+    if others:
+        several = f"{place}/**/*.jsonl" if any(os.path.isdir(name) for name in others) else ""
+        report(
+            f"{place}: {len(text)} files are read: {_listed(text)}; not read: {_listed(others)}"
+            + (f"; a pattern such as `{several}` reads what lies below" if several else "")
+        )
+    return text
+
+
+def _listed(names: list[str]) -> str:
+    shown = [Path(name).name + ("/" if os.path.isdir(name) else "") for name in sorted(names)[:MOST_NAMED]]
+    return ", ".join(shown) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+
+
+def _remote(pattern: str, report: Callable[[str], None]) -> Iterator[SourceFile]:
     system, root = with_retries(lambda: url_to_fs(pattern), pattern)
     names = [root]
-    if glob.has_magic(root) and not pattern.startswith("http"):
-        names = with_retries(lambda: [name for name in system.glob(root) if Path(name).suffix in SUFFIXES], pattern)
+    if glob.has_magic(root) and not pattern.startswith("http") and not with_retries(lambda: system.isfile(root), root):
+        names = _only_text(pattern, with_retries(lambda: system.glob(root), pattern), report)
         if not names:
-            raise InputError(f"`data.path` or `data.files` is {pattern}: no {', '.join(SUFFIXES)} file found there")
+            raise InputError(f"`data.path` or `data.files` is {pattern}: no {FORMATS} file found there")
     for name in names:
         url = system.unstrip_protocol(name)
         _require_format(url, pattern)
@@ -131,13 +159,13 @@ def _remote(pattern: str) -> Iterator[SourceFile]:
         if not about.get("size"):
             raise InputError(f"`data.path`: {url} has no size, or its server does not tell it; copy it to a local file")
         sha256 = (about.get("lfs") or {}).get("sha256")
-        version = sha256 or about.get("blob_id") or about.get("ETag") or about.get("LastModified") or ""
+        version = sha256 or about.get("blob_id") or about.get("ETag") or about.get("Last-Modified") or ""
         yield SourceFile(url, about["size"], str(version), sha256)
 
 
-def _require_format(name: str, pattern: str) -> None:
-    if Path(name).suffix not in SUFFIXES:
-        raise InputError(f"`data.path` is {pattern}: cannot read {name}; files end in {', '.join(SUFFIXES)}")
+def _require_format(name: str, place: str) -> None:
+    if format_of(name) is None:
+        raise InputError(f"`data.path` is {place}: cannot read {name}; files end in {FORMATS}")
 
 
 def with_retries(action: Callable[[], T], name: str) -> T:
@@ -173,13 +201,18 @@ def _is_refusal(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError | OfflineModeIsEnabled)
 
 
+def local_path(file: SourceFile, folder: Path) -> Path:
+    """Where a file lies on this machine, or will when it is fetched."""
+    return folder / f"{file.key}{file.form}" if file.remote or file.name == EMBEDDED else Path(file.name)
+
+
 def fetch(file: SourceFile, folder: Path) -> tuple[Path, str]:
     """Return where the whole file lies on this machine, and its SHA-256.
 
     `folder` keeps what was fetched, and the sums, between two calls. Raises DamagedData when the SHA-256 is not the
     published one, and what `with_retries` raises.
     """
-    path = folder / f"{file.key}{file.suffix}" if file.remote or file.name == EMBEDDED else Path(file.name)
+    path = local_path(file, folder)
     known = folder / f"{file.key}.sha256"
     if path.is_file() and known.is_file():
         return path, known.read_text()
@@ -200,6 +233,9 @@ def fetch(file: SourceFile, folder: Path) -> tuple[Path, str]:
 def _fetch_remote(file: SourceFile, path: Path) -> None:
     system, root = url_to_fs(file.name)
     aside = path.with_name(path.name + ".partial")
+    in_blocks = file.size <= BLOCK or "http" not in system.protocol or aside.exists()
+    if not in_blocks and not with_retries(lambda: _has_ranges(system, root), file.name):
+        with_retries(lambda: _whole(system, root, aside, file.size), file.name)
     with aside.open("ab") as out:
         while (have := out.tell()) < file.size:
             end = min(have + BLOCK, file.size)
@@ -207,6 +243,27 @@ def _fetch_remote(file: SourceFile, path: Path) -> None:
         out.flush()
         os.fsync(out.fileno())
     aside.rename(path)
+
+
+def _has_ranges(system: HTTPFileSystem, root: str) -> bool:
+    """Whether a server answers with a part of a file when it is asked for that."""
+
+    async def ask() -> bool:
+        session = await system.set_session()
+        async with session.get(system.encode_url(root), headers={"Range": "bytes=0-0"}) as answer:
+            answer.raise_for_status()
+            return answer.status == PARTIAL_CONTENT
+
+    return fsspec.asyn.sync(system.loop, ask)
+
+
+def _whole(system: fsspec.AbstractFileSystem, root: str, path: Path, size: int) -> None:
+    """Write all of a remote file, from its beginning; raises OSError, which is tried again, when it is not all."""
+    coming = path.with_suffix(".whole")
+    system.get_file(root, str(coming))
+    if (found := coming.stat().st_size) != size:
+        raise OSError(f"{size} bytes expected, {found} received")
+    coming.rename(path)
 
 
 def _block(system: fsspec.AbstractFileSystem, root: str, start: int, end: int) -> bytes:
@@ -219,5 +276,5 @@ def _block(system: fsspec.AbstractFileSystem, root: str, start: int, end: int) -
 
 def discard_fetched(file: SourceFile, folder: Path) -> None:
     """Remove what `fetch` keeps of a file that is done with; a local file itself is the user's."""
-    for path in (folder / f"{file.key}{file.suffix}", folder / f"{file.key}.sha256"):
+    for path in (folder / f"{file.key}{file.form}", folder / f"{file.key}.sha256"):
         path.unlink(missing_ok=True)

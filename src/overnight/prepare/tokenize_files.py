@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,14 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from overnight.core import files
-from overnight.core.lock import kernel_lock
-from overnight.core.processes import die_with_parent
 from overnight.data.encoder import encoder_of
-from overnight.data.manifest import DType, InputRecord, little_endian
-from overnight.errors import DamagedData, InputError, Unreachable
+from overnight.data.manifest import DType, InputRecord, narrowed
+from overnight.errors import DamagedData, InputError
 from overnight.prepare import sources
-from overnight.prepare.dedup_split import DOCUMENT, allot, read_stage
-from overnight.prepare.documents import NOT_TEXT, TOO_LONG, rows, text_hash
+from overnight.prepare.dedup_split import DOCUMENT, Budgets
+from overnight.prepare.documents import NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG, looks_like, rows, text_hash
 from overnight.prepare.sources import SourceFile
+from overnight.prepare.workers import bound_to_parent, leave
 from overnight.recipe.schema import Data
 
 BATCH_CHARACTERS = 4_000_000
@@ -48,7 +47,7 @@ MOST_REJECTED = 0.01
 """Share of a file's rows that cannot be used above which the file is taken to be damaged."""
 MOST_LISTED = 100
 SECONDS_BETWEEN_REPORTS = 0.5
-STAGE_FORMAT = 1
+STAGE_FORMAT = 2
 DUPLICATE, EMPTY = "duplicate", "empty"
 
 
@@ -57,13 +56,18 @@ class Job:
     """What all tasks of a preparation share; `folder` is the one that is built in."""
 
     folder: Path
-    data: Data
-    files: tuple[SourceFile, ...]
+    data: Data = field(compare=False)
+    key: str  # of data and files
     tokenizer: str  # its folder's name in `folder`
     tokenizer_sha256: str
     vocab_size: int
     eos_id: int
     dtype: DType
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The input files, in order. They lie in a file, for a job goes to a process with each of its tasks."""
+        return files_in(self.folder / f"files-{self.key}.json")
 
     @property
     def inputs(self) -> Path:
@@ -84,6 +88,18 @@ class Job:
         return self.folder / "errors" / f"{rank:05d}.json"
 
 
+@lru_cache(maxsize=1)
+def files_in(path: Path) -> tuple[SourceFile, ...]:
+    """The input files of a job."""
+    return tuple(SourceFile(*each) for each in json.loads(path.read_bytes()))
+
+
+@lru_cache(maxsize=1)
+def budgets_of(job: Job) -> Budgets:
+    """What this process knows of a job's staged files, for all of its tasks."""
+    return Budgets(job.data, job.stage)
+
+
 def pipeline(job: Job) -> list[PipelineStep]:
     """The steps of a task, for any of datatrove's executors."""
     return [ReadDocuments(job), KeyDocuments(), StageTokens(job)]
@@ -102,7 +118,7 @@ class ReadDocuments(PipelineStep):
         """Yield the rows of file number `rank`. Raises what `sources.fetch` and `corpus.rows` raise."""
         file = self.job.files[rank]
         path, _ = sources.fetch(file, self.job.inputs)
-        for number, row in enumerate(rows(path, file.suffix, self.job.data.text_column, file.name)):
+        for number, row in enumerate(rows(path, file.form, self.job.data.text_column, file.name)):
             yield Document(row.text or "", str(number), metadata={"share": row.share, "rejected": row.rejected})
 
 
@@ -138,15 +154,15 @@ class StageTokens(PipelineStep):
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         """Stage file number `rank`; a problem with the input is left in `Job.error`, and no further task begins."""
         job = self.job
-        with _bound_to_parent(job.folder, rank):
-            if job.stage(rank).exists() or any(job.error(0).parent.glob("*.json")) or _enough_before(job, rank):
+        with bound_to_parent(job.folder, rank):
+            if job.stage(rank).exists() or any(job.error(0).parent.glob("*.json")) or budgets_of(job).met_before(rank):
                 return
             try:
                 with files.disk_full_error(job.folder, "data.dir"):
                     self._stage(data, rank)
                 sources.discard_fetched(job.files[rank], job.inputs)
             except InputError as error:
-                _leave(job.error(rank), error)
+                leave(job.error(rank), error)
             finally:
                 job.report(rank).unlink(missing_ok=True)
 
@@ -172,7 +188,8 @@ class StageTokens(PipelineStep):
                     encode.check(_head(texts), self.job.files[rank].name)
                 ids, ends = encode(texts)
                 # Each end of text stands behind the last token of its document.
-                tokens.write(np.insert(ids, ends, self.job.eos_id).astype(little_endian(self.job.dtype)).tobytes())
+                ids = np.insert(ids, ends, self.job.eos_id)
+                tokens.write(narrowed(ids, self.job.vocab_size, self.job.files[rank].name).tobytes())
                 lengths = np.diff(ends, prepend=0) + 1
                 documents.write(_documents([document.metadata["key"] for document in batch], lengths))
                 tally.tokens += int(lengths.sum())
@@ -189,17 +206,21 @@ class Tally:
 
     def __init__(self, job: Job, rank: int):
         self.file, self.path = job.files[rank], job.report(rank)
+        self.source = sources.local_path(self.file, job.inputs)
         self.counts: Counter[str] = Counter()
         self.rejected: list[str] = []
         self.tokens = 0
         self._last = 0.0
 
     def counted(self, data: Iterable[Document]) -> Iterator[Document]:
-        """Yield what is to be written. Raises DamagedData at the end when too many rows could not be used."""
+        """Yield what is to be written. Raises `_unreadable` at the end when it is too many rows that cannot be read.
+
+        A row without a text, or with one that is too long, is what it was: it is counted, and no sign of damage.
+        """
         for document in data:
             self.counts["rows"] += 1
             reason = document.metadata["rejected"]
-            if reason in (NOT_TEXT, TOO_LONG):
+            if reason in (NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG):
                 self.counts[reason] += 1
                 if len(self.rejected) < MOST_LISTED:
                     self.rejected.append(f"row {document.id}: {reason}")
@@ -211,12 +232,22 @@ class Tally:
             else:
                 yield document
             self._report(document.metadata["share"])
-        bad = self.counts[NOT_TEXT] + self.counts[TOO_LONG]
+        bad = self.counts[NOT_UTF8] + self.counts[NOT_JSON]
         if bad > MOST_REJECTED * self.counts["rows"]:
-            raise DamagedData(
-                f"`data.path`: {self.file.name}: {bad:,} of {self.counts['rows']:,} rows cannot be used, first "
-                f"{self.rejected[0]}; fetch or write it again"
-            )
+            raise self._unreadable(bad)
+
+    def _unreadable(self, bad: int) -> InputError:
+        """DamagedData, or InputError where another encoding explains it."""
+        first = next(each for each in self.rejected if each.endswith((NOT_UTF8, NOT_JSON)))
+        said = f"`data.path`: {self.file.name}: {bad:,} of {self.counts['rows']:,} rows cannot be used, first {first}"
+        encoding = looks_like(self.source, self.file.form) if self.counts[NOT_UTF8] == bad else None
+        if encoding is None:
+            return DamagedData(f"{said}; fetch or write it again")
+        name = shlex.quote(self.file.name)
+        return InputError(
+            f"{said}: it looks like {encoding}, and text has to be UTF-8; "
+            f"`iconv -f {encoding} -t UTF-8 {name} > utf8{self.file.form}` makes that of it"
+        )
 
     def _report(self, share: float) -> None:
         if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
@@ -254,40 +285,3 @@ def _documents(keys: list[bytes], lengths: np.ndarray) -> bytes:
     halves = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
     records["high"], records["low"], records["tokens"] = halves[:, 0], halves[:, 1], lengths
     return records.tobytes()
-
-
-def _enough_before(job: Job, rank: int) -> bool:
-    """Whether the files before this one, as far as they are staged, meet both budgets."""
-    before = []
-    for number in range(rank):
-        if (stage := read_stage(job.stage(number))) is None:
-            break
-        before.append(stage.documents)
-    return bool(before) and job.data.train_tokens is not None and allot(before, job.data).enough
-
-
-def _leave(path: Path, error: InputError) -> None:
-    path.parent.mkdir(exist_ok=True)
-    files.atomic_write(path, json.dumps([type(error).__name__, error.problems]))
-
-
-def raise_left(folder: Path) -> None:
-    """Raise the problems that tasks left there, as one error of the gravest kind."""
-    left = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
-    kinds = {kind.__name__: kind for kind in (Unreachable, InputError, DamagedData)}
-    if left:
-        gravest = max((kind for kind, _ in left), key=list(kinds).index)
-        raise kinds[gravest]([problem for _, problems in left for problem in problems])
-
-
-@contextmanager
-def _bound_to_parent(folder: Path, rank: int) -> Iterator[None]:
-    """In a worker process: die with the one that started it, leave Ctrl-C to it, and hold the lock of this task."""
-    import multiprocess
-
-    if multiprocess.parent_process() is not None:
-        die_with_parent()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    (folder / "workers").mkdir(exist_ok=True)
-    with kernel_lock(folder / "workers" / f"{rank:05}"):
-        yield

@@ -6,9 +6,12 @@ no identity of the input, so they are not used: a task is done when its staged f
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
+from overnight.core.files import atomic_write
+from overnight.core.lock import kernel_lock
 from overnight.core.processes import die_with_parent
-from overnight.errors import InputError
+from overnight.errors import DamagedData, InputError, Unreachable
 
 
 def run_here(pipeline: Callable[[], list[PipelineStep]], tasks: int) -> None:
@@ -72,6 +77,32 @@ def submit_slurm(stage: list[PipelineStep], tasks: int, finish: list[PipelineSte
     last = _made(SlurmPipelineExecutor, finish, tasks=1, depends=first, logging_dir=str(logs / "finish"), **alone)
     last.run()
     return str(last.job_id)
+
+
+def leave(path: Path, error: InputError) -> None:
+    """Write down the problem that ends a task, for `raise_left`."""
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, json.dumps([type(error).__name__, error.problems]))
+
+
+def raise_left(folder: Path) -> None:
+    """Raise the problems that tasks left there, as one error of the gravest kind."""
+    left = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+    kinds = {kind.__name__: kind for kind in (Unreachable, InputError, DamagedData)}
+    if left:
+        gravest = max((kind for kind, _ in left), key=list(kinds).index)
+        raise kinds[gravest]([problem for _, problems in left for problem in problems])
+
+
+@contextmanager
+def bound_to_parent(folder: Path, rank: int) -> Iterator[None]:
+    """In a worker process: die with the one that started it, leave Ctrl-C to it, and hold the lock of this task."""
+    if multiprocess.parent_process() is not None:
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (folder / "workers").mkdir(exist_ok=True)
+    with kernel_lock(folder / "workers" / f"{rank:05}"):
+        yield
 
 
 def _made(kind: type[PipelineExecutor], pipeline: list[PipelineStep], **options: Any) -> PipelineExecutor:

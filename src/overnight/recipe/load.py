@@ -9,16 +9,17 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Hashable, Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from overnight.errors import InputError
 from overnight.recipe.schedule import decay_iters, fits
 from overnight.recipe.schema import Recipe, leaves
+from overnight.recipe.text import kinds_of, pairs, read_yaml, shown
 
 # What other tools call the same thing. The answer to an unknown key is the key, or the habit, that takes its place.
 DIALECTS = {
@@ -83,45 +84,18 @@ DIALECTS = {
 CREDENTIALS = re.compile(r"://[^/\s@]*@")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with `1e-3` as a number, as YAML 1.2 has it, without silently dropped duplicate keys, and without aliases.
-
-    A few lines of aliases can stand for more values than a memory holds.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            mark = event.start_mark
-            raise InputError(f"{mark.name} line {mark.line + 1}: `*{event.anchor}` is an alias; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-            if key in seen:
-                raise InputError(
-                    f"{key_node.start_mark.name} line {key_node.start_mark.line + 1}: `{key}` stands twice"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at `path` with dotted `overrides` (`["--optim.lr", "2e-3"]`) on top.
 
     Raises `InputError` with every problem found: unreadable YAML, unknown keys, wrong types or ranges, and settings
     that do not fit together.
     """
-    data = _read_yaml(path)
+    data = read_yaml(path)
+    if "compute_environment" in data or "distributed_type" in data:
+        raise InputError(
+            f"{path}: this is a configuration of accelerate, not a recipe;"
+            f" `accelerate launch --config_file {shlex.quote(str(path))} recipes/train.py RECIPE` would work"
+        )
     problems: list[str] = []
     data.setdefault("name", path.stem)
     for key, value in pairs(overrides, problems):
@@ -131,7 +105,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     problems += [text for keys, text in conflicts(recipe) if not broken.intersection(keys)]
     if problems:
         raise InputError([f"{path}: {problem}" for problem in problems])
-    recipe._file = path
+    recipe._file, recipe._overrides = path, tuple(overrides)
     return recipe
 
 
@@ -148,34 +122,6 @@ def _refuse_credentials(path: Path, data: Any, key: str = "") -> None:
             f"{path}: `{key}`: a name and password in a URL would be written into everything that is made of it;"
             " fetch the file yourself and give its path"
         )
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        with path.open(encoding="utf-8") as file:
-            data = yaml.load(file, Loader=_Loader)
-    except FileNotFoundError:
-        known = sorted(str(other) for other in path.parent.glob("*.yaml")) or ["recipes/quickstart.yaml"]
-        raise InputError(f"{path}: there is no such recipe; there are {', '.join(known)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: holds {type(data).__name__}, where a recipe is `key: value` lines")
-    return data
-
-
-def pairs(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """`--key value` and `--key=value`, each value read as YAML; what has no value is added to `problems`."""
-    rest = list(overrides)
-    while rest:
-        option = rest.pop(0)
-        key, equals, value = option.removeprefix("--").partition("=")
-        if not option.startswith("--") or not key:
-            problems.append(f"`{option}` is not an override; they look like `--optim.lr 2e-3`")
-        elif not equals and (not rest or rest[0].startswith("--")):
-            yield key, True
-        else:
-            yield key, yaml.load(value if equals else rest.pop(0), Loader=_Loader)
 
 
 def _place(data: dict, keys: list[str], value: Any, problems: list[str]) -> None:
@@ -202,7 +148,7 @@ def _validate(data: dict, problems: list[str]) -> tuple[Recipe, set[str]]:
                 reasons.append("unknown" if item["type"] == "extra_forbidden" else item["msg"])
             for key, (reasons, value) in found.items():
                 broken.add(key)
-                problems.append(_problem(key, reasons, value))
+                problems += _problems(key, reasons, value)
                 _drop(data, key.split("."))
 
 
@@ -278,13 +224,36 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
         yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
 
 
-def _problem(key: str, reasons: list[str], value: Any) -> str:
+def _problems(key: str, reasons: list[str], value: Any) -> list[str]:
+    """What is wrong with a key, and what would work; of an unknown section each key of it."""
+    if "unknown" in reasons and isinstance(value, dict) and value:
+        return [problem for name, inner in value.items() for problem in _problems(f"{key}.{name}", reasons, inner)]
     known = dict(leaves())
     if "unknown" in reasons:
-        last = key.split(".")[-1]
-        close = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == last]
-        meant = DIALECTS.get(last) or (close[0] if close else None)
-        return f"`{key}` is not a key of a recipe" + (f"; here that is `{meant}`" if meant else "; --help lists them")
-    works = known[key].default if key in known else "key: value lines"
+        meant = _meant(key, list(known))
+        return [f"`{key}` is not a key of a recipe" + (f"; here that is `{meant}`" if meant else "; --help lists them")]
     wanted = " or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
-    return f"`{key}` is {value!r}: {wanted}; {works!r} would work"
+    return [f"`{key}` is {_quoted(value)}: {wanted}; {_works(known.get(key), value, wanted)}"]
+
+
+def _meant(key: str, known: list[str]) -> str | None:
+    """The key that somebody had in mind: another tool's, one that is spelled nearly so, one of another section."""
+    last = key.split(".")[-1]
+    close = difflib.get_close_matches(key, known, 1, cutoff=0.8) or [k for k in known if k.split(".")[-1] == last]
+    if not close and (names := difflib.get_close_matches(last, {k.split(".")[-1] for k in known}, 1)):
+        close = [k for k in known if k.split(".")[-1] == names[0]]
+    return DIALECTS.get(last) or (close[0] if close else None)
+
+
+def _works(field: Any, value: Any, wanted: str) -> str:
+    """What could stand in place of a value that was refused."""
+    kinds = kinds_of(field) if field else set()
+    if list in kinds and str not in kinds and isinstance(value, str):
+        return f"`[{shown(value)}]` would work"
+    if value is not None and "valid string" in wanted and not isinstance(value, dict):
+        return "what looks like something else is text in quotes"
+    return f"{field.default!r} would work" if field else "key: value lines would work"
+
+
+def _quoted(value: Any) -> str:
+    return shown(repr(value))

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from overnight.errors import script_command
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
+PathText = Annotated[str, AfterValidator(expanduser)]
+"""Text that may be a path; `~` is the home folder wherever one is written."""
 
 
 class Section(BaseModel):
     """Strict types, unknown keys refused, the attribute docstrings become the help."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Data(Section):
@@ -28,7 +35,7 @@ class Data(Section):
     source: Literal["embedded", "files", "datasets", "adopted"] = "embedded"
     """`embedded`: the documentation installed with the project; `files`: files or URLs; `datasets`: one on the Hub;
     `adopted`: token files that `recipes/prepare.py --adopt` took in `data.dir`, whatever their text."""
-    path: str | list[str] | None = None
+    path: PathText | list[PathText] | None = None
     """`files`: a path, glob or URL (http, hf) of .txt, .jsonl or .parquet files, or a list; `datasets`: a name."""
     files: str | None = None
     """For `datasets`: a glob inside the dataset's repository that picks its files."""
@@ -40,9 +47,9 @@ class Data(Section):
     """The license of the text, for the manifest and the model card."""
     download_gb: float | None = None
     """Size of the download in GB, said before it starts."""
-    tokenizer: str = "openai-community/gpt2"
+    tokenizer: PathText = "openai-community/gpt2"
     """A tokenizer's Hub name or folder, or `trained`: a byte-level BPE of `model.vocab_size` trained on this text."""
-    dir: str = "data/embedded"
+    dir: PathText = "data/embedded"
     """Folder of the token shards."""
     val_tokens: PositiveInt = 10_485_760
     """Tokens of the fixed validation set."""
@@ -177,15 +184,15 @@ class Evaluation(Section):
     With `data.tokenizer: trained` by default against `untrained` and `unigram`, on the validation set alone.
     """
 
-    against: list[str] = ["openai-community/gpt2"]
+    against: list[PathText] = ["openai-community/gpt2"]
     """Opponents: Hub names or folders; `untrained` is the model before its first iteration, `unigram` its data's."""
     tasks: list[str] = [
         "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "sciq", "lambada_openai", "blimp",
     ]  # fmt: skip
     """lm-eval's tasks and groups, and `documentation_phrases`, the project's own."""
-    tasks_dir: str | None = None
+    tasks_dir: PathText | None = None
     """A folder of further task files in lm-eval's format."""
-    texts: list[str] = ["EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page"]
+    texts: list[PathText] = ["EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page"]
     """Plain text beside the validation set: files, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a dataset on the Hub."""
     limit: PositiveInt | None = None
     """Only the first so many items of each task: a look, not a result."""
@@ -252,6 +259,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     hub: Hub = Hub()
     _file: Path = PrivateAttr(Path("RECIPE"))
+    _overrides: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="before")
     @classmethod
@@ -265,8 +273,12 @@ class Recipe(Section):
 
     @property
     def file(self) -> Path:
-        """Where the recipe was read from, for commands that are suggested to the user."""
+        """Where the recipe was read from."""
         return self._file
+
+    def command(self, script: str) -> str:
+        """The command of a script with this recipe as it was given, overrides included, quoted for a shell."""
+        return script_command(script, self._file, *self._overrides)
 
 
 def leaves(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from overnight.core.console import Console, count, duration, step_line
 from overnight.data.ngrams import ngram_losses, seen_tokens
 from overnight.device.faults import lost, with_room
-from overnight.errors import first_line
+from overnight.errors import first_line, script_command
 from overnight.model.checkpoint import Saved
 from overnight.recipe.schedule import goals, iterations_left, lr_at
 from overnight.run_dir.directory import RunDirectory
@@ -287,5 +287,5 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
     if baselines:
         console.log(standing(done["val_loss"], baselines))
     prompts = directory.recipe.validation.prompts
-    console.log(f"next: python recipes/eval.py {model}")
-    console.log(f"      python recipes/sample.py {model}" + (f' --prompt "{prompts[0]}"' if prompts else ""))
+    console.log(f"next: {script_command('eval.py', model)}")
+    console.log(f"      {script_command('sample.py', model, *(f'--prompt={prompt}' for prompt in prompts[:1]))}")

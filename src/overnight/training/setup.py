@@ -59,7 +59,7 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
         on_main(accelerator, lambda: prepare_local(recipe, console))
     elif not is_prepared(folder):
         raise InputError(
-            f"`data.dir`: {folder} holds no prepared data. `python recipes/prepare.py {recipe.file}` makes it:"
+            f"`data.dir`: {folder} holds no prepared data. `{recipe.command('prepare.py')}` makes it:"
             f" {expected_cost(recipe.data)}"
         )
     require_same_request(folder, recipe.data, recipe.model.vocab_size)

@@ -1,0 +1,128 @@
+"""What a person writes, in a recipe's file or behind an override, as values: YAML, and text where text is meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from overnight.errors import InputError, first_line
+from overnight.recipe.schema import leaves
+
+UNREADABLE = (yaml.YAMLError, UnicodeDecodeError)
+DEEPEST = 10
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with `1e-3` as a number, as YAML 1.2 has it, and dates as text: no key is a date.
+
+    Duplicate keys, which PyYAML drops in silence, are refused, and so are keys that are no names, and aliases: a few
+    lines of these can stand for more values than a memory holds.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise _refusal(event.start_mark, f"`*{event.anchor}` is an alias; write the value out")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _refusal(self.peek_event().start_mark, "nested deeper than any key of a recipe")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise _refusal(key_node.start_mark, f"`{key}` is no name for a key; in quotes it would be one")
+            if key in seen:
+                raise _refusal(key_node.start_mark, f"`{key}` stands twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError) as error:
+            raise _refusal(node.start_mark, f"`{shown(node.value)}` cannot be read ({first_line(error)})") from None
+
+
+def _refusal(mark: yaml.Mark, problem: str) -> InputError:
+    return InputError(f"{mark.name} line {mark.line + 1}: {problem}")
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a file. Raises `InputError` for what is none, and what no recipe can hold."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            data = yaml.load(file, Loader=_Loader)
+    except FileNotFoundError:
+        known = sorted(str(other) for other in path.parent.glob("*.yaml")) or ["recipes/quickstart.yaml"]
+        raise InputError(f"{path}: there is no such recipe; there are {', '.join(known)}") from None
+    except (OSError, *UNREADABLE) as error:
+        raise InputError(f"{path}: not a readable YAML file: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds {type(data).__name__}, where a recipe is `key: value` lines")
+    return data
+
+
+def pairs(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """`--key value` and `--key=value`; what has no value is added to `problems`."""
+    known = dict(leaves())
+    rest = list(overrides)
+    while rest:
+        option = rest.pop(0)
+        key, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not key:
+            problems.append(f"`{option}` is not an override; they look like `--optim.lr 2e-3`")
+        elif not equals and (not rest or rest[0].startswith("--")):
+            yield key, True
+        else:
+            yield key, typed(value if equals else rest.pop(0), kinds_of(known[key]) if key in known else set())
+
+
+def typed(text: str, kinds: set[Any]) -> Any:
+    """The value of what was typed for a key that takes `kinds`: YAML's, but as it stands where the key takes text.
+
+    There only null, a list and what is in quotes are YAML, and each only if the key takes it. What is no YAML is text.
+    """
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (InputError, *UNREADABLE):
+        return text
+    meant = isinstance(value, str) and text[:1] in ("'", '"')
+    return value if str not in kinds or meant or (not isinstance(value, str) and type(value) in kinds) else text
+
+
+def kinds_of(field: Any) -> set[Any]:
+    """The types that a key takes, without what is asked of their values."""
+
+    def flat(annotation: Any) -> set[Any]:
+        if get_origin(annotation) is list:
+            return {list}
+        return set().union(*map(flat, get_args(annotation))) if get_args(annotation) else {annotation}
+
+    return {kind for kind in flat(field.annotation) if kind in (str, list, NoneType)}
+
+
+def shown(value: Any) -> str:
+    """A value in a message: as it would be typed, and not all of a long one."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
