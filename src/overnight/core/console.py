@@ -125,7 +125,9 @@ class Console:
 
         Its names are path-1, path-2 and so on before the suffix.
         """
-        said = self._kept.file.getvalue() if isinstance(self._kept.file, io.StringIO) else ""
+        if self._kept.quiet or not isinstance(self._kept.file, io.StringIO):  # another process's, or kept already
+            return
+        said = self._kept.file.getvalue()
         try:
             if path.exists():
                 names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))

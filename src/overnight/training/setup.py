@@ -38,7 +38,6 @@ from overnight.planning.scaling_law import MANY_EPOCHS, REPEATED
 from overnight.prepare.cost import expected_cost
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import LOG
 from overnight.training import micro_batch
 from overnight.training.log import begin_tracking
 from overnight.training.state import Run, TimeLimit
@@ -126,7 +125,6 @@ def claim(run: Run, facts: dict[str, str]) -> None:
     }
     with disk_full_error(run.directory.path, "name"):
         run.directory.claim(found_identity(run.accelerator, run.shards), found)
-    run.console.keep(run.directory.path / LOG)
 
 
 def text_facts(manifest: Manifest) -> dict[str, str]:

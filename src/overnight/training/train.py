@@ -110,6 +110,7 @@ def fit(run: Run, targets: list[int], uploader: Uploader) -> int:
                 run.target_iters, run.throughput = target, Throughput()
                 with disk_full_error(run.directory.path, "name"):
                     resume(run)
+                run.console.keep(run.directory.path / LOG)
                 code = loop(run, uploader)
                 uploader.news = code == 0
                 if code or run.target_iters != target:  # flat, or out of time: it ended with another target
