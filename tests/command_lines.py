@@ -105,6 +105,8 @@ def ours(words: list[str]) -> list[str] | None:
     given = words[3:] if words[1:2] == ["-W"] else words[1:]
     if given[:2] == ["-m", "accelerate.commands.launch"]:
         return launched(given[2:])
+    if given[:2] == ["-m", "overnight.core.processes"]:  # and the process that it is tied to
+        return ours(given[3:])
     module = given[0] == "-m" and given[1].partition(".")[0] in ("overnight", "pytest")
     script = given[0].removeprefix(f"{ROOT}/").startswith(OURS)
     return given if module or script else None
