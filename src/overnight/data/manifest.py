@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from overnight.core.files import sha256, sync
+from overnight.core.published import redacted
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data
 
@@ -186,10 +187,10 @@ def require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
     manifest = read_manifest(folder)
     if manifest.split.rule == "adopted":
         return  # what the recipe says of text and split has no bearing on it
-    held = manifest.source.model_dump(include=SOURCE_KEYS) | manifest.split.model_dump(include=SPLIT_KEYS)
+    held = redacted(manifest.source.model_dump(include=SOURCE_KEYS)) | manifest.split.model_dump(include=SPLIT_KEYS)
     held = {f"data.{key}": value for key, value in held.items()}
     held |= {"data.tokenizer": manifest.tokenizer.name, "model.vocab_size": manifest.vocab_size}
-    asked = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": ordered_path(data)}
+    asked = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": redacted(ordered_path(data))}
     asked = {f"data.{key}": value for key, value in asked.items()}
     asked |= {"data.tokenizer": data.tokenizer, "model.vocab_size": vocab_size}
     problems = [
@@ -206,7 +207,7 @@ def name_prepared(whole: Path, manifest: Manifest, folder: Path) -> Manifest:
 
     It gets the sums of the tokenizer's files, and its own. Returns it as it then is.
     """
-    content = manifest.model_dump()
+    content = redacted(manifest.model_dump())
     content["tokenizer"]["files"] = {path.name: sha256(path) for path in sorted((whole / "tokenizer").iterdir())}
     content[OWN_SUM] = _sum_of(content)
     (whole / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

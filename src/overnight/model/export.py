@@ -51,7 +51,7 @@ def verify_export(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
         on_cpu = GPT2LMHeadModel(model.config).eval()
         on_cpu.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
         save_file({"ids": probe.cpu().contiguous(), "logits": on_cpu(probe.cpu()).logits.contiguous()}, stored)
-        reader = Helper("-m", "overnight.model.export", str(folder), str(stored))
+        reader = Helper("-m", "overnight.model.export", str(folder), str(stored), priority=0)
         if not reader.wait(READING_SECONDS):
             reader.stop()
             raise TimeoutError(errno.ETIMEDOUT, f"reading it again took more than {READING_SECONDS} s", str(folder))
