@@ -204,3 +204,40 @@ def test_h10_choices_that_are_equally_likely_count_as_chance_and_lm_evals_figure
     assert (task["metrics"]["acc"], task["lm-eval"]["acc"], task["ties"]) == (0.5, 1.0, 3)
     assert "50.0%; in 3 items the best choices tie" in (tmp_path / "out" / "comparison.md").read_text()
     assert "which takes the first: 100.0%" in done.stdout
+
+
+def test_h9_a_moved_run_speaks_of_the_place_where_it_is(in_process, undisturbed, capsys):
+    shutil.copytree("runs/tiny", "runs/elsewhere")
+    assert train_module.train(tiny(in_process, "--name", "elsewhere")) == 0
+    said = capsys.readouterr().out
+    assert "recipes/eval.py runs/elsewhere/models/iter-000040" in said and "runs/tiny" not in said
+    assert "runs/tiny" not in (in_process / "runs/elsewhere/metrics.jsonl").read_text()
+
+
+def test_h9_what_other_settings_gave_lies_beside_the_answer(workplace, undisturbed):
+    model, script = "runs/tiny/models/iter-000040", str(ROOT / "recipes" / "eval.py")
+    places = []
+    for options in ([], ["--limit", "2"], ["--tasks", "none"], ["--dtype", "bfloat16"], ["--shards", "none"]):
+        done = train(workplace, model, "--dry-run", *options, script=script)
+        places.append(re.search(r"into (\S+)", done.stdout)[1])
+    assert places[0].endswith("runs/tiny/evaluation/iter-000040")
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("report.py", ["runs/unwritable"]),
+        ("eval.py", ["runs/tiny/models/iter-000040", "--against", "none", "--tasks", "none", "--texts", "none"]),
+        ("plan.py", ["tiny.yaml"]),
+    ],
+)
+def test_h9_a_disk_that_takes_nothing_is_one_message_and_75(workplace, undisturbed, script, options):
+    run = workplace / "runs" / "unwritable"
+    shutil.copytree(workplace / "runs" / "tiny", run)
+    (run / "report").touch()  # what a folder that cannot be made gives
+    place = {"eval.py": ["--out", "runs/unwritable/report/x"], "plan.py": ["--plot", "runs/unwritable/report/x.png"]}
+    done = train(workplace, *options, *place.get(script, []), script=str(ROOT / "recipes" / script))
+    shutil.rmtree(run)
+    assert done.returncode == 75 and "Traceback" not in done.stderr
+    assert "runs/unwritable/report" in done.stderr and "mend that" in done.stderr
