@@ -24,6 +24,7 @@ from overnight.errors import DamagedData, InputError
 from overnight.evaluation.results import Comparison, Results, Scores, write_results
 from overnight.evaluation.statistics import Verdict
 from overnight.evaluation.tasks import index_of, load_benchmarks
+from overnight.model.export import verify_export
 from overnight.model.generate import Writer
 from overnight.report.model_card import report
 from overnight.training import state
@@ -68,6 +69,12 @@ def test_h6_an_evaluation_that_stands_still_holds_no_run(in_process, undisturbed
     assert [r["items"] for r in records(in_process, name, "event") if r["event"] == "scores"] == [5]
     left = [c for c in psutil.Process().children(recursive=True) if str(tmp_path / "eval.py") in c.cmdline()]
     assert psutil.wait_procs(left, timeout=10)[1] == []
+
+
+def test_h6_a_signal_does_not_wait_for_the_finished_model_to_be_read_again(undisturbed, in_process):
+    model = GPT2LMHeadModel.from_pretrained("runs/tiny/models/iter-000040")
+    with pytest.raises(InterruptedError, match="not read again"):
+        verify_export(model, Path("runs/tiny/models/iter-000040"), torch.ones(1, 8, dtype=torch.int64), lambda: True)
 
 
 NOTHING = Scores({"name": "nothing", "parameters": 1, "context": 1})

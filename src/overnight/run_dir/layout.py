@@ -96,7 +96,8 @@ def read_file(path: Path, make: Callable[[Any], T], otherwise: str) -> T:
 def finished(run: Path) -> dict[int, Record]:
     """The milestones that a run has finished, ascending: the last record of each whose verified model is there."""
     ends = finished_in(Metrics(run / "metrics.jsonl").records())
-    return {target: ends[target] for target in sorted(ends) if (run / "models" / folder_name(target)).is_dir()}
+    there = saved_iterations(run / "models")
+    return {target: ends[target] for target in sorted(ends) if target in there}
 
 
 def finished_in(records: list[Record]) -> dict[int, Record]:
