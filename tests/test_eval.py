@@ -278,6 +278,7 @@ def test_what_is_no_model_is_refused(script: ModuleType, workplace: Path, tmp_pa
     copy.mkdir()
     for path in (workplace / MODEL).iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "SHA256SUMS").unlink()  # a model from elsewhere
     config = json.loads((copy / "config.json").read_text())
     evil = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(evil)!r}, 'w')\n")
