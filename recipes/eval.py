@@ -7,12 +7,15 @@ once.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
 
 from overnight.cli import exit_code, user_path
 from overnight.core.extras import require
+from overnight.core.files import file_name
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import QUICK, Evaluation
 
@@ -46,14 +49,22 @@ def config_of(options: argparse.Namespace, defaults: Evaluation) -> Evaluation:
     return Evaluation.model_validate(defaults.model_dump() | given)
 
 
+def folder_of(options: argparse.Namespace, home: Path, config: Evaluation, defaults: Evaluation) -> Path:
+    """Where the results go: what others settings than the recipe's gave lies beside the answer of these."""
+    others = [config != defaults, options.dtype != "float32", options.shards]
+    settings = json.dumps([config.model_dump(), options.dtype, options.shards], sort_keys=True)
+    beside = f"-with-{hashlib.sha256(settings.encode()).hexdigest()[:8]}" if any(others) else ""
+    return home / "evaluation" / f"{file_name(Path(options.model).name)}{beside}"
+
+
 def run(options: argparse.Namespace) -> int:
     require("eval", "an evaluation")
-    from overnight.core.files import file_name
     from overnight.evaluation.models import origin_of
 
     origin = origin_of(options.model)
-    config = config_of(options, origin.recipe.evaluation if origin else Evaluation())
-    out = options.out or (origin.folder if origin else Path()) / "evaluation" / file_name(Path(options.model).name)
+    defaults = origin.recipe.evaluation if origin else Evaluation()
+    config = config_of(options, defaults)
+    out = options.out or folder_of(options, origin.folder if origin else Path(), config, defaults)
     if options.dry_run:
         print(f"{options.model} against {', '.join(config.against) or 'nothing'}, into {out}")
         print(f"tasks: {', '.join(config.tasks) or 'none'}, {config.limit or 'all'} items of each")

@@ -120,7 +120,11 @@ def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: py
     assert "recipes/eval.py" in pipeline.steps(recipe)[3]
     (run / "evaluation" / "iter-020000").mkdir(parents=True)
     (run / "evaluation" / "iter-020000" / "comparison.md").write_text("")
-    assert "skipped" in pipeline.steps(recipe)[3]
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"recipe": recipe.model_dump()}))
+    for limit, done in ((5, False), (None, True)):  # a look, and the night's answer
+        settings = recipe.evaluation.model_dump() | {"limit": limit}
+        (run / "evaluation" / "iter-020000" / "results.json").write_text(json.dumps({"settings": settings}))
+        assert ("skipped" in pipeline.steps(recipe)[3]) == done
 
 
 @pytest.mark.slow

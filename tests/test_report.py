@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from runs import records, tiny
 
+from overnight.core.published import fenced, text
 from overnight.errors import InputError
 from overnight.recipe.load import load
-from overnight.report.model_card import budgets, claims, fenced, report, text
+from overnight.report.model_card import budgets, claims, report
 from overnight.training import train as train_module
 
 HOSTILE = "---\nlicense: evil\n---\n<script>alert(1)</script> [x](http://evil.example) ![](http://evil.example/y.png)"

@@ -22,7 +22,7 @@ from overnight.doctor import checks
 from overnight.errors import EXIT_INTERRUPTED, InputError, script_command
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished, folder_name, iteration_of
+from overnight.run_dir.layout import evaluated, evaluation_of, finished, folder_name, iteration_of
 
 if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig
@@ -103,8 +103,8 @@ def steps(recipe: Recipe, time: str | None = None) -> list[str]:
         train = f"recipes/train.py, {recipe.schedule.max_iters:,} iterations into runs/{recipe.name}"
     if time or not finished.exists():
         train += f"; restarted when interrupted, up to {MAX_RESTARTS} times, each time only after new progress"
-    if comparison(finished).exists() and not time:
-        compare = f"skipped: {comparison(finished)} is there"
+    if not time and evaluated(finished):
+        compare = f"skipped: {evaluation_of(finished)} has it"
     else:
         against = ", ".join(recipe.evaluation.against) or "nothing"
         compare = f"recipes/eval.py, {len(recipe.evaluation.tasks)} tasks, against {against}"
@@ -123,11 +123,6 @@ def target_model(recipe: Recipe, *, timed: bool = False) -> Path:
     directory = RunDirectory(recipe)
     last = directory.flat_end() or recipe.schedule.max_iters
     return directory.models / folder_name(max(finished(directory.path) if timed else [], default=last))
-
-
-def comparison(model: Path) -> Path:
-    """What an evaluation of a run's model writes last."""
-    return model.parents[1] / "evaluation" / model.name / "comparison.md"
 
 
 def newest_checkpoint(recipe: Recipe) -> int | None:
@@ -188,7 +183,7 @@ def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bo
 
 def run_evaluate(model: Path, config_file: Path, child: Child) -> int:
     """Measure a finished model as its recipe says, unless that was done; returns the exit code."""
-    if comparison(model).exists():
+    if evaluated(model):
         return 0
     command, environment, _ = launched(config_file, "eval.py", [str(model)])
     code = child.run(command, environment)

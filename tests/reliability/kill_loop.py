@@ -2,8 +2,9 @@
 
 The quickstart's model with Muon, validation and a milestone that is finished on the way, on smaller iterations so that
 a save takes a good part of one. Each kill is a SIGKILL 0 to 3 seconds after the first new line of metrics, followed by
-the same command. In the end weights, optimizer state, both finished models and every loss must be those of a run that
-nobody disturbed.
+the same command; every other one falls on all that the trainer has started, too, and none of that may outlive it. With
+--evaluated the run is given hours in place of the milestone, and its model is scored. In the end weights, optimizer
+state, the finished models and every loss must be those of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
+import psutil  # noqa: E402
 from runs import final_sums, losses_by_decay, records, start  # noqa: E402
 from started import Started  # noqa: E402
 
@@ -28,10 +30,14 @@ EVERY = 1  # iterations between two checkpoints
 ITERATIONS = 320
 
 
-def shape(iterations: int, dropout: float) -> list[str]:
+def shape(iterations: int, dropout: float, *, evaluated: bool) -> list[str]:
     """The overrides that both runs have."""
     options = ["--batch.tokens_per_iter", "1024", "--logging.every", "1", "--checkpoint.every", str(EVERY)]
-    options += ["--schedule.max_iters", str(iterations), "--schedule.milestones", f"[{iterations // 2}]"]
+    options += ["--schedule.max_iters", str(iterations)]
+    if evaluated:
+        options += ["--schedule.hours", "1000", "--evaluation.at_milestones", "20"]
+    else:
+        options += ["--schedule.milestones", f"[{iterations // 2}]"]
     options += ["--validation.every", str(iterations // 4)]
     options += ["--validation.ngram_baselines", "false", "--data.val_tokens", "8192", "--data.dir", "data/killed"]
     return options + (["--model.dropout", str(dropout)] if dropout else [])
@@ -55,8 +61,8 @@ def trained(folder: Path) -> list[dict]:
     return records(folder, "killed", "train")
 
 
-def kill(process: Started, folder: Path, before: Kill | None, delay: float) -> Kill | None:
-    """Kill the trainer `delay` seconds after its first new record; None when it ended before.
+def kill(process: Started, folder: Path, before: Kill | None, delay: float, *, all_of_it: bool) -> Kill | None:
+    """Kill the trainer `delay` seconds after its first new record, and what it started; None when it ended before.
 
     Where it went on it must have lost no more than `before` allows.
     """
@@ -72,8 +78,12 @@ def kill(process: Started, folder: Path, before: Kill | None, delay: float) -> K
     time.sleep(delay)
     if process.poll() is not None:
         return None
+    started = psutil.Process(process.pid).children(recursive=True)
+    for child in started if all_of_it else []:
+        child.kill()
     process.kill()
     assert process.wait() == -signal.SIGKILL
+    assert psutil.wait_procs(started, timeout=10)[1] == [], "something outlives its trainer"
     cut_off = [path.name for path in metrics.parent.glob("checkpoints/**/.iter-*.partial")]
     found = trained(folder)
     underway = int(cut_off[0].split("-")[1].split(".")[0]) if cut_off else None
@@ -92,7 +102,7 @@ def kill_again_and_again(folder: Path, options: list[str], kills: int, draw: ran
     fallen: list[Kill] = []
     while len(fallen) < kills:
         process = start(folder, QUICKSTART, "--name", "killed", *options)
-        fell = kill(process, folder, fallen[-1] if fallen else None, draw.uniform(0, 3))
+        fell = kill(process, folder, fallen[-1] if fallen else None, draw.uniform(0, 3), all_of_it=len(fallen) % 2 == 1)
         if fell is None:
             raise SystemExit(f"the run was over after {len(fallen)} kills; more iterations would work")
         fallen.append(fell)
@@ -101,12 +111,12 @@ def kill_again_and_again(folder: Path, options: list[str], kills: int, draw: ran
     return fallen
 
 
-def compare(folder: Path, iterations: int) -> None:
+def compare(folder: Path, ends: list[int]) -> None:
     """The killed run is the undisturbed one: losses, validations, state, and the finished models."""
     for kind in ("train", "val"):
         expected = losses_by_decay(folder, "undisturbed", kind)
         assert losses_by_decay(folder, "killed", kind) == expected and len(expected) > 5
-    for end in (iterations // 2, iterations):
+    for end in ends:
         assert final_sums(folder, "killed", end) == final_sums(folder, "undisturbed", end)
         sums = [folder / "runs" / name / f"models/iter-{end:06d}/SHA256SUMS" for name in ("killed", "undisturbed")]
         assert sums[0].read_text() == sums[1].read_text()
@@ -118,18 +128,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--evaluated", action="store_true", help="with hours given, and an evaluation at the end")
     args = parser.parse_args()
-    draw, options = random.Random(args.seed), shape(args.iterations, args.dropout)
+    draw, options = random.Random(args.seed), shape(args.iterations, args.dropout, evaluated=args.evaluated)
+    ends = [args.iterations] if args.evaluated else [args.iterations // 2, args.iterations]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         finish(start(folder, QUICKSTART, "--name", "undisturbed", *options))
         fallen = kill_again_and_again(folder, options, args.kills, draw)
-        compare(folder, args.iterations)
+        compare(folder, ends)
         inside = sum(fell.underway is not None for fell in fallen)
         assert inside >= 8 or args.kills < 30, f"only {inside} of {args.kills} kills fell inside a save"
         sums = "\n".join(final_sums(folder, "killed", args.iterations))
     print(f"{args.kills} kills, seed {args.seed}, dropout {args.dropout:g}; {inside} fell inside a save")
-    print(f"losses, validations, state and both models are those of the undisturbed run:\n{sums}")
+    print(f"losses, validations, state and models are those of the undisturbed run:\n{sums}")
 
 
 if __name__ == "__main__":

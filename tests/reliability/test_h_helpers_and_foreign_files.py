@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,20 +12,28 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import ROOT, records, tiny
+from runs import ROOT, records, tiny, train
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from overnight.core.files import file_name, within
 from overnight.core.processes import Helper
+from overnight.core.published import redacted
+from overnight.data.manifest import name_prepared, read_manifest, require_same_request
 from overnight.errors import DamagedData, InputError
-from overnight.evaluation.results import Results, write_results
+from overnight.evaluation.results import Comparison, Results, Scores, write_results
+from overnight.evaluation.statistics import Verdict
 from overnight.evaluation.tasks import index_of, load_benchmarks
+from overnight.model.export import verify_export
 from overnight.model.generate import Writer
+from overnight.report.model_card import report
 from overnight.training import state
 from overnight.training import train as train_module
 
 PARENT = """import time
 from overnight.core.processes import Helper
+from overnight.core.published import redacted
+from overnight.data.manifest import name_prepared, read_manifest, require_same_request
 print(Helper("-c", "import time; time.sleep(600)").process.pid, flush=True)
 time.sleep(600)"""
 
@@ -62,6 +71,14 @@ def test_h6_an_evaluation_that_stands_still_holds_no_run(in_process, undisturbed
     assert psutil.wait_procs(left, timeout=10)[1] == []
 
 
+def test_h6_a_signal_does_not_wait_for_the_finished_model_to_be_read_again(undisturbed, in_process):
+    model = GPT2LMHeadModel.from_pretrained("runs/tiny/models/iter-000040")
+    with pytest.raises(InterruptedError, match="not read again"):
+        verify_export(model, Path("runs/tiny/models/iter-000040"), torch.ones(1, 8, dtype=torch.int64), lambda: True)
+
+
+NOTHING = Scores({"name": "nothing", "parameters": 1, "context": 1})
+LOSS = {"loss": 1.0, "perplexity": 2.7, "bits_per_byte": None, "tokens": 5}
 TASK = """task: innocent
 dataset_path: json
 dataset_kwargs: {data_files: {test: items.jsonl}}
@@ -100,19 +117,11 @@ def test_h7_no_name_leaves_its_folder_and_two_names_are_two_files(tmp_path):
     assert len(set(made)) == len(names)
     assert all(Path(name).name == name and name.isascii() and len(name) < 100 for name in made)
     assert file_name("openai-community/gpt2") == "openai-community_gpt2"
-    write_results(
-        Results({"dtype": "float32"}, [state_of_nothing()], [], []), {"../../metrics": []}, tmp_path / "a" / "b"
-    )
+    write_results(Results({"dtype": "float32"}, [NOTHING], [], []), {"../../metrics": []}, tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     for name in ("../other", "/etc/passwd", "a/../../b", ""):
         with pytest.raises(DamagedData, match="which is not in it"):
             within(tmp_path, name)
-
-
-def state_of_nothing():
-    from overnight.evaluation.results import Scores
-
-    return Scores({"name": "nothing", "parameters": 1, "context": 1})
 
 
 @pytest.fixture
@@ -142,3 +151,100 @@ def test_h7_a_kernel_that_a_model_names_is_never_fetched(model, key):
 def test_h7_one_function_loads_a_model():
     files = [path for folder in ("src", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
     assert [path.name for path in files if "ForCausalLM.from_pretrained" in path.read_text()] == ["load.py"]
+
+
+SIGNED = "https://bucket.example/a.jsonl?X-Amz-Signature=CANARY&x=1.jsonl"
+
+
+def test_h8_the_secret_of_a_signed_url_is_in_no_file_that_others_see(in_process, undisturbed, monkeypatch, tmp_path):
+    assert redacted(SIGNED) == "https://bucket.example/a.jsonl?X-Amz-Signature=***&x=1.jsonl"
+    for name in ("sig", "token", "access_token", "AWSAccessKeyId", "X-Goog-Credential", "client_secret", "Key-Pair-Id"):
+        assert "CANARY" not in redacted(f"see https://me:CANARY@h/f?a=1&{name}=CANARY#x")
+    recipe = tiny(in_process, "--name", "signed", "--data.path", SIGNED, "--schedule.max_iters", "10")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data.path", SIGNED])
+    assert train_module.train(recipe) == 0
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    report(Path("runs/signed"), 10)
+    files = [path for path in Path("runs/signed").rglob("*") if path.is_file()]
+    assert [path for path in files if b"CANARY" in path.read_bytes()] == []
+    manifest = read_manifest(Path("data"))
+    source = manifest.source.model_copy(update={"source": "files", "path": SIGNED})
+    shutil.copytree("data", tmp_path / "whole")
+    name_prepared(tmp_path / "whole", manifest.model_copy(update={"source": source}), tmp_path / "data")
+    assert "CANARY" not in (tmp_path / "data" / "manifest.json").read_text()
+    asked = recipe.data.model_copy(update={"path": SIGNED.replace("CANARY", "ANOTHER")})
+    require_same_request(tmp_path / "data", asked, recipe.model.vocab_size)
+    with pytest.raises(InputError, match=r"`data.path` is .*x=2"):
+        require_same_request(tmp_path / "data", asked.model_copy(update={"path": SIGNED[:-7] + "2.jsonl"}), 500)
+
+
+def test_h8_what_lies_beside_a_card_is_escaped_as_the_card_is(tmp_path):
+    foreign = "<img src=x> [click](https://evil.example) $\\frac$ | `x`\n# no"
+    verdict = Verdict(foreign, "acc", 3, 0.5, 0.5, 0.5, -0.1, 0.1, 1, 1, 1.0, 1.0)
+    compared = Comparison(foreign, [verdict], None, [foreign])
+    scores = Scores({"name": foreign, "parameters": 1, "context": 1}, texts={foreign: LOSS})
+    write_results(Results({"dtype": "float32"}, [scores], [compared], [foreign]), {}, tmp_path)
+    page = (tmp_path / "comparison.md").read_text()
+    assert not re.search(r"<img|https://|\n# no|(?<!\\)[`|]`? ?x", page)
+
+
+def test_h10_choices_that_are_equally_likely_count_as_chance_and_lm_evals_figure_stands_beside(workplace, tmp_path):
+    nothing, eos = tmp_path / "nothing", read_manifest(workplace / "data").eos_id
+    shutil.copytree(workplace / "data" / "tokenizer", nothing)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=500, n_positions=64, n_embd=8, n_layer=1, n_head=1, bos_token_id=eos, eos_token_id=eos)
+    )
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.save_pretrained(nothing)
+    (tmp_path / "tasks").mkdir()
+    pair = json.dumps({"q": "", "c": ["the cat sees", "sees cat the"]})
+    (tmp_path / "tasks" / "items.jsonl").write_text(f"{pair}\n" * 3)
+    rest = "doc_to_target: 0\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    (tmp_path / "tasks" / "pairs.yaml").write_text(TASK + rest)
+    options = ["--against", "none", "--texts", "none", "--tasks-dir", str(tmp_path / "tasks"), "--tasks", "innocent"]
+    out = ["--out", str(tmp_path / "out")]
+    done = train(workplace, str(nothing), *options, *out, script=str(ROOT / "recipes" / "eval.py"))
+    assert done.returncode == 0, done.stderr
+    [found] = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    task = found["tasks"]["innocent"]
+    assert (task["metrics"]["acc"], task["lm-eval"]["acc"], task["ties"]) == (0.5, 1.0, 3)
+    assert "50.0%; in 3 items the best choices tie" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "which takes the first: 100.0%" in done.stdout
+
+
+def test_h9_a_moved_run_speaks_of_the_place_where_it_is(in_process, undisturbed, capsys):
+    shutil.copytree("runs/tiny", "runs/elsewhere")
+    assert train_module.train(tiny(in_process, "--name", "elsewhere")) == 0
+    said = capsys.readouterr().out
+    assert "recipes/eval.py runs/elsewhere/models/iter-000040" in said and "runs/tiny" not in said
+    assert "runs/tiny" not in (in_process / "runs/elsewhere/metrics.jsonl").read_text()
+
+
+def test_h9_what_other_settings_gave_lies_beside_the_answer(workplace, undisturbed):
+    model, script = "runs/tiny/models/iter-000040", str(ROOT / "recipes" / "eval.py")
+    places = []
+    for options in ([], ["--limit", "2"], ["--tasks", "none"], ["--dtype", "bfloat16"], ["--shards", "none"]):
+        done = train(workplace, model, "--dry-run", *options, script=script)
+        places.append(re.search(r"into (\S+)", done.stdout)[1])
+    assert places[0].endswith("runs/tiny/evaluation/iter-000040")
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("report.py", ["runs/unwritable"]),
+        ("eval.py", ["runs/tiny/models/iter-000040", "--against", "none", "--tasks", "none", "--texts", "none"]),
+        ("plan.py", ["tiny.yaml"]),
+    ],
+)
+def test_h9_a_disk_that_takes_nothing_is_one_message_and_75(workplace, undisturbed, script, options):
+    run = workplace / "runs" / "unwritable"
+    shutil.copytree(workplace / "runs" / "tiny", run)
+    (run / "report").touch()  # what a folder that cannot be made gives
+    place = {"eval.py": ["--out", "runs/unwritable/report/x"], "plan.py": ["--plot", "runs/unwritable/report/x.png"]}
+    done = train(workplace, *options, *place.get(script, []), script=str(ROOT / "recipes" / script))
+    shutil.rmtree(run)
+    assert done.returncode == 75 and "Traceback" not in done.stderr
+    assert "runs/unwritable/report" in done.stderr and "mend that" in done.stderr

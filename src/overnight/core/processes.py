@@ -55,16 +55,17 @@ def tied(*command: str) -> list[str]:
 
 
 class Helper:
-    """Python at low priority, outside of the run's group of processes: it dies with us, and never holds us.
+    """Python outside of the run's group of processes: it dies with us, and never holds us.
 
     What it says goes to a file without a name: a pipe that nobody reads would be full one day, and stop it.
     """
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None):
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, priority: int = 10):
+        """`priority` is a niceness: low unless we wait for it."""
         inherited = {key: value for key, value in os.environ.items() if key not in OF_THE_GROUP}
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as it lives
         self.process = subprocess.Popen(
-            tied("nice", sys.executable, *arguments),
+            tied("nice", "-n", str(priority), sys.executable, *arguments),
             env=inherited | (environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=self._said,

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from overnight.core.files import sha256, sync
+from overnight.core.published import redacted
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data, Recipe
 
@@ -207,8 +208,8 @@ def request_differences(folder: Path, manifest: Manifest, data: Data, vocab_size
     if manifest.split.rule != "adopted":
         source = manifest.source.model_dump(include=SOURCE_KEYS)
         source["path"] = Data(path=source["path"]).path  # `~` as recipes have it, and older manifests have not
-        said = source | manifest.split.model_dump(include=SPLIT_KEYS)
-        wanted = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": ordered_path(data)}
+        said = redacted(source) | manifest.split.model_dump(include=SPLIT_KEYS)
+        wanted = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": redacted(ordered_path(data))}
         held |= {f"data.{key}": said[key] for key in said}
         asked |= {f"data.{key}": wanted[key] for key in said}
     return [
@@ -244,7 +245,7 @@ def name_prepared(whole: Path, manifest: Manifest, folder: Path) -> Manifest:
 
     It gets the sums of the tokenizer's files, and its own. Returns it as it then is.
     """
-    content = manifest.model_dump()
+    content = redacted(manifest.model_dump())
     content["tokenizer"]["files"] = {path.name: sha256(path) for path in sorted((whole / "tokenizer").iterdir())}
     content[OWN_SUM] = _sum_of(content)
     (whole / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -172,8 +172,8 @@ def environment() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where it cannot be run."""
+    """What a command prints, or None where it cannot be run, or stands still."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None

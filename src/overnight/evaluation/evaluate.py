@@ -162,7 +162,8 @@ class Session:
                 scores.tasks[benchmark.name] = summary(benchmark, items, int(cut))
                 found[benchmark.name] = items
                 shown = ", ".join(f"{key} {v:.4f}" for key, v in scores.tasks[benchmark.name]["metrics"].items())
-                self._tell(benchmark.name, shown + (f"; {cut} requests cut to the context" if cut else ""))
+                tied = results.tied(scores.tasks[benchmark.name])
+                self._tell(benchmark.name, shown + tied + (f"; {cut} requests cut to the context" if cut else ""))
         return found
 
     def finalize(self, measured: list[Measured]) -> None:
@@ -181,9 +182,9 @@ class Session:
         results.write_results(result, by_item(measured), self.plan.out)
         for comparison in comparisons:
             self.console.log(f"\nagainst {comparison.opponent}")
-            for line in results.verdict_lines(comparison):
+            for line in results.verdict_lines(comparison, str):
                 self.console.log(line.replace("**", ""))
-        for line in results.loss_lines(result):
+        for line in results.loss_lines(result, str):
             self.console.log(line)
         self.console.log(f"\nwritten: {self.plan.out}/comparison.md")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
@@ -16,6 +17,7 @@ from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Answer, Request, batches_of
 
+SAME = 1e-6  # of a log-likelihood: equal sums of float32 in another order differ by less
 LM_EVAL_BATCH = 8  # rows, where a model reads no trees and lm-eval's own code serves
 
 
@@ -85,19 +87,49 @@ def answer_items(lm: SharedContextLM, task: Task, limit: int | None) -> list[dic
     if found is None:
         return None
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-    return [item_of(name, sample) for sample in samples]
+    return [item_of(task, sample) for sample in samples]
 
 
-def item_of(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+def item_of(task: Task, sample: dict[str, Any]) -> dict[str, Any]:
     """What is kept of an item: which it was, the choices' log-likelihoods, and the metrics."""
     answers = [answer if isinstance(answer, tuple | list) else (answer, None) for answer in sample["filtered_resps"]]
+    lm_eval = {metric: sample[metric] for metric in sample["metrics"]}
+    tied = ties_as_chance(task, sample["doc"], [answer[0] for answer in answers], lm_eval)
     return {
-        "task": task,
+        "task": str(task.task_name),
         "id": sample["doc_id"],
         "doc": sample["doc_hash"][:16],
         "prompt": sample["prompt_hash"][:16],
         "target": sample["target"],
         "loglikelihoods": [answer[0] for answer in answers],
         "greedy": [answer[1] for answer in answers],
-        "metrics": {metric: sample[metric] for metric in sample["metrics"]},
+        "metrics": lm_eval | tied,
+        "lm-eval": lm_eval,
+        "tied": bool(tied),
     }
+
+
+def ties_as_chance(
+    task: Any, doc: dict[str, Any], likelihoods: list[float], metrics: dict[str, Any]
+) -> dict[str, float]:
+    """Of the metrics of an item those in which the best choices are equally likely: the share of them that is right.
+
+    lm-eval takes the first of them, and in some tasks the first is always the right one.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return {}
+    choices = task.doc_to_choice(doc)
+    lengths = {
+        "acc": np.ones(len(choices)),
+        "acc_norm": np.array([len(choice) for choice in choices]),
+        "acc_bytes": np.array([len(choice.encode()) for choice in choices]),
+    }
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    right = {choices.index(g) if g in choices else g for g in (gold if isinstance(gold, list) else [gold])}
+    found = {}
+    for metric in lengths.keys() & metrics.keys():
+        scores = np.array(likelihoods[: len(choices)]) / np.maximum(lengths[metric], 1)
+        best = np.flatnonzero(scores >= scores.max() - SAME * abs(scores.max()))
+        if len(best) > 1:
+            found[metric] = float(np.mean([each in right for each in best]))
+    return found

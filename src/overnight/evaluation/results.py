@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from overnight.core.files import atomic_write, file_name, write_figure
+from overnight.core.published import redacted, text
 from overnight.core.sums import SUMS, write_sums
 from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, headline
 
@@ -106,7 +107,7 @@ def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], fold
         atomic_write(folder / "items" / f"{file_name(name)}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     for left in folder.glob("against-*.png"):  # by an evaluation against others
         left.unlink()
-    atomic_write(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
+    atomic_write(folder / "results.json", json.dumps(redacted(outcome.as_json()), indent=1) + "\n")
     for comparison in outcome.comparisons:
         if comparison.verdicts:
             draw_differences(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))
@@ -122,24 +123,26 @@ def figure_name(opponent: str) -> str:
 def markdown(outcome: Results) -> str:
     """comparison.md, which is to be understood without anything else at hand."""
     ours = outcome.models[0].facts
-    lines = [f"# {cell(ours['name'])}", ""]
+    lines = [f"# {text(ours['name'])}", ""]
     lines += [
         f"{ours['parameters']:,} parameters, context {ours['context']}. "
         f"Every model was measured by the same command in {outcome.settings['dtype']}, on the same items."
     ]
     for comparison in outcome.comparisons:
-        lines += ["", f"## Against {cell(comparison.opponent)}", "", *verdict_lines(comparison)]
+        lines += ["", f"## Against {text(comparison.opponent)}", "", *verdict_lines(comparison)]
         if comparison.verdicts:
             lines.append(f"![differences with intervals]({figure_name(comparison.opponent)})")
     lines += ["", "## Losses", "", *loss_lines(outcome)]
     if len(outcome.comparisons) != 1:
         lines += ["", "## Benchmarks", "", *score_lines(outcome)]
-    lines += ["", "## How to read this", "", *[f"- {note}" for note in outcome.notes]]
+    if ties := tie_lines(outcome):
+        lines += ["", "## Ties", "", *ties]
+    lines += ["", "## How to read this", "", *[f"- {text(note)}" for note in outcome.notes]]
     return "\n".join(lines) + "\n"
 
 
-def verdict_lines(comparison: Comparison) -> list[str]:
-    """The sentences that answer the question, the loss first; the table behind them, and warnings."""
+def verdict_lines(comparison: Comparison, shown: Callable[[object], str] = text) -> list[str]:
+    """The answer in sentences, the loss first, the table behind it, and warnings; `shown` is how names are."""
     found = comparison.verdicts
     lines = [f"**{loss_sentence(comparison.validation)}**", ""] if comparison.validation else []
     if not found:
@@ -157,7 +160,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     for v in found:
         known = published_scores(comparison.opponent, v)
         row = [
-            f"{v.task} ({v.metric}, {v.items:,} items)",
+            f"{shown(v.task)} ({shown(v.metric)}, {v.items:,} items)",
             f"{v.chance:.1%}",
             f"{v.ours:.1%}",
             f"{v.theirs:.1%}",
@@ -168,29 +171,25 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         ]
         row += [] if not reference else [f"{known:.1%}" if known is not None else "no reference"]
         lines.append("| " + " | ".join(row) + " |")
-    return [*lines, "", *[f"**Warning.** {warning}" for warning in comparison.warnings]]
+    return [*lines, "", *[f"**Warning.** {shown(warning)}" for warning in comparison.warnings]]
 
 
 def loss_sentence(validation: dict[str, float]) -> str:
     """Which model predicts the validation set better, from the difference of the losses and its interval."""
     difference, low, high = (validation[key] for key in ("difference", "low", "high"))
-    if low <= 0 <= high:
-        return (
-            f"On the same validation text no difference is shown: {difference:+.3f} ({low:+.3f} to {high:+.3f}) nats."
-        )
-    word = "Better" if difference < 0 else "Worse"
-    return f"{word} on the same validation text: {difference:+.3f} ({low:+.3f} to {high:+.3f}) nats a token."
+    word = "No difference shown" if low <= 0 <= high else "Better" if difference < 0 else "Worse"
+    return f"{word} on the same validation text: {difference:+.3f} ({low:+.3f} to {high:+.3f}) nats per token."
 
 
-def loss_lines(outcome: Results) -> list[str]:
-    """Losses of all models on all texts."""
+def loss_lines(outcome: Results, shown: Callable[[object], str] = text) -> list[str]:
+    """Losses of all models on all texts; `shown` is how names are."""
     lines = ["| text | model | nats per token | perplexity | bits per byte | tokens |", "|---|---|---|---|---|---|"]
     for scores in outcome.models:
         texts = ({"validation set": scores.validation} if scores.validation else {}) | scores.texts
-        for text, found in texts.items():
+        for name, found in texts.items():
             bits = f"{found['bits_per_byte']:.4f}" if found["bits_per_byte"] is not None else "-"
             lines.append(
-                f"| {cell(text)} | {cell(scores.facts['name'])} | {found['loss']:.4f} | {found['perplexity']:.2f} "
+                f"| {shown(name)} | {shown(scores.facts['name'])} | {found['loss']:.4f} | {found['perplexity']:.2f} "
                 f"| {bits} | {found['tokens']:,} |"
             )
     if len(lines) == 2:
@@ -200,7 +199,7 @@ def loss_lines(outcome: Results) -> list[str]:
             v = each.validation
             lines += [
                 "",
-                f"On the validation set ours minus {cell(each.opponent)}: {v['difference']:+.4f} nats per token "
+                f"On the validation set ours minus {shown(each.opponent)}: {v['difference']:+.4f} nats per token "
                 f"({LEVEL:.0%} interval {v['low']:+.4f} to {v['high']:+.4f}, rows resampled).",
             ]
     return lines
@@ -209,12 +208,32 @@ def loss_lines(outcome: Results) -> list[str]:
 def score_lines(outcome: Results) -> list[str]:
     """Scores of all models side by side."""
     names = [scores.facts["name"] for scores in outcome.models]
-    lines = ["| task | chance | " + " | ".join(map(cell, names)) + " |", "|---|---|" + "---|" * len(names)]
+    lines = ["| task | chance | " + " | ".join(map(text, names)) + " |", "|---|---|" + "---|" * len(names)]
     for task, ours in outcome.models[0].tasks.items():
         each = [scores.tasks[task] for scores in outcome.models]
         values = [f"{s['metrics'][s['metric']]:.1%}" if s["metric"] in s["metrics"] else "-" for s in each]
-        lines.append(f"| {task} ({ours['metric']}) | {ours['chance']:.1%} | " + " | ".join(values) + " |")
+        lines.append(f"| {text(task)} ({text(ours['metric'])}) | {ours['chance']:.1%} | " + " | ".join(values) + " |")
     return lines
+
+
+def tied(task: dict[str, Any]) -> str:
+    """What is said beside a task's score where choices are equally likely, and lm-eval's figure is another."""
+    metric = task["metric"]
+    if not task["ties"] or metric not in task["metrics"]:
+        return ""
+    lm_eval = f"lm-eval, which takes the first: {task['lm-eval'][metric]:.1%}"
+    return f"; in {task['ties']:,} items the best choices tie and count as chance ({lm_eval})"
+
+
+def tie_lines(outcome: Results) -> list[str]:
+    """Each model's score in the tasks where that is so."""
+    return [
+        f"- {text(name)} ({text(task['metric'])}), {text(scores.facts['name'])}: "
+        f"{task['metrics'][task['metric']]:.1%}{tied(task)}"
+        for scores in outcome.models
+        for name, task in scores.tasks.items()
+        if tied(task)
+    ]
 
 
 def notes(settings: dict[str, Any], home: str | None) -> list[str]:
@@ -244,11 +263,6 @@ def notes(settings: dict[str, Any], home: str | None) -> list[str]:
     return found
 
 
-def cell(text: str) -> str:
-    """`text` in a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
 def draw_differences(comparison: Comparison, ours: str, path: Path) -> None:
     """The differences with their intervals, one line a task."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
@@ -262,9 +276,9 @@ def draw_differences(comparison: Comparison, ours: str, path: Path) -> None:
         colour = colours[verdict.word]
         axes.plot([100 * verdict.low, 100 * verdict.high], [height, height], color=colour, linewidth=2)
         axes.plot([100 * verdict.difference], [height], "o", color=colour)
-    axes.set_yticks(range(len(found)), [f"{verdict.task} ({verdict.metric})" for verdict in found])
+    axes.set_yticks(range(len(found)), [f"{each.task} ({each.metric})" for each in found], parse_math=False)
     axes.set_xlabel(f"percentage points, {LEVEL:.0%} intervals; right of zero ours is better")
-    axes.set_title(f"{Path(ours).name} against {comparison.opponent}", fontsize=10)
+    axes.set_title(f"{Path(ours).name} against {comparison.opponent}", fontsize=10, parse_math=False)
     for word, colour in colours.items():
         axes.plot([], [], "o-", color=colour, label=word)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)

@@ -253,14 +253,22 @@ def tokens_of(benchmark: Benchmark, limit: int | None) -> float:
 
 
 def summary(benchmark: Benchmark, items: list[dict[str, Any]], cut: int) -> dict[str, Any]:
-    """Scores of a benchmark by lm-eval's own aggregation, over the items of all its tasks pooled."""
+    """Scores of a benchmark by lm-eval's own aggregation, over the items of all its tasks pooled.
+
+    `lm-eval` are its own figures, which differ where there are ties.
+    """
     aggregate = benchmark.tasks[0].aggregation()
-    values = {metric: [item["metrics"][metric] for item in items] for metric in items[0]["metrics"]}
+    ours, theirs = (
+        {metric: float(aggregate[metric]([item[whose][metric] for item in items])) for metric in items[0]["metrics"]}
+        for whose in ("metrics", "lm-eval")
+    )
     choices = [len(item["loglikelihoods"]) for item in items]
     return {
         "items": len(items),
         "metric": metric_of(benchmark.name),
-        "metrics": {metric: float(aggregate[metric](each)) for metric, each in values.items()},
+        "metrics": ours,
+        "ties": sum(item["tied"] for item in items),
+        "lm-eval": theirs,
         "chance": float(np.mean([1 / number if number > 1 else 0.0 for number in choices])),
         "cut to the context": cut,
         "versions": benchmark.versions,

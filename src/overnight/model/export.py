@@ -9,6 +9,7 @@ import errno
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,17 @@ READING_SECONDS = 900
 TOLERANCE = 1e-5  # of the logits, float32 against float32 on the same CPU
 
 
-def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path, probe: Tensor) -> None:
+def export(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    probe: Tensor,
+    enough: Callable[[], bool] = lambda: False,
+) -> None:
     """Write `model` (as `published` gives it) and its tokenizer to `folder`, verified before it has that name.
 
     `probe` is (batch, time) int64 tokens. Raises RuntimeError when the folder, loaded by a fresh process, does not give
-    the same logits on them, or misses or adds a key.
+    the same logits on them, or misses or adds a key, and InterruptedError where there is `enough` of waiting for it.
     """
     aside = folder.with_name(f".{folder.name}.partial")
     remove(aside)
@@ -38,23 +45,27 @@ def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: P
         model.save_pretrained(aside)
         tokenizer.model_max_length = model.config.n_positions  # so that a longer text is cut, or warned of
         tokenizer.save_pretrained(aside)
-        verify_export(model, aside, probe)
+        verify_export(model, aside, probe, enough)
         put_in_place(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-def verify_export(model: GPT2LMHeadModel, folder: Path, probe: Tensor) -> None:
+def verify_export(
+    model: GPT2LMHeadModel, folder: Path, probe: Tensor, enough: Callable[[], bool] = lambda: False
+) -> None:
     """Raise RuntimeError unless a fresh process reads the same model from `folder` as `model` is."""
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         stored = Path(scratch) / "probe.safetensors"
         on_cpu = GPT2LMHeadModel(model.config).eval()
         on_cpu.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
         save_file({"ids": probe.cpu().contiguous(), "logits": on_cpu(probe.cpu()).logits.contiguous()}, stored)
-        reader = Helper("-m", "overnight.model.export", str(folder), str(stored))
-        if not reader.wait(READING_SECONDS):
+        reader = Helper("-m", "overnight.model.export", str(folder), str(stored), priority=0)
+        if not reader.wait(READING_SECONDS, enough):
             reader.stop()
+            if enough():
+                raise InterruptedError(errno.EINTR, "it was not read again", str(folder))
             raise TimeoutError(errno.ETIMEDOUT, f"reading it again took more than {READING_SECONDS} s", str(folder))
     if reader.code:
         raise RuntimeError(f"{folder} does not load as the model that was trained:\n{reader.said()}")

@@ -7,7 +7,6 @@ it stands in a file of the run; text that came from a recipe, a data set or a mo
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from overnight.core.console import count, duration, plain
+from overnight.core.console import count, duration
 from overnight.core.files import atomic_write
+from overnight.core.published import fenced, redacted, text
 from overnight.core.sums import SUMS, damage
 from overnight.errors import DamagedData, InputError
 from overnight.planning import scaling_law
@@ -25,10 +25,10 @@ from overnight.planning.table import gpt2_loss
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.report.curve import draw_curve
-from overnight.run_dir.layout import ENVIRONMENT, finished, finished_in, folder_name, read_file, read_run
+from overnight.run_dir.layout import ENVIRONMENT, RESULTS, finished, finished_in, folder_name, read_file, read_run
 from overnight.run_dir.metrics import Record, standing
 
-CARD, RECIPE, METRICS, CURVE, RESULTS = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png", "results.json"
+CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
 TEMPLATE, UNFINISHED = (Path(__file__).with_name(name) for name in ("model_card.md", "unfinished_card.md"))
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb")
 
@@ -74,7 +74,7 @@ def unfinished_card(recipe: Recipe, iteration: int, repo_id: str) -> str:
 
 def shown(recipe: Recipe) -> dict[str, Any]:
     """A recipe for others: without what is of this machine alone."""
-    whole = recipe.model_dump()
+    whole = redacted(recipe.model_dump())
     whole["data"]["path"] = paths_of(recipe)
     whole["data"]["tokenizer"] = local_name(recipe.data.tokenizer)
     for section in ("data", "evaluation"):
@@ -89,7 +89,7 @@ def paths_of(recipe: Recipe) -> str | list[str] | None:
     if recipe.data.source != "files" or recipe.data.path is None:
         return recipe.data.path
     several = [recipe.data.path] if isinstance(recipe.data.path, str) else recipe.data.path
-    return [path if "://" in path else Path(path).name for path in several]
+    return [redacted(path) if "://" in path else Path(path).name for path in several]
 
 
 def local_name(path: str) -> str:
@@ -247,18 +247,3 @@ def forecast_of(recipe: Recipe, records: list[Record], budget: int) -> str:
 def interval(low: float, high: float) -> str:
     """`3.121 to 3.303`"""
     return f"{low:.3f} to {high:.3f}"
-
-
-def text(value: object) -> str:
-    """Foreign text as Markdown that shows it: no HTML, no links, no tables, no control characters, one line."""
-    line = " ".join(plain(str(value)).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")  # they would become links
-    return re.sub(r"([\\`*_{}\[\]|~$!])", r"\\\1", line)
-
-
-def fenced(code: str, language: str) -> str:
-    """A block of code that its content cannot end."""
-    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{plain(code).rstrip()}\n{fence}"

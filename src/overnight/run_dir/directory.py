@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from overnight.core.files import atomic_write, entries, remove
 from overnight.core.lock import hold
+from overnight.core.published import redacted
 from overnight.core.sums import damage
 from overnight.errors import InputError
 from overnight.recipe.identity import difference_lines, differences, grown, immutable_keys, recipe_identity
@@ -162,8 +163,8 @@ class RunDirectory:
             "changes": self.changes,
             "recipe": self.recipe.model_dump(),
         }
-        atomic_write(self.path / RECIPE, yaml.safe_dump(now, sort_keys=False))
-        atomic_write(self.path / ENVIRONMENT, json.dumps(environment, indent=1))
+        atomic_write(self.path / RECIPE, yaml.safe_dump(redacted(now), sort_keys=False))
+        atomic_write(self.path / ENVIRONMENT, json.dumps(redacted(environment), indent=1))
 
     def checkpoint(self, iteration: int, schedule: Schedule) -> Path:
         """Where the state after `iteration` belongs: to the trunk, or to the decay towards the schedule's end."""

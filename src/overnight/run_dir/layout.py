@@ -20,7 +20,7 @@ from overnight.recipe.schema import Recipe
 from overnight.run_dir.metrics import Metrics, Record
 
 LOG = "log.txt"  # what the session printed; of those before it log-1.txt and so on
-CHECKPOINTS, RECIPE, ENVIRONMENT = "checkpoints", "recipe.yaml", "environment.json"
+CHECKPOINTS, RECIPE, ENVIRONMENT, RESULTS = "checkpoints", "recipe.yaml", "environment.json", "results.json"
 REWRITTEN = "move it away, and the run's own training command writes it anew and goes on from its checkpoints"
 T = TypeVar("T")
 _NAME, _COOLDOWN = re.compile(r"iter-(\d{6,})"), re.compile(r"cooldown-(\d{6,})")
@@ -97,7 +97,8 @@ def read_file(path: Path, make: Callable[[Any], T], otherwise: str) -> T:
 def finished(run: Path) -> dict[int, Record]:
     """The milestones that a run has finished, ascending: the last record of each whose verified model is there."""
     ends = finished_in(Metrics(run / "metrics.jsonl").records())
-    return {target: ends[target] for target in sorted(ends) if (run / "models" / folder_name(target)).is_dir()}
+    there = saved_iterations(run / "models")
+    return {target: ends[target] for target in sorted(ends) if target in there}
 
 
 def finished_in(records: list[Record]) -> dict[int, Record]:
@@ -130,6 +131,25 @@ def recipe_of(run: Path) -> Recipe:
         return read_file(run / RECIPE, lambda found: stored_recipe(found["recipe"]), REWRITTEN)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{run} is no run directory: it has no {RECIPE}; runs/NAME would work") from None
+
+
+MEASURED = {"against", "tasks", "texts", "limit"}
+"""The keys of a recipe's evaluation that decide what is measured, and stand in the settings of results.json."""
+
+
+def evaluated(model: Path) -> bool:
+    """Whether a finished model was evaluated as its run's recipe says, and not in another way, such as a look."""
+    folder = evaluation_of(model)
+    if not (folder / "comparison.md").exists() or not (folder / RESULTS).exists():
+        return False
+    settings = read_file(folder / RESULTS, lambda found: dict(found["settings"]), "remove it, and evaluate again")
+    wanted = recipe_of(model.parents[1]).evaluation.model_dump(include=MEASURED)
+    return all(settings.get(key) == value for key, value in wanted.items())
+
+
+def evaluation_of(model: Path) -> Path:
+    """Where the evaluation of a run's model lies that its recipe asks for; those of other settings lie beside it."""
+    return model.parents[1] / "evaluation" / model.name
 
 
 def read_run(run: Path) -> tuple[Recipe, list[Record]]:

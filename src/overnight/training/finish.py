@@ -136,7 +136,9 @@ def finish(run: Run) -> int:
         run.console.log(f"exporting {folder} and loading it in a fresh process")
         try:
             model = published(run.model, run.recipe.model)
-            with_room(run.device, lambda: export(model, run.tokenizer, folder, probe))
+            with_room(run.device, lambda: export(model, run.tokenizer, folder, probe, lambda: run.signalled))
+        except InterruptedError:  # the last checkpoint is there, and from it the same command writes the model
+            code = interrupted(run)
         except Exception as error:  # tokenizers' own for what the system refuses is a bare Exception
             if errno_of(error) is None:
                 raise

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from overnight.core.console import Console, estimated_end
 from overnight.core.extras import require
 from overnight.core.files import disk_full_error
+from overnight.core.published import redacted
 from overnight.data.batches import TrainingBatches
 from overnight.data.manifest import Manifest, is_prepared, prepared, require_same_request
 from overnight.data.shards import Shards, open_shards
@@ -47,7 +48,7 @@ def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> No
     """`--dry-run`: the resolved recipe and everything that follows from it; nothing is built or written."""
     recipe, unique_tokens = prepared(recipe)
     derived = derive(recipe, accelerator.device.type, accelerator.num_processes, unique_tokens)
-    console.log(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+    console.log(yaml.safe_dump(redacted(recipe.model_dump()), sort_keys=False))
     console.table("derived", derived_rows(recipe, derived))
 
 

@@ -28,7 +28,7 @@ from overnight.model import optim
 from overnight.recipe.schedule import goals, lr_at
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished, folder_name, refuse_damaged_model
+from overnight.run_dir.layout import LOG, finished, folder_name, refuse_damaged_model
 from overnight.training import finish, micro_batch
 from overnight.training.log import (
     log_baselines,
