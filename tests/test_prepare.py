@@ -250,6 +250,11 @@ def test_a_trained_vocabulary_is_exactly_the_size_asked_for(tmp_path):
             train_tokenizer(texts, size)
 
 
+def test_a_tokenizer_is_trained_on_a_word_as_long_as_a_book_in_pieces():
+    long = "".join(random.Random(1).choices("abcd", k=2_000_000))  # minutes, as one word
+    assert len(train_tokenizer([*texts_of(1, 50), long], VOCAB)) == VOCAB
+
+
 def test_a_vocabulary_that_does_not_fit_the_model_is_refused(data, tmp_path):
     train_tokenizer(texts_of(1, 600), VOCAB).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(InputError, match=r"`model\.vocab_size` is 512, but .* has 300 entries: use 300"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -13,6 +14,7 @@ from overnight.data.encoder import json_fingerprint
 from overnight.errors import InputError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_WORD = 1000  # characters; training by more at once
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -27,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     found = backend.get_vocab_size()
     if found != vocab_size:
         works = f"at least {found}" if found > vocab_size else f"at most {found}, or give more text"
@@ -38,6 +40,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     # GPT-2's own class around it, so that every release of transformers loads what is saved.
     merges: Any = [tuple(pair) for pair in model["merges"]]  # annotated as strings upstream, read as pairs
     return GPT2Tokenizer(vocab=model["vocab"], merges=merges)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text as it is, or in pieces where it has a longer word than any language: the trainer's time is its square."""
+    whole = re.search(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}", text) is None
+    size = len(text) if whole else LONGEST_WORD
+    return (text[at : at + size] for at in range(0, len(text), max(size, 1)))
 
 
 def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:

@@ -60,6 +60,8 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
             f" {expected_cost(recipe.data)}"
         )
     shards = open_shards(folder, verify=accelerator.is_local_main_process)
+    if not any(file.tokens > 1 for file in shards.val.files):
+        raise InputError(f"`data.dir`: the validation set in {folder} has no token after another: prepare more of it")
     if shards.manifest.vocab_size != recipe.model.vocab_size:
         raise InputError(
             f"`model.vocab_size` is {recipe.model.vocab_size}, but the tokens in {folder} were made with a vocabulary"
