@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from overnight.cli import exit_code, user_path
+from overnight.core.console import outlets
 from overnight.errors import InputError
 
 
@@ -37,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    outlets()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     try:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from overnight.core.console import outlets
 from overnight.errors import EXIT_INPUT, InputError
 
 
@@ -15,6 +16,7 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=50, help="choose among this many tokens")
     parser.add_argument("--seed", type=int, default=1337, help="equal seeds write equal text")
     options = parser.parse_args()
+    outlets()
 
     from overnight.model.generate import Writer
 

@@ -48,6 +48,12 @@ def test_a_run_without_prompts_ends_well_and_suggests_a_conversation(in_process,
     assert " python recipes/sample.py runs/silent/models/iter-000010\n" in capsys.readouterr().out
 
 
+def test_a_context_shorter_than_what_an_export_is_compared_on_is_finished(workplace):
+    shape = ["--model.n_positions=16", "--batch.sequence_length=16", "--schedule.max_iters=2"]
+    done = train(workplace, "tiny.yaml", "--name", "short", *shape, "--schedule.warmup_iters=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_same_command_again_prints_the_results_and_another_run_is_refused(workplace, undisturbed):
     again = train(workplace, "tiny.yaml")
     assert again.returncode == 0

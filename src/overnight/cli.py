@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from overnight.core.console import outlets
+from overnight.core.processes import in_group
 from overnight.errors import (
     EXIT_DAMAGED,
     EXIT_INPUT,
@@ -38,6 +40,7 @@ def recipe_command(
     `alone` does what needs no recipe, and returns None where the options ask for no such thing. In the namespace that
     `run` gets, `arguments` are the recipe and overrides again, for a process that it starts.
     """
+    outlets()
     arguments = sys.argv[1:]
     named = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
     parser = argparse.ArgumentParser(
@@ -80,7 +83,7 @@ def without_device(error: RuntimeError) -> int:
 
 def exit_code(error: InputError) -> int:
     """Print every problem of `error`, once for all processes of a run, and return the exit code of its kind."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or not in_group(os.environ):
         print("\n".join(error.problems), file=sys.stderr)
     kinds = {DamagedData: EXIT_DAMAGED, Unreachable: EXIT_INTERRUPTED}
     return kinds.get(type(error), EXIT_INPUT)

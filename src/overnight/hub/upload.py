@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
+from overnight.core.console import outlets
 from overnight.core.files import sha256
 from overnight.core.processes import die_with_parent
 from overnight.errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError, Unreachable, first_line, script_command
@@ -172,6 +173,7 @@ def main() -> int:
     parser.add_argument("--checkpoints", action="store_true")
     options = parser.parse_args()
     die_with_parent()
+    outlets()
     log: Log = partial(print, flush=True)
     try:
         publish(options.run, recipe_of(options.run), log, checkpoints=options.checkpoints)
