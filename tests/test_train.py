@@ -42,6 +42,11 @@ def test_c10_the_finished_model_loads_with_plain_transformers_in_a_fresh_process
     assert result.stdout.startswith("The")
 
 
+def test_a_finished_model_can_be_read_by_whom_the_umask_lets(workplace, undisturbed):
+    modes = {path.stat().st_mode & 0o777 for path in (workplace / "runs/tiny/models/iter-000040").iterdir()}
+    assert modes == {(workplace / "runs/tiny/recipe.yaml").stat().st_mode & 0o777}
+
+
 def test_a_run_without_prompts_ends_well_and_suggests_a_conversation(in_process, capsys):
     recipe = tiny(in_process, "--name", "silent", "--schedule.max_iters", "10", "--validation.prompts", "[]")
     assert train_module.train(recipe) == 0

@@ -5,11 +5,16 @@ from __future__ import annotations
 import codecs
 import errno
 import hashlib
+import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from overnight.errors import InputError
 
@@ -51,10 +56,13 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's bytes, or a folder's names, are on the disk; some file systems do not do that for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -77,6 +85,20 @@ def atomic_write(path: Path, text: str) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def strict_json(value: Any, **how: Any) -> str:
+    """JSON that every reader takes: null for a number that is not finite, NumPy's numbers as numbers."""
+    return json.dumps(_plain(value), allow_nan=False, **how)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def no_room(error: Exception) -> bool:

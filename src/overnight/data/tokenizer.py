@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from overnight.data.encoder import json_fingerprint
@@ -67,6 +67,9 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
             "openai-community/gpt2 has both"
         )
     _require_countable(name_or_dir, tokenizer)
+    if tokenizer.backend_tokenizer.num_special_tokens_to_add(False):
+        # a text has no token before or behind it in training, so the tokenizer that is published adds none either
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     return tokenizer
 
 

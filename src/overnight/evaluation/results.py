@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from overnight.core.files import atomic_write
+from overnight.core.files import atomic_write, strict_json
 from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, headline
 
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
@@ -101,8 +100,8 @@ def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], fold
     """Write the folder; `items` are the lines of each benchmark. comparison.md comes last."""
     (folder / "items").mkdir(parents=True, exist_ok=True)
     for name, lines in items.items():
-        atomic_write(folder / "items" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    atomic_write(folder / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
+        atomic_write(folder / "items" / f"{name}.jsonl", "".join(strict_json(line) + "\n" for line in lines))
+    atomic_write(folder / "results.json", strict_json(outcome.as_json(), indent=1) + "\n")
     for comparison in outcome.comparisons:
         if comparison.verdicts:
             draw_differences(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))

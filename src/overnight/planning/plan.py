@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from overnight.core.extras import require
+from overnight.core.files import strict_json
 from overnight.data.manifest import is_prepared, read_manifest
 from overnight.errors import InputError
 from overnight.planning.forecast import forecast_of_run
@@ -35,7 +36,9 @@ def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], d
         for card in _cards(recipe, chosen, probe)
     ]
     if chosen.json:
-        print(json.dumps(budgets[0].as_json() if len(budgets) == 1 else [each.as_json() for each in budgets], indent=1))
+        print(
+            strict_json(budgets[0].as_json() if len(budgets) == 1 else [each.as_json() for each in budgets], indent=1)
+        )
     else:
         _print(recipe, budgets, unique, prices)
     if chosen.plot:
@@ -122,7 +125,7 @@ def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
 def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None, probe: Callable[[Recipe], dict[str, Any]]) -> Card:
     measured = probe(recipe)
     if file:
-        file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        file.write_text(strict_json(measured, indent=1) + "\n", encoding="utf-8")
     return _measured(gpu, measured, f"measured just now on {measured['device']}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Collection
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from overnight.core.files import atomic_write
+from overnight.core.files import atomic_write, strict_json
 from overnight.core.lock import hold
 from overnight.errors import InputError
 from overnight.recipe.identity import difference_lines, differences, grown, immutable_keys, recipe_identity
@@ -138,7 +137,7 @@ class RunDirectory:
             "recipe": self.recipe.model_dump(),
         }
         atomic_write(self.path / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
-        atomic_write(self.path / "environment.json", json.dumps(environment, indent=1))
+        atomic_write(self.path / "environment.json", strict_json(environment, indent=1))
 
     def checkpoint(self, iteration: int, schedule: Schedule) -> Path:
         """Where the state after `iteration` belongs: to the trunk, or to the decay towards the schedule's end."""
