@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from overnight.cli import key_help
 from overnight.errors import InputError
 from overnight.recipe.load import load
 
@@ -111,6 +112,13 @@ def test_a_suggested_command_has_the_overrides_and_is_quoted_for_a_shell(tmp_pat
     said = load(path, ["--data.dir", "$(touch x)"]).command("prepare.py")
     assert shlex.split(said) == ["python", "recipes/prepare.py", str(path), "--data.dir", "$(touch x)"]
     assert "'$(touch x)'" in said
+
+
+def test_the_help_of_a_recipe_has_its_values_by_section():
+    lines = key_help(ROOT / "recipes" / "quickstart.yaml").splitlines()
+    assert "model:" in lines and lines.index("model:") < lines.index("  --model.n_positions  (256)") < lines.index(
+        "batch:"
+    )
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):

@@ -20,6 +20,7 @@ from overnight.errors import (
     Unreachable,
     first_line,
 )
+from overnight.recipe.identity import flat
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe, leaves
 
@@ -46,7 +47,8 @@ def recipe_command(
     parser = argparse.ArgumentParser(
         usage="%(prog)s " + ("[RECIPE]" if default else "RECIPE") + " [options] [--section.key VALUE ...]",
         description=description,
-        epilog="keys of a recipe, each of which `--section.key VALUE` overrides:\n\n" + key_help(),
+        epilog=f"keys of {named[0] if named else 'a recipe'} and their values, which `--section.key VALUE` overrides:\n"
+        + (key_help(Path(named[0]) if named else None) if {"-h", "--help"} & set(arguments) else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -103,10 +105,18 @@ def default_recipe() -> Path:
     return path
 
 
-def key_help() -> str:
-    """Every key of a recipe with its default and docstring."""
-    lines = []
+def key_help(path: Path | None) -> str:
+    """Every key with its docstring, by section, and its value in the recipe that was named, or else its default."""
+    try:
+        recipe = load(path) if path else Recipe()
+    except InputError:  # which is told when the recipe is loaded for more than its help
+        recipe = Recipe()
+    values, lines, before = flat(recipe.model_dump()), [], None
     for key, field in leaves():
-        lines.append(f"  --{key}  (default: {field.default})")
+        section = key.rpartition(".")[0]
+        if section != before:
+            lines += ["", f"{section or 'the run'}:"]
+        before = section
+        lines.append(f"  --{key}  ({values[key]})")
         lines += textwrap.wrap(field.description or "", 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from overnight.data.batches import TrainingBatches
 from overnight.data.ngrams import seen_tokens, unigram
 from overnight.data.shards import Shards
 from overnight.data.tokenizer import fingerprint as tokenizer_fingerprint
+from overnight.data.tokenizer import refuse_missing_folder
 from overnight.errors import InputError, first_line
 from overnight.evaluation.scoring import Scorer
 from overnight.model.generate import context_of
@@ -93,6 +94,7 @@ def origin_of(model: str) -> Origin | None:
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
     """The model of a folder or a Hub name. Raises InputError for what is none, or would need code or a pickle."""
+    refuse_missing_folder(name)
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
         if "auto_map" in config:
@@ -113,8 +115,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel
     embedding: Any = model.get_input_embeddings()
     if (largest := max(tokenizer.get_vocab().values())) >= embedding.num_embeddings:
         raise InputError(
-            f"{name}: its tokenizer has ids up to {largest:,}, and the model {embedding.num_embeddings:,} rows for them:"
-            " the two are not of one model"
+            f"{name}: its tokenizer has ids up to {largest:,}, and the model {embedding.num_embeddings:,} rows:"
+            " they are not of one model"
         )
     return eval_model(name, model, tokenizer, device, dtype)
 

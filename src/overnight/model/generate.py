@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import plain
+from overnight.data.tokenizer import refuse_missing_folder
 from overnight.errors import InputError
 
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
@@ -34,6 +35,7 @@ class Writer:
     def load(cls, name: str) -> Writer:
         """The model in a folder or on the Hub, on the best device; `InputError` when there is none. It runs no code."""
         disable_progress_bar()
+        refuse_missing_folder(name)
         try:
             model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -150,6 +150,8 @@ def _claimed(folder: Path) -> Iterator[Path]:
         (partial / "progress").mkdir()
         yield partial
     finally:
+        if partial.exists() and not any([*partial.glob("stage/*"), *partial.glob("inputs/*")]):
+            shutil.rmtree(partial)  # nothing that a next try could go on with
         lock.release()
 
 

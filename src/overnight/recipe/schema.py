@@ -36,7 +36,7 @@ class Data(Section):
     source: Literal["embedded", "files", "datasets"] = "embedded"
     """`embedded`: the documentation installed with the project; `files`: files or URLs; `datasets`: one on the Hub."""
     path: PathText | list[PathText] | None = None
-    """`files`: a path, glob or URL (http, hf) of .txt, .jsonl or .parquet files, or a list; `datasets`: a name."""
+    """`files`: path, glob or URL (http, hf) of .txt, .jsonl (or packed) or .parquet, or a list; `datasets`: a name."""
     files: str | None = None
     """For `datasets`: a glob inside the dataset's repository that picks its files."""
     revision: str | None = None
