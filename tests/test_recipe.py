@@ -31,13 +31,13 @@ def test_every_recipe_of_the_project_loads_under_its_own_name(path):
 
 
 def test_a_home_folder_is_known_in_every_path_of_a_recipe(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/elsewhere/someone")
     keys = ("data.dir", "data.tokenizer", "evaluation.tasks_dir", "data.path")
     given = [f"--{key}=~/there" for key in keys]
     given += ["--evaluation.texts=[~/there]", "--evaluation.against=[~/there]", "--data.source=files"]
     recipe = load(ROOT / "recipes" / "quickstart.yaml", given)
     found = [recipe.data.dir, recipe.data.tokenizer, recipe.data.path, recipe.evaluation.tasks_dir]
-    assert {*found, *recipe.evaluation.texts, *recipe.evaluation.against} == {"/home/someone/there"}
+    assert {*found, *recipe.evaluation.texts, *recipe.evaluation.against} == {"/elsewhere/someone/there"}
 
 
 def test_three_problems_make_one_message_with_the_three(tmp_path):
