@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from overnight.cli import exit_code, user_path
+from overnight.core.console import outlets
 from overnight.core.extras import require
 from overnight.core.files import file_name
 from overnight.errors import EXIT_INTERRUPTED, InputError
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    outlets()
     add_options(parser)
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # lm-eval's bars; the evaluation has one of its own

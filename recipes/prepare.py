@@ -30,9 +30,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", type=user_path, metavar="DIR", help="check a prepared folder; needs no RECIPE")
 
 
-def run(recipe, options) -> int:
-    from overnight.prepare.cost import expected_cost
+def cost(recipe) -> str:
+    """What preparing takes; refused where the text is on this machine, and is not there."""
+    from overnight.prepare.cost import cost_of, expected_cost
 
+    places = [recipe.data.path] if isinstance(recipe.data.path, str) else recipe.data.path or []
+    if recipe.data.source != "files" or any("://" in place for place in places):
+        return expected_cost(recipe.data)
+    from overnight.prepare.sources import find
+
+    return cost_of(find(recipe.data, None), recipe.data, recipe.model.vocab_size)
+
+
+def run(recipe, options) -> int:
     given = typed(options.executor_options, set())
     if not isinstance(given, dict):
         raise InputError(f"`--executor-options` is {options.executor_options!r}; '{{partition: cpu}}' would work")
@@ -44,7 +54,7 @@ def run(recipe, options) -> int:
         said = {key.removeprefix("data."): str(value) for key, value in pairs(options.arguments[1:], []) if key in TOLD}
         adopt(options.adopt, recipe.data, recipe.model.vocab_size, said=said, dry_run=options.dry_run)
         return 0
-    print(f"{recipe.data.dir}: {expected_cost(recipe.data)}", flush=True)
+    print(f"{recipe.data.dir}: {cost(recipe)}", flush=True)
     if not options.dry_run:
         require("prepare", "preparing data")
         from overnight.prepare.prepare import Workers, prepare

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from overnight.cli import exit_code, user_path
+from overnight.core.console import outlets
 from overnight.core.extras import require
 from overnight.errors import InputError
 from overnight.recipe.schema import Hub, Recipe
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    outlets()
     add_options(parser)
     options = parser.parse_args()
     return exit_code(lambda: run(options))

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from overnight.cli import exit_code, user_path
+from overnight.core.console import outlets
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    outlets()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     options = parser.parse_args()

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from overnight.cli import exit_code
+from overnight.core.console import outlets
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,6 +30,7 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=50, help="choose among this many tokens")
     parser.add_argument("--seed", type=int, default=1337, help="equal seeds write equal text")
     options = parser.parse_args()
+    outlets()
     try:
         return exit_code(lambda: run(options))
     except (EOFError, KeyboardInterrupt):

@@ -336,6 +336,15 @@ def create_branch(hub: Hub, call: Call, repo: Repo, name: str) -> Answer:
     return Answer({"success": True})
 
 
+@route("DELETE", "/api/models/{id}/tag/{name}", writes=True)
+def delete_tag(hub: Hub, call: Call, repo: Repo, name: str) -> Answer:
+    """A tag goes; its commit stays."""
+    if name not in repo.tags:
+        raise Refusal(404, "Reference does not exist", "RevisionNotFound")
+    del repo.tags[name]
+    return Answer({"success": True})
+
+
 @route("POST", "/api/models/{id}/tag/{rev}", writes=True)
 def create_tag(hub: Hub, call: Call, repo: Repo, rev: str) -> Answer:
     """A new tag on a revision."""
@@ -487,7 +496,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError("as a test wants it")
         self.send(answer)
 
-    do_GET = do_HEAD = do_POST = do_PUT = respond
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond
 
     def send(self, answer: Answer) -> None:
         """Send the answer, with the length that keeps the connection usable."""

@@ -136,6 +136,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path, gpt2_folder)
     assert not list(tmp_path.glob("data*"))
 
 
+def test_adopting_again_verifies_and_is_no_error(tmp_path, gpt2_folder):
+    data, origin = settings(tmp_path, gpt2_folder), nanogpt(tmp_path / "bins")
+    assert adopt(origin, data, GPT2_VOCABULARY, **SILENT) == adopt(origin, data, GPT2_VOCABULARY, **SILENT)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="is not empty: name a new folder"):
+        adopt(tmp_path / "other", data, GPT2_VOCABULARY, **SILENT)
+
+
 @pytest.mark.slow
 def test_the_script_adopts_and_a_later_change_of_the_files_is_noticed(tmp_path, gpt2_folder):
     origin = nanogpt(tmp_path / "bins")

@@ -29,6 +29,7 @@ def night_of(seconds: float, recipe, pace, monkeypatch, *, warmup: int = 5) -> t
     """
     now = 0.0
     monkeypatch.setattr(time_limit.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time_limit.time, "clock_gettime", lambda clock: now)
     limit = TimeLimit(KeptLimit("", "", seconds), ends=seconds, validation_seconds=0.0, export_seconds=20.0)
     told, spent = SimpleNamespace(all_validations=0.0, validation_seconds=0.0), []
     run = SimpleNamespace(recipe=recipe, iteration=0, throughput=told)
@@ -71,6 +72,17 @@ def test_a_night_too_short_for_anything_ends_with_the_shortest_budget(root, monk
     recipe = load(root / "recipes" / "fineweb_edu_40m.yaml", ["--schedule.warmup_iters", "50"])
     chosen, _ = night_of(60, recipe, lambda i: 4.4, monkeypatch)
     assert chosen[-1] in (62, 63)  # it begins to decay when the warmup is over
+
+
+@pytest.mark.parametrize("evening", ["2026-03-28 23:00", "2026-10-24 23:00"])
+def test_the_next_time_that_a_clock_shows_is_the_clocks_where_summer_time_begins_or_ends(monkeypatch, evening):
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    end = next_time("07:30", datetime.strptime(evening, "%Y-%m-%d %H:%M").astimezone())
+    shown = datetime.fromtimestamp(end.timestamp())
+    monkeypatch.undo()
+    time.tzset()
+    assert shown.strftime("%H:%M") == "07:30"
 
 
 def test_the_next_time_that_a_clock_shows():

@@ -1,7 +1,11 @@
 """What a device is asked for on the way to training, and what a machine is told whose GPU cannot be used."""
 
+import inspect
+import re
 from types import SimpleNamespace
 
+import accelerate.utils.dataclasses
+import accelerate.utils.launch
 import pynvml
 import pytest
 import torch
@@ -12,7 +16,7 @@ from overnight import cli
 from overnight.core import nvml
 from overnight.core.console import Console
 from overnight.core.nvml import DetectedGpu, Driver
-from overnight.device import device
+from overnight.device import device, launch
 from overnight.device.device import Device, keep_large_blocks_whole
 from overnight.doctor import unusable_gpu
 from overnight.errors import InputError
@@ -28,6 +32,36 @@ NEW = Driver("580.95", (13, 0), (RTX_4070,))
 
 def lost(*arguments):
     raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+
+def test_all_that_accelerates_launcher_tells_beside_the_devices_is_overruled():
+    source = inspect.getsource(accelerate.utils.launch) + inspect.getsource(accelerate.utils.dataclasses)
+    names = set(re.findall(r"[\"']((?:ACCELERATE|FSDP|XLA|PARALLELISM_CONFIG|MEGATRON_LM)_[A-Z0-9_]+)[\"']", source))
+    assert len(names) > 40
+    told = dict.fromkeys(names, "true") | {"MEGATRON_LM_TP_DEGREE": "2", "CUDA_VISIBLE_DEVICES": "0"}
+    (line,) = launch.take_over_environment(told)
+    assert "use_megatron_lm true" in line and "use_fsdp true" in line and "use_deepspeed true" in line
+    assert set(told) <= {*launch.OF_THE_DEVICES, "CUDA_VISIBLE_DEVICES"}
+
+
+def test_a_rank_that_was_left_in_a_shell_makes_no_group_and_silences_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.exit_code(InputError("refused")) == 2
+    assert capsys.readouterr().err == "refused\n"
+    told = {"RANK": "1", "LOCAL_RANK": "0"}
+    assert "RANK, LOCAL_RANK of the environment" in launch.take_over_environment(told)[0]
+    assert not told
+
+
+def test_a_tracker_that_would_ask_for_a_key_is_refused_before_the_first_step(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    with pytest.raises(InputError, match="WANDB_MODE=offline"):
+        launch.require_wandb_key({})
+    launch.require_wandb_key({"WANDB_MODE": "offline"})
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x")
+    (tmp_path / ".netrc").chmod(0o600)
+    launch.require_wandb_key({})
 
 
 @pytest.fixture

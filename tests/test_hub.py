@@ -260,6 +260,17 @@ def test_e1_a_killed_trainer_leaves_no_upload_behind(workplace, hub, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_tag_that_means_another_model_is_moved(workplace, copy, hub, tmp_path):
+    assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/tagged").returncode == 0
+    repo = hub.repos["alice/tagged"]
+    (tag,) = repo.tags
+    repo.tags[tag] = next(iter(repo.commits))  # as another run's model would have left it
+    assert "model.safetensors" not in repo.at(tag).files
+    assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/tagged").returncode == 0
+    assert repo.at(tag).files["model.safetensors"] == repo.at("main").files["model.safetensors"]
+
+
+@pytest.mark.slow
 def test_an_evaluation_that_came_later_is_added(workplace, copy, hub, tmp_path):
     assert pushed(workplace, hub, tmp_path, "runs/copied", "--repo-id", "alice/scored").returncode == 0
     scored = copy / "evaluation" / "iter-000020"

@@ -13,6 +13,7 @@ import yaml
 
 from overnight import pipeline
 from overnight.core.processes import handled
+from overnight.errors import InputError
 from overnight.recipe.load import load
 
 # Counts the signals that arrive within a second of the first one, and ends as the trainer does.
@@ -72,6 +73,27 @@ def test_one_process_is_started_directly_and_several_through_the_launcher(root: 
     command, _, one_process = pipeline.launched(several, "train.py", ["a.yaml"])
     assert not one_process
     assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(several)]
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_what_a_configuration_says_beside_the_devices_is_overruled_by_how_it_is_launched(tmp_path: Path, kind: str):
+    config = tmp_path / "own.yaml"
+    for processes in (1, 2):
+        said = {"distributed_type": kind, "num_processes": processes, "num_machines": 1, "mixed_precision": "fp8"}
+        config.write_text(yaml.safe_dump(said))
+        command, _, one_process = pipeline.launched(config, "train.py", ["a.yaml"])
+        assert one_process == (processes == 1)
+        assert one_process or {"--multi_gpu", "--mixed_precision"} <= set(command)
+
+
+def test_a_tpus_configuration_starts_one_process_and_a_broken_one_is_refused(tmp_path: Path):
+    config = tmp_path / "own.yaml"
+    config.write_text("distributed_type: XLA\nnum_processes: 8\n")
+    assert pipeline.launched(config, "train.py", [])[2]
+    for text in ("unheard_of: 1", "[", "compute_environment: AMAZON_SAGEMAKER"):
+        config.write_text(text)
+        with pytest.raises(InputError, match="`--config_file` is"):
+            pipeline.launched(config, "train.py", [])
 
 
 @pytest.mark.parametrize(

@@ -11,20 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from texts import SILENT, digests, documents_of, gpt2
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from overnight.core.lock import hold
+from overnight.data import tokenizer as tokenizer_module
 from overnight.data.encoder import Encoder
 from overnight.data.manifest import InputRecord, narrowed
 from overnight.data.shards import open_shards
 from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
-from overnight.errors import DamagedData, InputError
+from overnight.errors import DamagedData, InputError, Unreachable
 from overnight.prepare import dedup_split
-from overnight.prepare.cost import expected_cost
+from overnight.prepare.cost import cost_of, expected_cost
 from overnight.prepare.documents import is_reserved, normalised_text, text_hash
 from overnight.prepare.prepare import prepare
+from overnight.prepare.sources import find
 from overnight.recipe.schema import Data
 
 WORDS = [line.strip() for line in Path(__file__).read_text().split() if line.strip().isalpha()]
@@ -124,6 +127,7 @@ import os, signal, sys
 from pathlib import Path
 from overnight.data import shards
 from overnight.prepare.prepare import prepare
+from overnight.prepare.sources import find
 from overnight.recipe.schema import Data
 
 def die(*arguments):
@@ -250,6 +254,11 @@ def test_a_trained_vocabulary_is_exactly_the_size_asked_for(tmp_path):
             train_tokenizer(texts, size)
 
 
+def test_a_tokenizer_is_trained_on_a_word_as_long_as_a_book_in_pieces():
+    long = "".join(random.Random(1).choices("abcd", k=2_000_000))  # minutes, as one word
+    assert len(train_tokenizer([*texts_of(1, 50), long], VOCAB)) == VOCAB
+
+
 def test_a_vocabulary_that_does_not_fit_the_model_is_refused(data, tmp_path):
     train_tokenizer(texts_of(1, 600), VOCAB).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(InputError, match=r"`model\.vocab_size` is 512, but .* has 300 entries: use 300"):
@@ -294,7 +303,8 @@ def test_an_id_that_the_type_on_disk_does_not_hold_is_never_stored():
 def test_a_tokenizer_that_fastokens_does_not_know_serves_without_it(data, tmp_path):
     backend = Tokenizer(models.Unigram())
     backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(VOCAB, show_progress=False, special_tokens=["<unk>", "</s>"], unk_token="<unk>")
+    special = ["<unk>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=200, show_progress=False, special_tokens=special, unk_token="<unk>")
     backend.train_from_iterator(texts_of(1, 600), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(tmp_path / "unigram")
@@ -316,6 +326,32 @@ def test_of_many_files_each_is_read_a_few_times_whatever_their_number(data, tmp_
         )
         assert budgets.met_before(rank) == (rank >= 100)
     assert len(read) <= 3 * 100
+
+
+def test_a_tokenizer_of_the_hub_is_asked_for_once_and_a_path_never(tmp_path, monkeypatch):
+    asked = []
+
+    def away(name, **how):
+        asked.append(name)
+        raise LocalEntryNotFoundError("no answer")
+
+    monkeypatch.setattr(tokenizer_module, "snapshot_download", away)
+    monkeypatch.setattr(tokenizer_module.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(Unreachable, match="the Hub cannot be reached"):
+        load_tokenizer("someone/tokenizer")
+    (tmp_path / "file").write_text("")
+    for path in (str(tmp_path / "nowhere"), "runs/nowhere", "./nowhere", "runs/a/models/b", str(tmp_path / "file")):
+        with pytest.raises(InputError, match="is no folder"):
+            load_tokenizer(path)
+    assert asked == ["someone/tokenizer"]
+
+
+def test_a_try_that_fails_before_anything_is_staged_leaves_nothing(data):
+    with Path(data.path or "", "a.jsonl").open("ab") as file:
+        file.write(b'{"text": "\xff"}\n' * 50)
+    with pytest.raises(DamagedData):
+        prepare(data, VOCAB, **SILENT)
+    assert not Path(data.dir + ".partial").exists()
 
 
 def test_a_missing_tokenizer_is_refused_with_its_key(tmp_path):
@@ -348,3 +384,12 @@ def test_the_cost_is_said_before_it_is_paid():
     data = Data(source="datasets", path="HuggingFaceFW/fineweb-edu", download_gb=12.5, train_tokens=3_680_000_000)
     assert "12.5 GB to download, 7.4 GB of shards" in expected_cost(data)
     assert "nothing to download" in expected_cost(Data(source="embedded"))
+
+
+def test_the_cost_of_files_follows_from_their_sizes_and_a_wrong_path_is_refused(data):
+    assert cost_of(find(data, None), data, VOCAB).startswith("2 files of 0.00 GB, nothing to download, up to 0.00 GB")
+    recipe = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+    asked = ["--dry-run", "--data.source", "files", "--data.path", f"{data.path}/nowhere.txt"]
+    script = Path(recipe).with_name("prepare.py")
+    done = subprocess.run([sys.executable, script, recipe, *asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no file found there" in done.stderr

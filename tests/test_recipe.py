@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from overnight.cli import key_help
 from overnight.errors import InputError
 from overnight.recipe.load import load
 
@@ -30,13 +31,13 @@ def test_every_recipe_of_the_project_loads_under_its_own_name(path):
 
 
 def test_a_home_folder_is_known_in_every_path_of_a_recipe(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/elsewhere/someone")
     keys = ("data.dir", "data.tokenizer", "evaluation.tasks_dir", "data.path")
     given = [f"--{key}=~/there" for key in keys]
     given += ["--evaluation.texts=[~/there]", "--evaluation.against=[~/there]", "--data.source=files"]
     recipe = load(ROOT / "recipes" / "quickstart.yaml", given)
     found = [recipe.data.dir, recipe.data.tokenizer, recipe.data.path, recipe.evaluation.tasks_dir]
-    assert {*found, *recipe.evaluation.texts, *recipe.evaluation.against} == {"/home/someone/there"}
+    assert {*found, *recipe.evaluation.texts, *recipe.evaluation.against} == {"/elsewhere/someone/there"}
 
 
 def test_three_problems_make_one_message_with_the_three(tmp_path):
@@ -113,6 +114,13 @@ def test_a_suggested_command_has_the_overrides_and_is_quoted_for_a_shell(tmp_pat
     assert "'$(touch x)'" in said
 
 
+def test_the_help_of_a_recipe_has_its_values_by_section():
+    lines = key_help(ROOT / "recipes" / "quickstart.yaml").splitlines()
+    assert "model:" in lines and lines.index("model:") < lines.index("  --model.n_positions  (256)") < lines.index(
+        "batch:"
+    )
+
+
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
     (found,) = problems(recipe_file(tmp_path, "seed: 1\noptim:\n  lr: 1e-3\n  lr: 2e-3\n"))
     assert "line 4" in found and "`lr` stands twice" in found
@@ -159,6 +167,15 @@ def test_a_missing_recipe_is_answered_with_the_ones_that_are_there():
         ("--schedule.warmup_iters=400", "do not fit into `schedule.max_iters`"),
         ("--data.path=x.txt", "no use with `data.source: embedded`"),
         ("--checkpoint.keep=1", "greater than or equal to 2"),
+        ("--data.val_tokens=1", "greater than or equal to 2"),
+        ("--model.n_positions=1", "greater than or equal to 2"),
+        ("--data.reserved_fraction=0", "greater than 0"),
+        ("--data.reserved_fraction=1.0", "less than 1"),
+        ("--data.download_gb=-1.0", "greater than or equal to 0"),
+        ("--seed=4294967296", "less than 4294967296"),
+        ("--threads=100000", "less than or equal to 4096"),
+        ("--schedule.hours=1e9", "less than or equal to 10000"),
+        ("--schedule.max_iters=99999999999999999999", "less than or equal to"),
         ("--model", "`model` is True"),
         ("--logging.trackers=tensorboard", "`[tensorboard]` would work"),
     ],

@@ -103,6 +103,11 @@ def test_every_known_card_has_a_speed_that_says_it_is_an_estimate_and_how_good()
         assert speed.source.startswith(f"an estimate from the parts, at most {max(alike):.0%} off {len(alike)} public")
 
 
+@pytest.mark.parametrize("name", ["4070", "RTX 4070", "NVIDIA GeForce RTX 4070", "rtx_4070"])
+def test_a_card_may_be_called_as_people_call_it(name):
+    assert gpu_named(name) == CARD
+
+
 def test_what_this_code_was_measured_to_reach_on_the_card_wins():
     work = work_of(NIGHT, 16)
     measured = public_runs()[0]._replace(gpu=CARD, code="overnight", work=work, tokens_per_second=1e5, source="here")

@@ -47,6 +47,11 @@ def test_c10_the_finished_model_loads_with_plain_transformers_in_a_fresh_process
     assert result.stdout.startswith("The")
 
 
+def test_a_finished_model_can_be_read_by_whom_the_umask_lets(workplace, undisturbed):
+    modes = {path.stat().st_mode & 0o777 for path in (workplace / "runs/tiny/models/iter-000040").iterdir()}
+    assert modes == {(workplace / "runs/tiny/recipe.yaml").stat().st_mode & 0o777}
+
+
 def test_a_run_without_prompts_ends_well_and_suggests_a_conversation(in_process, capsys):
     recipe = tiny(in_process, "--name", "silent", "--schedule.max_iters", "10", "--validation.prompts", "[]")
     assert train_module.train(recipe) == 0
@@ -98,6 +103,12 @@ def test_what_the_card_says_gives_the_same_model_again_from_an_empty_folder(work
             assert again.returncode == 0, again.stderr
     sums = "runs/tiny/models/iter-000040/SHA256SUMS"
     assert (tmp_path / sums).read_text() == (workplace / sums).read_text()
+
+
+def test_a_context_shorter_than_what_an_export_is_compared_on_is_finished(workplace):
+    shape = ["--model.n_positions=16", "--batch.sequence_length=16", "--schedule.max_iters=2"]
+    done = train(workplace, "tiny.yaml", "--name", "short", *shape, "--schedule.warmup_iters=0")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_same_command_again_prints_the_results_and_another_run_is_refused(workplace, undisturbed):

@@ -9,7 +9,9 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from overnight.core.console import outlets
 from overnight.core.files import errno_of
+from overnight.core.processes import in_group
 from overnight.errors import (
     EXIT_DAMAGED,
     EXIT_INPUT,
@@ -20,6 +22,7 @@ from overnight.errors import (
     first_line,
     refused_by_system,
 )
+from overnight.recipe.identity import flat
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe, leaves
 
@@ -40,12 +43,14 @@ def recipe_command(
     `alone` does what needs no recipe, and returns None where the options ask for no such thing. In the namespace that
     `run` gets, `arguments` are the recipe and overrides again, for a process that it starts.
     """
+    outlets()
     arguments = sys.argv[1:]
     named = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
     parser = argparse.ArgumentParser(
         usage="%(prog)s " + ("[RECIPE]" if default else "RECIPE") + " [options] [--section.key VALUE ...]",
         description=description,
-        epilog="keys of a recipe, each of which `--section.key VALUE` overrides:\n\n" + key_help(),
+        epilog=f"keys of {named[0] if named else 'a recipe'} and their values, which `--section.key VALUE` overrides:\n"
+        + (key_help(Path(named[0]) if named else None) if {"-h", "--help"} & set(arguments) else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -94,7 +99,7 @@ def user_path(text: str) -> Path:
 
 def _told(error: InputError) -> int:
     """Print every problem of `error`, once for all processes of a run, and return the exit code of its kind."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or not in_group(os.environ):
         print("\n".join(error.problems), file=sys.stderr)
     kinds = {DamagedData: EXIT_DAMAGED, Unreachable: EXIT_INTERRUPTED}
     return kinds.get(type(error), EXIT_INPUT)
@@ -114,10 +119,18 @@ def default_recipe() -> Path:
     return path
 
 
-def key_help() -> str:
-    """Every key of a recipe with its default and docstring."""
-    lines = []
+def key_help(path: Path | None) -> str:
+    """Every key with its docstring, by section, and its value in the recipe that was named, or else its default."""
+    try:
+        recipe = load(path) if path else Recipe()
+    except InputError:  # which is told when the recipe is loaded for more than its help
+        recipe = Recipe()
+    values, lines, before = flat(recipe.model_dump()), [], None
     for key, field in leaves():
-        lines.append(f"  --{key}  (default: {field.default})")
+        section = key.rpartition(".")[0]
+        if section != before:
+            lines += ["", f"{section or 'the run'}:"]
+        before = section
+        lines.append(f"  --{key}  ({values[key]})")
         lines += textwrap.wrap(field.description or "", 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

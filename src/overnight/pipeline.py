@@ -19,7 +19,7 @@ from overnight.cli import default_recipe, recipe_command, user_path
 from overnight.core.processes import handled, tied
 from overnight.data.manifest import MANIFEST, is_prepared
 from overnight.doctor import checks
-from overnight.errors import EXIT_INTERRUPTED, InputError, script_command
+from overnight.errors import EXIT_INTERRUPTED, InputError, first_line, script_command
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import evaluated, evaluation_of, finished, folder_name, iteration_of
@@ -202,16 +202,34 @@ def run_publish(recipe: Recipe, child: Child) -> int:
 
 
 def launched(config_file: Path, script: str, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
-    """A script's command and environment under an accelerate configuration, and whether it is one process."""
-    from accelerate.commands.config.config_args import load_config_from_file
+    """A script's command and environment under an accelerate configuration, and whether it is one process.
+
+    What it says beside devices and processes is overruled: neither DeepSpeed, FSDP and Megatron nor fp8 is asked for.
+    """
     from accelerate.utils import DistributedType
 
-    config = load_config_from_file(str(config_file))
+    config = read_config(config_file)
     command = [str(ROOT / "recipes" / script), *arguments]
-    if config.distributed_type == DistributedType.NO:
+    sharded = config.distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+    alone = config.distributed_type in (DistributedType.NO, DistributedType.XLA)
+    if alone or (sharded and config.num_processes == 1):
         return [sys.executable, *command], dict(os.environ) | environment_of(config), True
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
+    launcher += ["--mixed_precision", "no", *(["--multi_gpu"] if sharded else [])]
     return [*launcher, *command], dict(os.environ), False
+
+
+def read_config(path: Path) -> ClusterConfig:
+    """An accelerate configuration. Raises `InputError` for a file that is none, or one of a cloud."""
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+    try:
+        config = load_config_from_file(str(path))
+    except Exception as error:  # what PyYAML, json and accelerate raise has no class in common
+        raise InputError(f"`--config_file` is {path}, which accelerate cannot read: {first_line(error)}") from error
+    if not isinstance(config, ClusterConfig):
+        raise InputError(f"`--config_file` is {path}, for SageMaker; accelerate_config.yaml would work")
+    return config
 
 
 def environment_of(config: ClusterConfig) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Group G of docs/reliability.md: a device that is lost or full, and what only informs, in every phase of a run."""
 
 import json
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import losses, records, slow, tiny, train, two_processes
+from runs import ROOT, TRAIN, environment, finished, losses, records, slow, tiny, train, two_processes
 from test_a_interruptions import goes_on_to_the_same_bits
 
 from overnight.cli import recipe_command
@@ -265,6 +267,26 @@ def test_g3_a_screen_without_the_letters_of_a_sample_shows_the_others(workplace)
     result = train(workplace, "tiny.yaml", "--name", "ascii", *prompt, script=str(ASCII))
     assert result.returncode == 0, result.stderr
     assert "  Gr??e ? ? >" in result.stdout
+
+
+def test_g3_a_reader_that_leaves_does_not_end_the_run(workplace):
+    arguments = [sys.executable, TRAIN, "tiny.yaml", "--name", "unread", "--schedule.max_iters", "10"]
+    piped = f"{shlex.join(arguments)} | head -n 3; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", piped], cwd=workplace, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert finished(workplace, "unread") == [10]
+
+
+def test_g3_a_script_whose_reader_has_left_ends_with_its_own_code(workplace):
+    for words, code in (
+        (["prepare.py", "tiny.yaml"], 0),
+        (["prepare.py", "no.yaml"], 2),
+        (["plan.py", "tiny.yaml"], 0),
+    ):
+        command = shlex.join([sys.executable, str(ROOT / "recipes" / words[0]), *words[1:]])
+        shell = f"({command} 2>&1; echo $? > code) | true"
+        subprocess.run(["bash", "-c", shell], cwd=workplace, env=environment(), check=True)
+        assert int((workplace / "code").read_text()) == code
 
 
 ASCII = Path(__file__).with_name("ascii_screen.py")

@@ -76,6 +76,46 @@ def step_line(record: dict, max_iters: int) -> str:
     )
 
 
+class Outlet(io.TextIOWrapper):
+    """An output that only informs: a letter that it does not know becomes a question mark, and no write fails.
+
+    Where nobody takes what is written, as when the reader of a pipe has left, a terminal was closed or a disk is full,
+    it goes nowhere from then on.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper):
+        super().__init__(stream.buffer, stream.encoding, errors="replace", line_buffering=stream.line_buffering)
+        self._replaced = stream  # which would close the buffer with its own end
+
+    def write(self, text: str) -> int:
+        """Write, or write nowhere."""
+        try:
+            return super().write(text)
+        except OSError:
+            self._go_nowhere()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what was to be flushed."""
+        try:
+            super().flush()
+        except OSError:
+            self._go_nowhere()
+
+    def _go_nowhere(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # what is still in Python's buffer goes there too
+        os.close(nowhere)
+
+
+def outlets() -> None:
+    """Make outlets of this process's output and errors, for a script whose work does not end with its readers."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper:  # not what a test reads
+            setattr(sys, name, Outlet(stream))
+
+
 class Progress:
     """How far a piece of work is: a bar with words beside it on a terminal, in a log the words every ten seconds."""
 
@@ -114,8 +154,6 @@ class Console:
     """Prints for one process; the other processes of a run get one that is `quiet`."""
 
     def __init__(self, *, quiet: bool = False):
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # of a sample, what a terminal's encoding has no character for
         self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
         self._kept = RichConsole(quiet=quiet, highlight=False, soft_wrap=True, width=KEPT_WIDTH, file=io.StringIO())
         self._progress: Progress | None = None
@@ -142,18 +180,12 @@ class Console:
         self._print(Text(plain(text)))
 
     def _print(self, what: RenderableType, **how: Any) -> None:
-        """Print; where nobody takes it, as on a terminal that was closed or a full disk, be quiet from then on."""
+        """Print, and keep; a log that takes no more is left as it is."""
         try:
             self._kept.print(what, **how)
         except OSError:
             self._kept.quiet = True
-        try:
-            self.rich.print(what, **how)
-        except OSError:
-            self.rich.quiet = True
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)  # what is still in Python's buffer goes there at the end of the process
-            os.close(nowhere)
+        self.rich.print(what, **how)
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """Facts under each other: what, and its value."""

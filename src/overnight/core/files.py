@@ -6,6 +6,9 @@ import codecs
 import errno
 import hashlib
 import io
+import json
+import math
+import numbers
 import os
 import re
 import shutil
@@ -54,10 +57,13 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's bytes, or a folder's names, are on the disk; some file systems do not do that for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -148,6 +154,23 @@ def errno_of(error: BaseException) -> int | None:
         return error.errno
     said = re.search(r"os error (\d+)", str(error))
     return int(said[1]) if said else None
+
+
+def strict_json(value: Any, **how: Any) -> str:
+    """JSON that every reader takes: null for a number that is not finite, NumPy's numbers as numbers."""
+    return json.dumps(_plain(value), allow_nan=False, **how)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, bool | str | None):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return (float(value) if math.isfinite(value) else None) if isinstance(value, numbers.Real) else value
 
 
 def no_room(error: Exception) -> bool:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from overnight.core.files import never_through_a_link
+from overnight.core.files import never_through_a_link, sync
 from overnight.errors import InputError
 
 LOCK = ".lock"
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL}
+TRIES = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
 
 def hold(folder: Path, otherwise: str) -> FileLock:
@@ -28,6 +34,10 @@ def hold(folder: Path, otherwise: str) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{folder} is in use by {_holder(folder / LOCK)}; {otherwise}") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise InputError(f"{folder}: its file system has no locks ({error.strerror}); name a local disk") from error
     with open(folder / LOCK, "w", encoding="utf-8", opener=never_through_a_link) as file:
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
     return lock
@@ -51,6 +61,20 @@ def kernel_lock(path: Path) -> FileLock:
     Where the file system has no such lock, taking it raises OSError: filelock's other kind outlives a kill.
     """
     return FileLock(path, thread_local=False, fallback_to_soft=False)
+
+
+def unsafe(folder: Path) -> str | None:
+    """What a run must not trust the file system of `folder` with, tried with a file there and a second process."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".overnight-") as file:
+        path = Path(file.name)
+        try:
+            sync(path)
+            sync(folder)
+            with kernel_lock(path):
+                second = subprocess.run([sys.executable, "-c", TRIES, path], capture_output=True, check=False)
+        except (OSError, NotImplementedError) as error:
+            return f"locks and syncing fail there ({error})"
+    return None if second.returncode else "two processes get the same lock there"
 
 
 def _holder(path: Path) -> str:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from overnight.data.encoder import json_fingerprint
-from overnight.errors import InputError, first_line
+from overnight.errors import InputError, Unreachable, first_line
+from overnight.recipe.schema import repository
 
 END_OF_TEXT = "<|endoftext|>"
+FILES = ["tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json"]
+LONGEST_WORD = 1000  # characters; training by more at once
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -27,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     found = backend.get_vocab_size()
     if found != vocab_size:
         works = f"at least {found}" if found > vocab_size else f"at most {found}, or give more text"
@@ -40,13 +47,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return GPT2Tokenizer(vocab=model["vocab"], merges=merges)
 
 
+def _pieces(text: str) -> Iterator[str]:
+    """A text as it is, or in pieces where it has a longer word than any language: the trainer's time is its square."""
+    whole = re.search(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}", text) is None
+    size = len(text) if whole else LONGEST_WORD
+    return (text[at : at + size] for at in range(0, len(text), max(size, 1)))
+
+
 def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer by Hub name or from a folder, without running code from either.
 
-    Raises InputError naming `data.tokenizer` when it cannot be had, has no end-of-text token, or has ids with holes.
+    Raises InputError naming `data.tokenizer` when it cannot be had, has no end-of-text token or ids with holes, and
+    Unreachable when the Hub stays away.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(fetched(name_or_dir), trust_remote_code=False)
+    except InputError:
+        raise
     except Exception as error:  # the Hub client, its transport and the parsers share no base class
         raise InputError(
             f"`data.tokenizer` is {name_or_dir}, which cannot be loaded: {first_line(error)} "
@@ -58,7 +75,36 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
             "openai-community/gpt2 has both"
         )
     _require_countable(name_or_dir, tokenizer)
+    if tokenizer.backend_tokenizer.num_special_tokens_to_add(False):
+        # a text has no token before or behind it in training, so the tokenizer that is published adds none either
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     return tokenizer
+
+
+def refuse_missing_folder(name: str) -> None:
+    """Raise InputError for a path where nothing is, before anybody asks the Hub for a repository of that name."""
+    try:
+        path = name != repository(name) or name.startswith("runs/")
+    except ValueError:
+        path = True
+    if os.path.isfile(name) or (path and not os.path.exists(name)):
+        raise InputError(f"{name} is no folder; one with a model or tokenizer, or a name on the Hub, would work")
+
+
+def fetched(name_or_dir: str) -> str:
+    """The folder of a tokenizer's files; those of a Hub name are fetched, and asked for once."""
+    if os.path.isdir(name_or_dir):
+        return name_or_dir
+    refuse_missing_folder(name_or_dir)
+    try:
+        return snapshot_download(name_or_dir, allow_patterns=FILES)
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise
+        raise Unreachable(
+            f"`data.tokenizer` is {name_or_dir}, and the Hub cannot be reached ({first_line(error)}); the same command"
+            " goes on when it can, and a folder with a tokenizer.json needs no network"
+        ) from error
 
 
 def _require_countable(name: str, tokenizer: PreTrainedTokenizerFast) -> None:

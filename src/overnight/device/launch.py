@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import netrc
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 from accelerate import Accelerator
@@ -13,12 +16,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import Console
 from overnight.core.extras import require
+from overnight.core.processes import OF_THE_GROUP
 from overnight.device.device import keep_large_blocks_whole, resolve_precision
 from overnight.errors import InputError, refused_by_system
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 
 T = TypeVar("T")
+OWNED = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "XLA_DOWNCAST_BF16", "XLA_USE_BF16")
+OF_THE_DEVICES = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_TORCH_DEVICE")
+"""What accelerate's launcher, and the configuration behind it, tell in the environment: the second stays."""
+HARMLESS = {"no", "none", "false", "0", "1", "default"}
 
 
 def launch(recipe: Recipe) -> tuple[Accelerator, Console]:
@@ -56,32 +64,58 @@ def cuda_wanted() -> bool:
 def refuse_lone_processes(accelerator: Accelerator) -> None:
     """Make sure that the processes that were launched know of each other."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    assert accelerator.num_processes == world, f"accelerate sees {accelerator.num_processes} of {world} processes"
+    if accelerator.num_processes != world:
+        raise InputError(
+            f"WORLD_SIZE is {world} in the environment, and accelerate finds {accelerator.num_processes}:"
+            " `accelerate launch`, or `unset WORLD_SIZE RANK LOCAL_RANK`, would work"
+        )
 
 
 def take_over_environment(environ: MutableMapping[str, str]) -> list[str]:
-    """Remove what an accelerate configuration says about precision, compilation, accumulation: the recipe owns these.
+    """Remove what an accelerate configuration says beside the devices and their processes: the recipe owns the rest.
 
-    Returns one line that names what was overruled, or none.
+    Returns a line that names what was overruled, and one for names of a group of processes that is none.
     """
-    harmless = {"no", "false", "0", "1", "default"}
-    owned = [k for k in environ if k.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION"))]
-    owned += [
-        k for k in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if k in environ
-    ]
+    owned = [key for key in environ if key.startswith(OWNED) and key not in OF_THE_DEVICES]
     values = {key: environ.pop(key) for key in owned}
-    said = [f"{k.removeprefix('ACCELERATE_').lower()} {v}" for k, v in values.items() if v.lower() not in harmless]
-    return [f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins"] if said else []
+    said = [
+        f"{key.removeprefix('ACCELERATE_').lower()} {value}"
+        for key, value in values.items()
+        if key.startswith("ACCELERATE_") and value.lower() not in HARMLESS
+    ]
+    stray = [] if "WORLD_SIZE" in environ and "RANK" in environ else [key for key in OF_THE_GROUP[:4] if key in environ]
+    for key in stray:
+        del environ[key]
+    lines = {
+        f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins": said,
+        f"{', '.join(stray)} of the environment: no launcher's, and passed over": stray,
+    }
+    return [line for line, about in lines.items() if about]
 
 
 def require_what_is_asked_for(recipe: Recipe) -> None:
     """Raise `InputError` for what the recipe asks for and is not installed, before a night is spent towards it."""
     for tracker in recipe.logging.trackers:
         require(tracker, "`logging.trackers`")  # accelerate would only warn, and log nothing
+    if "wandb" in recipe.logging.trackers:
+        require_wandb_key(os.environ)
     if recipe.hub.repo_id:
         require("figures", "`hub.repo_id`, for the curve on its card,")
     if recipe.evaluation.at_milestones:
         require("eval", "`evaluation.at_milestones`")
+
+
+def require_wandb_key(environ: Mapping[str, str]) -> None:
+    """Raise `InputError` where wandb would ask for a key, which nobody answers at night."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
+    host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc().authenticators(host):
+            return
+    raise InputError(
+        "`logging.trackers` has wandb, which knows no key here; `wandb login`, or WANDB_MODE=offline, would work"
+    )
 
 
 def set_threads(threads: int | Literal["auto"]) -> None:

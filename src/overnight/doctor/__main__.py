@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from overnight.core.console import outlets
 from overnight.doctor.checks import examine
 from overnight.errors import InputError
 from overnight.recipe.load import load
@@ -12,6 +13,7 @@ from overnight.recipe.load import load
 
 def main(arguments: list[str]) -> int:
     """Exit code 0, 1 when something would stop training, 2 when the recipe cannot be used."""
+    outlets()
     if arguments[:1] in (["--help"], ["-h"]):
         print("python -m overnight.doctor [RECIPE [--key value ...]]: what this machine has and lacks for a run")
         return 0

@@ -147,6 +147,8 @@ def check_disk(place: Place) -> Check:
     """The folder's disk has room for what the recipe will write there."""
     if not place.writable:
         return Check(place.name, "fail", f"{place.path} cannot be written to", f"sudo chown -R $USER {place.path}")
+    if place.trouble:
+        return Check(place.name, "fail", f"{place.path}: {place.trouble}", "use a folder on a local disk")
     text = f"{place.path}: {place.free / 1e9:.0f} GB free"
     if place.needed >= 10**8:
         text += f", the recipe needs about {place.needed / 1e9:.1f} GB"

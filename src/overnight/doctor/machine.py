@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overnight.core.lock import unsafe
 from overnight.core.nvml import Driver, driver
 from overnight.planning.model_size import data_bytes, run_bytes
 from overnight.recipe.schema import Recipe
@@ -33,6 +34,7 @@ class Place:
     needed: int
     filesystem: str
     writable: bool
+    trouble: str | None = None  # with locks and syncing
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def _places(recipe: Recipe | None) -> tuple[Place, ...]:
     for name, path, needed in wanted:
         existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
         free, writable = shutil.disk_usage(existing).free, os.access(existing, os.W_OK)
-        places.append(Place(name, path, free, needed, filesystem_of(existing, mounts), writable))
+        trouble = unsafe(existing) if writable else None
+        places.append(Place(name, path, free, needed, filesystem_of(existing, mounts), writable, trouble))
     return tuple(places)
 
 

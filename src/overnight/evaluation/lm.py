@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from overnight.errors import InputError
+from overnight.errors import InputError, first_line
 from overnight.evaluation.cache import ResponseCache, key_of
 from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
@@ -50,6 +51,12 @@ class SharedContextLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: Any = None
     ) -> list[tuple[float, bool]]:
+        for texts, _, continuation in requests:
+            if not continuation:
+                raise InputError(
+                    f"{self.meter.name}: {self.name} cannot be asked for {texts[1]!r} after {texts[0][-40:]!r}: its"
+                    " tokenizer has no token of the continuation's own there; leave one of them out"
+                )
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         try:
             batches, cut = batches_of(asked, self.max_length, self.scorer.budget)
@@ -83,11 +90,27 @@ def answer_items(lm: SharedContextLM, task: Task, limit: int | None) -> list[dic
     In the order of the task's documents, the first `limit` of them.
     """
     name = str(task.task_name)
-    found: Any = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+    try:
+        found: Any = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+    except (InputError, RuntimeError, KeyboardInterrupt):  # what is told already, or of the device
+        raise
+    except Exception as error:  # a task's templates and metrics raise whatever they meet
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"`--tasks`: {name}{failing_item(task, limit)} cannot be scored ({said})") from error
     if found is None:
         return None
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     return [item_of(task, sample) for sample in samples]
+
+
+def failing_item(task: Task, limit: int | None) -> str:
+    """The first document of a task that its templates cannot be filled with, in words; nothing when there is none."""
+    for number, document in zip(range(limit or sys.maxsize), task.eval_docs, strict=False):
+        try:
+            task.doc_to_text(document), task.doc_to_target(document)
+        except Exception:
+            return f", item {number},"
+    return ""
 
 
 def item_of(task: Task, sample: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     A byte-level BPE writes each byte as one character.
     """
     backend = tokenizer.backend_tokenizer
-    sizes = np.zeros(len(tokenizer), np.int64)
+    sizes = np.zeros(max(backend.get_vocab().values()) + 1, np.int64)
     if isinstance(backend.decoder, ByteLevel):
         special = set(tokenizer.all_special_ids)
         for token, number in backend.get_vocab().items():
@@ -113,12 +113,14 @@ def validation_rows(val: Split, length: int, of: EvalModel, accelerator: Acceler
 def text_rows(documents: list[str], of: EvalModel, context: int, accelerator: Accelerator, meter: Meter) -> RowBatches:
     """Documents in windows of `context` tokens that overlap by half, each token scored once.
 
-    A document begins after an end-of-text token, which is no target. Every token but those of the first window has at
-    least half a context before it. Windows of one length go through the model together.
+    A document begins after the token that the model's texts begin with, or without one after the end of text, as in
+    lm-eval; that is no target. Every token but those of the first window has at least half a context before it. Windows
+    of one length go through the model together.
     """
-    eos, stride = int(of.tokenizer.eos_token_id), max(1, context // 2)
+    bos, eos = of.tokenizer.bos_token_id, of.tokenizer.eos_token_id
+    first, stride = int(eos if bos is None else bos), max(1, context // 2)
     encoded = of.tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
-    windows = [window for ids in encoded for window in windows_of([eos, *ids], context, stride)]
+    windows = [window for ids in encoded for window in windows_of([first, *ids], context, stride)]
     mine = windows[accelerator.process_index :: accelerator.num_processes]
     meter.expect(sum(len(tokens) - 1 for tokens, _ in mine))
     alike = sorted(mine, key=lambda window: (len(window[0]), window[1]))

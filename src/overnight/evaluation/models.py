@@ -26,6 +26,7 @@ from overnight.data.tokenizer import fingerprint as tokenizer_fingerprint
 from overnight.errors import InputError
 from overnight.evaluation.scoring import Scorer
 from overnight.model import load
+from overnight.model.generate import context_of
 from overnight.model.gpt2 import LanguageModel, published
 from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
@@ -48,7 +49,7 @@ class EvalModel:
     @property
     def context(self) -> int:
         """Tokens that the model can be given at once."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        return context_of(self.model, self.tokenizer)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -93,6 +94,12 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel
     model, tokenizer = load.load_model(name, dtype=dtype)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no tokenizer.json, or no end-of-text token to begin a text with")
+    embedding: Any = model.get_input_embeddings()
+    if (largest := max(tokenizer.get_vocab().values())) >= embedding.num_embeddings:
+        raise InputError(
+            f"{name}: its tokenizer has ids up to {largest:,}, and the model {embedding.num_embeddings:,} rows:"
+            " they are not of one model"
+        )
     return eval_model(name, model, tokenizer, device, dtype)
 
 

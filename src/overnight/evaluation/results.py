@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from overnight.core.files import atomic_write, file_name, write_figure
+from overnight.core.files import atomic_write, file_name, strict_json, write_figure
 from overnight.core.published import redacted, text
 from overnight.core.sums import SUMS, write_sums
 from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, headline
@@ -104,10 +103,10 @@ def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], fold
     (folder / "items").mkdir(parents=True, exist_ok=True)
     (folder / SUMS).unlink(missing_ok=True)  # until all of it is new
     for name, lines in items.items():
-        atomic_write(folder / "items" / f"{file_name(name)}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        atomic_write(folder / "items" / f"{file_name(name)}.jsonl", "".join(strict_json(line) + "\n" for line in lines))
     for left in folder.glob("against-*.png"):  # by an evaluation against others
         left.unlink()
-    atomic_write(folder / "results.json", json.dumps(redacted(outcome.as_json()), indent=1) + "\n")
+    atomic_write(folder / "results.json", strict_json(redacted(outcome.as_json()), indent=1) + "\n")
     for comparison in outcome.comparisons:
         if comparison.verdicts:
             draw_differences(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))

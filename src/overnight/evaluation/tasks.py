@@ -126,11 +126,19 @@ def _build(entry: Entry, data_dir: Path | None) -> Task:
     except Exception as error:  # the Hub client, its transport and the builders share no base class
         if no_room(error):
             raise
-        where = f"{data_dir}" if data_dir else f"{config.get('dataset_path')} on the Hub"
+        said = f"{type(error).__name__}: {first_line(error)}"
+        if not _of_the_hub(error) or data_dir or config.get("dataset_path") in BUILDERS.values():
+            raise InputError(f"`--tasks`: {entry.name}, {entry.yaml_path}, cannot be used ({said})") from error
         raise InputError(
-            f"`--tasks`: the items of {entry.name} cannot be read from {where}: {first_line(error)}. "
-            "Without the Hub, `--data-dir DIR` reads them from DIR (docs/operations.md says how it is laid out)"
+            f"`--tasks`: the items of {entry.name} cannot be read from {config.get('dataset_path')} on the Hub: {said}."
+            " Without the Hub, `--data-dir DIR` reads them from DIR (docs/operations.md says how it is laid out)"
         ) from error
+
+
+def _of_the_hub(error: Exception) -> bool:
+    """Whether an error is about reading a dataset, and not about what its task makes of it."""
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or library in ("datasets", "huggingface_hub", "httpx", "httpcore", "fsspec")
 
 
 def local_data(task: str, config: dict[str, Any], data_dir: Path) -> dict[str, Any]:

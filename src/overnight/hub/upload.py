@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from json import JSONDecodeError
@@ -29,6 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
+from overnight.core.console import outlets
 from overnight.core.files import sha256
 from overnight.errors import (
     EXIT_INPUT,
@@ -104,6 +106,12 @@ class HubRepo:
         if wrong := differing(files, self.digests(commit.branch)):
             raise NotAsSent(f"{self.repo_id}, {commit.branch}: {', '.join(wrong)} did not arrive as sent")
 
+    def mark(self, tag: str, branch: str) -> None:
+        """Have a tag mean a branch as it is, whatever it meant before."""
+        with suppress(RevisionNotFoundError):
+            self.api.delete_tag(self.repo_id, tag=tag)
+        self.api.create_tag(self.repo_id, tag=tag, revision=branch)
+
 
 def differing(files: dict[str, Path], digests: dict[str, str]) -> list[str]:
     """The names of those local files whose digest the Hub does not have: SHA-256 where it is that, or git's SHA-1."""
@@ -166,9 +174,8 @@ def publish(run: Path, recipe: Recipe, log: Log, *, checkpoints: bool = False) -
         if differing(commit.files, attempt(partial(repo.digests, commit.branch))):
             attempt(partial(repo.push, commit))
             log(f"hub: {repo.repo_id}, {commit.branch}: {commit.message}, verified")
-        if commit.tag:
-            tag = partial(repo.api.create_tag, tag=commit.tag, revision=commit.branch, exist_ok=True)
-            attempt(partial(tag, repo.repo_id))
+        if commit.tag and differing(commit.files, attempt(partial(repo.digests, commit.tag))):
+            attempt(partial(repo.mark, commit.tag, commit.branch))
     left = [folder_name(target) for target in finished(run) if linked(run, target)]
     but = f" but {', '.join(left)}: links are never sent" if left else ""
     log(f"hub: {repo.repo_id}, {'private' if repo.private else 'public'}, holds every finished model of {run}{but}")
@@ -180,6 +187,7 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoints", action="store_true")
     options = parser.parse_args()
+    outlets()
     log: Log = partial(print, flush=True)
     try:
         publish(options.run, recipe_of(options.run), log, checkpoints=options.checkpoints)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import sys
 import tempfile
@@ -45,6 +46,9 @@ def export(
         model.save_pretrained(aside)
         tokenizer.model_max_length = model.config.n_positions  # so that a longer text is cut, or warned of
         tokenizer.save_pretrained(aside)
+        for_older_readers(aside / "tokenizer_config.json")
+        for path in aside.iterdir():  # safetensors writes files that their owner alone can read
+            path.chmod((aside / "config.json").stat().st_mode)
         verify_export(model, aside, probe, enough)
         put_in_place(aside, folder)
     except BaseException:
@@ -52,11 +56,21 @@ def export(
         raise
 
 
+def for_older_readers(config: Path) -> None:
+    """Say in a tokenizer's configuration what transformers 4 knows: a class, and a list by its old name."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    if said.get("tokenizer_class") == "TokenizersBackend":
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(said.get("extra_special_tokens"), list):
+        said["additional_special_tokens"] = said.pop("extra_special_tokens")
+    config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def verify_export(
     model: GPT2LMHeadModel, folder: Path, probe: Tensor, enough: Callable[[], bool] = lambda: False
 ) -> None:
     """Raise RuntimeError unless a fresh process reads the same model from `folder` as `model` is."""
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".probe-") as scratch, torch.no_grad():
         stored = Path(scratch) / "probe.safetensors"
         on_cpu = GPT2LMHeadModel(model.config).eval()
         on_cpu.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})

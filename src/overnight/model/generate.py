@@ -10,6 +10,18 @@ from transformers.utils.logging import disable_progress_bar
 from overnight.core.console import plain
 from overnight.model.load import load_model
 
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+NO_LIMIT = 2048  # tokens, for a model that has none (ALiBi, a state-space model): lm-eval's
+
+
+def context_of(model: Any, tokenizer: Any) -> int:
+    """Tokens that a model can be given at once: its configuration's limit, under whatever name, or its tokenizer's."""
+    config = model.config.get_text_config().to_dict()
+    limits = [config[name] for name in POSITIONS if isinstance(config.get(name), int)]
+    if not limits and tokenizer.model_max_length < 10**9:  # transformers has 1e30 where nobody said it
+        limits = [int(tokenizer.model_max_length)]
+    return limits[0] if limits else NO_LIMIT
+
 
 class Writer:
     """A stock causal language model and its tokenizer, continuing prompts."""
@@ -30,7 +42,7 @@ class Writer:
 
         What does not fit the model's context is cut from the prompt's front. Control characters are taken out.
         """
-        context = self.model.config.max_position_embeddings
+        context = context_of(self.model, self.tokenizer)
         ids = self.tokenizer(prompt or self.tokenizer.eos_token, return_tensors="pt").input_ids.to(self.model.device)
         ids = ids[:, -max(1, context - tokens) :]
         how = (

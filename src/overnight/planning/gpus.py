@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
@@ -57,8 +58,10 @@ def facts(name: str) -> list[dict[str, str]]:
 
 
 def gpu_named(name: str) -> Gpu:
-    """A known GPU; `InputError` lists them."""
+    """A known GPU, as people call it: `rtx-4070`, `RTX 4070`, `4070`; `InputError` lists them."""
     known = known_gpus()
+    called = "-".join(word for word in re.split(r"[\s_-]+", name.lower()) if word not in ("nvidia", "geforce"))
+    name = next((each for each in (called, f"rtx-{called}") if each in known), name)
     if name not in known:
         raise InputError(f"`--gpu {name}` is not known; there are {', '.join(known)}, and --probe measures any other")
     return known[name]

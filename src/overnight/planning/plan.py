@@ -14,7 +14,7 @@ import numpy as np
 
 from overnight.core.console import count, duration
 from overnight.core.extras import require
-from overnight.core.files import atomic_write, write_figure
+from overnight.core.files import atomic_write, strict_json, write_figure
 from overnight.data.manifest import prepared
 from overnight.errors import InputError
 from overnight.planning.forecast import forecast_of_run
@@ -40,7 +40,9 @@ def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], d
         for card in _cards(recipe, chosen, probe)
     ]
     if chosen.json:
-        print(json.dumps(budgets[0].as_json() if len(budgets) == 1 else [each.as_json() for each in budgets], indent=1))
+        print(
+            strict_json(budgets[0].as_json() if len(budgets) == 1 else [each.as_json() for each in budgets], indent=1)
+        )
     else:
         _print(recipe, budgets, unique, prices)
     if chosen.plot:
@@ -115,7 +117,7 @@ def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
 def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None, probe: Callable[[Recipe], dict[str, Any]]) -> Card:
     measured = probe(recipe)
     if file:
-        atomic_write(file, json.dumps(measured, indent=1) + "\n")
+        atomic_write(file, strict_json(measured, indent=1) + "\n")
     return _measured(gpu, measured, f"measured just now on {measured['device']}")
 
 

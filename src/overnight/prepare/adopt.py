@@ -22,10 +22,12 @@ from overnight.data.manifest import (
     SplitRule,
     TokenizerRecord,
     dtype_for,
+    is_prepared,
     little_endian,
     name_prepared,
+    read_manifest,
 )
-from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter
+from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter, verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data
@@ -49,6 +51,9 @@ def adopt(
     not fit its tokens.
     """
     folder = Path(data.dir)
+    if is_prepared(folder) and read_manifest(folder).source.path == str(origin.absolute()):
+        report(f"{folder}: already adopted from {origin}; verifying it")
+        return verify(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"`data.dir` is {folder}, which is not empty: name a new folder")
     sides = find_sides(origin)

@@ -24,6 +24,24 @@ PACKED_TOKEN_BYTES = 1.5
 """The same of a text file that was packed to a third of its size."""
 
 
+def cost_of(files: list[SourceFile], data: Data, vocab_size: int) -> str:
+    """Say in one line what preparing files on this machine takes, by their sizes."""
+    size = sum(file.size for file in files)
+    shards = staged_bytes(files, vocab_size)
+    tool = "fastokens" if FastTokenizer else "tokenizers"
+    minutes = max(1.0, size / BYTES_PER_SECOND[tool] / (os.cpu_count() or 1) / 60)
+    return (
+        f"{len(files)} files of {size / 1e9:,.2f} GB, nothing to download, up to {2 * shards / 1e9:,.2f} GB of disk"
+        f" while they are prepared, about {minutes:,.0f} minutes with {tool}"
+    )
+
+
+def staged_bytes(files: list[SourceFile], vocab_size: int) -> float:
+    """Bytes of the tokens of these files, at most."""
+    size = np.dtype(dtype_for(vocab_size)).itemsize
+    return sum(file.size * TOKEN_BYTES_PER_INPUT_BYTE.get(file.form, PACKED_TOKEN_BYTES) for file in files) * size / 2
+
+
 def expected_cost(data: Data) -> str:
     """Say in one line what preparing `data` takes: download, disk, and minutes on this machine."""
     if data.source == "embedded":
@@ -46,7 +64,7 @@ def expected_cost(data: Data) -> str:
 def require_room(partial: Path, data: Data, vocab_size: int, files: list[SourceFile], workers: int) -> None:
     """Raise InputError when the disk will not hold the staged files, the shards, and the files fetched at one time."""
     size = np.dtype(dtype_for(vocab_size)).itemsize
-    staged = sum(file.size * TOKEN_BYTES_PER_INPUT_BYTE.get(file.form, PACKED_TOKEN_BYTES) for file in files) * size / 2
+    staged = staged_bytes(files, vocab_size)
     wanted = staged if data.train_tokens is None else (data.train_tokens + data.val_tokens) * size
     remote = sorted((file.size for file in files if file.remote), reverse=True)
     fetched = sum(remote if data.tokenizer == "trained" else remote[:workers])  # each goes when it is staged

@@ -150,6 +150,9 @@ def _claimed(folder: Path) -> Iterator[Path]:
         (partial / "progress").mkdir()
         yield partial
     finally:
+        fetched = [path for path in partial.glob("inputs/*") if path.suffix != ".sha256"]
+        if partial.exists() and not any([*fetched, *partial.glob("stage/*")]):
+            shutil.rmtree(partial)  # nothing that a next try could go on with
         lock.release()
 
 

@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import fsspec
 import fsspec.asyn
 from fsspec.core import url_to_fs
-from fsspec.implementations.http import HTTPFileSystem
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from overnight.core import files
@@ -27,6 +26,9 @@ from overnight.errors import DamagedData, InputError, Unreachable
 from overnight.prepare.docstrings import embedded_documents, embedded_version
 from overnight.prepare.documents import FORMATS, format_of
 from overnight.recipe.schema import Data
+
+if TYPE_CHECKING:
+    from fsspec.implementations.http import HTTPFileSystem  # whose packages only a URL needs
 
 EMBEDDED = "embedded.jsonl"
 EMBEDDED_BYTES = 11_000_000

@@ -12,8 +12,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from overnight.errors import script_command
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST = 2**48  # of a count: what is computed from one still fits 64 bits
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
@@ -36,26 +37,26 @@ class Data(Section):
     """`embedded`: the documentation installed with the project; `files`: files or URLs; `datasets`: one on the Hub;
     `adopted`: token files that `recipes/prepare.py --adopt` took in `data.dir`, whatever their text."""
     path: PathText | list[PathText] | None = None
-    """`files`: a path, glob or URL (http, hf) of .txt, .jsonl or .parquet files, or a list; `datasets`: a name."""
+    """`files`: path, glob or URL (http, hf) of .txt, .jsonl (or packed) or .parquet, or a list; `datasets`: a name."""
     files: str | None = None
     """For `datasets`: a glob inside the dataset's repository that picks its files."""
     revision: str | None = None
     """For `datasets`: the commit to read; pin it, or the data may change between two nights."""
-    text_column: str = "text"
+    text_column: Annotated[str, Field(min_length=1)] = "text"
     """The column or JSON field that holds the text."""
     license: str | None = None
     """The license of the text, for the manifest and the model card."""
-    download_gb: float | None = None
+    download_gb: Annotated[float, Field(ge=0)] | None = None
     """Size of the download in GB, said before it starts."""
     tokenizer: PathText = "openai-community/gpt2"
     """A tokenizer's Hub name or folder, or `trained`: a byte-level BPE of `model.vocab_size` trained on this text."""
     dir: PathText = "data/embedded"
     """Folder of the token shards."""
-    val_tokens: PositiveInt = 10_485_760
+    val_tokens: Annotated[int, Field(ge=2, le=LARGEST)] = 10_485_760
     """Tokens of the fixed validation set."""
     train_tokens: PositiveInt | None = None
     """Unique training tokens; the set is cut there. Empty: all there are."""
-    reserved_fraction: Fraction = 0.02
+    reserved_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the documents, by the hash of their text, that never trains: validation is taken from these."""
 
     @property
@@ -74,7 +75,7 @@ class Model(Section):
     """Attention heads; `n_embd / n_head` is the size of one."""
     n_embd: PositiveInt = 384
     """Width of the residual stream."""
-    n_positions: PositiveInt = 1024
+    n_positions: Annotated[int, Field(ge=2, le=LARGEST)] = 1024
     """Longest context the model can be given."""
     vocab_size: PositiveInt = 50_257
     """Tokens of the exported model; equal to the tokenizer's. In training it is padded to a multiple of 64."""
@@ -129,7 +130,7 @@ class Schedule(Section):
     """For `wsd`: shorter budgets that are finished on the way, each by a decay of its own; then the run goes on."""
     branches: list[PositiveInt] = []
     """For `wsd`: budgets whose branch point is kept, where the run gets there, so that `--cooldown N` finishes them."""
-    hours: PositiveFloat | None = None
+    hours: Annotated[float, Field(gt=0, le=10_000)] | None = None
     """For `wsd`: of this night. The budget that fits is finished; the same command goes on from the trunk the next."""
 
 
@@ -239,13 +240,13 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)] = "unnamed"
     """The run's folder under `runs/`; by default the recipe file's own name."""
-    seed: NonNegativeInt = 1337
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
     """Decides initial weights, the order of the data, and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 where the CUDA device has it, otherwise float32."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the transformer's body; `auto`: on CUDA."""
-    threads: PositiveInt | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(gt=0, le=4096)] | Literal["auto"] = "auto"
     """CPU threads of a process; `auto`: all cores shared by the processes of this machine. Equal counts, equal bits."""
     data: Data = Data()
     model: Model = Model()

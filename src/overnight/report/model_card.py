@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from overnight.core.console import count, duration
-from overnight.core.files import atomic_write
+from overnight.core.files import atomic_write, strict_json
 from overnight.core.published import fenced, redacted, text
 from overnight.core.sums import SUMS, damage
 from overnight.errors import DamagedData, InputError
@@ -46,7 +46,7 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     draw_curve([run], folder / CURVE)
     atomic_write(folder / RECIPE, yaml.safe_dump(shown(recipe), sort_keys=False))
     path_there = [r for r in records if r["iteration"] <= budget and r.get("cooldown", budget) == budget]
-    atomic_write(folder / METRICS, "".join(json.dumps(record) + "\n" for record in path_there))
+    atomic_write(folder / METRICS, "".join(strict_json(record) + "\n" for record in path_there))
     scored = run / "evaluation" / folder_name(budget)
     shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an evaluation that there was before
     if (scored / "results.json").is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Collection
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from overnight.core.files import atomic_write, entries, remove
+from overnight.core.files import atomic_write, entries, remove, strict_json
 from overnight.core.lock import hold
 from overnight.core.published import redacted
 from overnight.core.sums import damage
@@ -164,7 +163,7 @@ class RunDirectory:
             "recipe": self.recipe.model_dump(),
         }
         atomic_write(self.path / RECIPE, yaml.safe_dump(redacted(now), sort_keys=False))
-        atomic_write(self.path / ENVIRONMENT, json.dumps(redacted(environment), indent=1))
+        atomic_write(self.path / ENVIRONMENT, strict_json(redacted(environment), indent=1))
 
     def checkpoint(self, iteration: int, schedule: Schedule) -> Path:
         """Where the state after `iteration` belongs: to the trunk, or to the decay towards the schedule's end."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from overnight.core.files import atomic_write, never_through_a_link
+from overnight.core.files import atomic_write, never_through_a_link, strict_json
 
 Record = dict[str, Any]
 
@@ -100,16 +99,7 @@ def _has(record: Record, numbers: tuple[str, ...], *, null: bool = False) -> boo
 
 
 def _line(record: Record) -> str:
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for every number that is not finite, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return strict_json(record) + "\n"
 
 
 def _write_all(file: Any, data: bytes) -> None:

@@ -34,6 +34,7 @@ from overnight.training.resume import energy_used, finish_saving, time_used
 from overnight.training.state import QuickEval, Run
 
 SKIPS_BEFORE_GIVING_UP = 10
+PROBE_TOKENS = 64  # at most, of the validation set, by which an export is compared with the model
 
 
 def stop_on_signal(run: Run) -> contextlib.AbstractContextManager[None]:
@@ -132,7 +133,8 @@ def finish(run: Run) -> int:
     code = 0
     if run.accelerator.is_main_process:
         folder, started = run.directory.models / folder_name(run.iteration), time.monotonic()
-        probe = torch.from_numpy(run.shards.val.read(0, 0, 64).astype(np.int64))[None]
+        length = min(PROBE_TOKENS, run.recipe.model.n_positions, run.shards.val.files[0].tokens)
+        probe = torch.from_numpy(run.shards.val.read(0, 0, length).astype(np.int64))[None]
         run.console.log(f"exporting {folder} and loading it in a fresh process")
         try:
             model = published(run.model, run.recipe.model)

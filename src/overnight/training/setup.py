@@ -63,7 +63,10 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
             f" {expected_cost(recipe.data)}"
         )
     require_same_request(folder, recipe.data, recipe.model.vocab_size)
-    return open_shards(folder, verify=accelerator.is_local_main_process)
+    shards = open_shards(folder, verify=accelerator.is_local_main_process)
+    if not any(file.tokens > 1 for file in shards.val.files):
+        raise InputError(f"`data.dir`: the validation set in {folder} has no token after another: prepare more of it")
+    return shards
 
 
 def prepare_local(recipe: Recipe, console: Console) -> None:

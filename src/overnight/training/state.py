@@ -203,7 +203,7 @@ class TimeLimit:
     """A time limit in the session that it is in force in."""
 
     kept: KeptLimit
-    ends: float  # on the monotonic clock, which no one sets
+    ends: float  # on the clock since the machine was started, which no one sets and which goes on while it sleeps
     validation_seconds: float  # of an earlier session, until this one has had its own
     export_seconds: float
     marks: list[tuple[float, int]] = field(default_factory=list)  # (seconds without validations, iteration), recent
@@ -215,7 +215,7 @@ class TimeLimit:
 
     def left(self) -> float:
         """Seconds."""
-        return self.ends - time.monotonic()
+        return self.ends - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass

@@ -58,7 +58,7 @@ def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> TimeL
     validations, ends = directory.records("val"), [*finished(directory.path).values()]
     return TimeLimit(
         kept,
-        ends=time.monotonic() + left,
+        ends=time.clock_gettime(time.CLOCK_BOOTTIME) + left,
         validation_seconds=validations[-1]["seconds"] if validations else 0.0,
         export_seconds=ends[-1]["export_seconds"] if ends else EXPORT_SECONDS,
     )
@@ -91,10 +91,11 @@ def next_time(clock: str, now: datetime) -> datetime:
     """The next time that a clock on the wall shows `clock`, HH:MM."""
     try:
         hour, minute = map(int, clock.split(":"))
-        then = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        wall = now.replace(tzinfo=None)  # the night may begin in one time and end in another: in summer's
+        then = wall.replace(hour=hour, minute=minute, second=0, microsecond=0)
     except ValueError:
         raise InputError(f"`--until {clock}`: a time of day such as 07:30 would work") from None
-    return then if then > now else then + timedelta(days=1)
+    return (then if then > wall else then + timedelta(days=1)).astimezone()
 
 
 def begin(run: Run) -> None:
