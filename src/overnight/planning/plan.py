@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,10 @@ from overnight.recipe.schema import Recipe
 def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], dict[str, Any]]) -> int:
     """Print the plan that the command line asks for; returns the exit code. `probe` measures the device at hand."""
     milestones = _milestones(recipe, chosen.milestones)
+    if not 0 < chosen.hours_per_night <= 24 or not 0 <= chosen.price_kwh < math.inf:
+        raise InputError(
+            f"`--hours-per-night {chosen.hours_per_night:g}`, `--price-kwh {chosen.price_kwh:g}`: 10 and 0.3 would work"
+        )
     prices = Prices(chosen.hours_per_night, chosen.price_kwh)
     unique = unique_tokens(recipe)
     losses = _losses(recipe, milestones, unique, chosen.calibrate)
@@ -106,7 +111,7 @@ def _cards(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe],
     else:
         gpu = here[1] if here else gpu_named(USUAL)
     if chosen.throughput is not None:
-        if chosen.throughput <= 0:
+        if not 0 < chosen.throughput < math.inf:
             raise InputError(f"`--throughput {chosen.throughput:g}`: tokens a second; 119500 would work")
         return [Card(gpu, Speed(chosen.throughput, "as you say"))]
     if chosen.probe or (here and gpu is None and not chosen.probe_file):  # a card that no table knows is measured
