@@ -3,10 +3,12 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from overnight.cli import recipe_command, user_path
 from overnight.core.extras import require
 from overnight.core.processes import handled
+from overnight.data.manifest import is_prepared
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.text import pairs, typed
 
@@ -35,7 +37,8 @@ def cost(recipe) -> str:
     from overnight.prepare.cost import cost_of, expected_cost
 
     places = [recipe.data.path] if isinstance(recipe.data.path, str) else recipe.data.path or []
-    if recipe.data.source != "files" or any("://" in place for place in places):
+    known = is_prepared(Path(recipe.data.dir)) or any("://" in place for place in places)
+    if known or recipe.data.source != "files":
         return expected_cost(recipe.data)
     from overnight.prepare.sources import find
 

@@ -12,7 +12,7 @@ from datatrove.data import Document
 from datatrove.pipeline.tokens import DocumentTokenizer
 from texts import GPT2_VOCABULARY, SILENT, gpt2, paragraphs
 
-from overnight.data.manifest import prepared
+from overnight.data.manifest import with_prepared_data
 from overnight.data.shards import open_shards, verify
 from overnight.errors import DamagedData, InputError
 from overnight.planning.scaling_law import gpt2_dataset, unknown
@@ -76,7 +76,7 @@ def test_of_adopted_tokens_is_told_what_was_said_of_them_and_nothing_of_the_reci
     recipe = load(NIGHT, data)
     manifest = adopt(nanogpt(tmp_path / "bins"), recipe.data, GPT2_VOCABULARY, **SILENT, said=said)
     assert manifest is not None
-    taken, tokens = prepared(recipe)
+    taken, tokens = with_prepared_data(recipe)
     assert tokens == manifest.train[0].tokens
     assert (taken.data.source, taken.data.path, taken.data.revision, taken.data.license) == (
         "adopted", said.get("path"), said.get("revision"), said.get("license"),

@@ -162,6 +162,9 @@ def test_measured_runs_shift_the_law_and_narrow_its_intervals(night, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--throughput", "nan"), "`--throughput nan`: tokens a second"),
+        (("--hours-per-night", "0"), "`--hours-per-night 0`"),
+        (("--price-kwh", "nan"), "`--price-kwh nan`"),
         (("--gpu", "rtx-9999"), "`--gpu rtx-9999` is not known; there are rtx-3060-12gb, rtx-3060-8gb"),
         (("--milestones", "6k,10k"), "iterations with commas between would work"),
         (("--milestones", "0"), "iterations with commas between would work"),

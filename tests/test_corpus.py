@@ -202,7 +202,9 @@ def test_what_of_a_folder_is_not_read_is_said_by_name(tmp_path):
     assert "1 files are read: a.jsonl; not read: c.csv, sub/;" in said[0] and f"{tmp_path}/**/*.jsonl" in said[0]
 
 
-@pytest.mark.parametrize("line", ["{} *a.jsonl", "{}  ./a.jsonl", "SHA256 (a.jsonl) = {}", "\ufeff{}  a.jsonl\r"])
+@pytest.mark.parametrize(
+    "line", ["{} *a.jsonl", "{}  ./a.jsonl", "SHA256 (a.jsonl) = {}", "SHA2-256(a.jsonl)= {}", "\ufeff{}  a.jsonl\r"]
+)
 def test_a_published_sum_is_read_in_every_form_that_sha256sum_writes(tmp_path, line):
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "SHA256SUMS").write_text(line.format("AB" * 32) + "\n")

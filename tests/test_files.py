@@ -14,7 +14,7 @@ from overnight.core import files, lock
 from overnight.core.files import strict_json, sync
 from overnight.data.tokenizer import load_tokenizer, train_tokenizer
 from overnight.errors import InputError
-from overnight.model.export import for_older_readers
+from overnight.model.export import configure_for_readers
 
 TEXTS = ["a few words to train on " * 20]
 
@@ -59,7 +59,7 @@ def test_a_published_tokenizer_is_one_that_older_readers_know(tmp_path):
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    for_older_readers(tmp_path / "tokenizer_config.json")
+    configure_for_readers(tmp_path / "tokenizer_config.json")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in config
     assert AutoTokenizer.from_pretrained(tmp_path).encode("words") == plain.encode("words")

@@ -355,7 +355,7 @@ def test_a_try_that_fails_before_anything_is_staged_leaves_nothing(data):
 
 
 def test_a_missing_tokenizer_is_refused_with_its_key(tmp_path):
-    with pytest.raises(InputError, match=r"`data\.tokenizer` is .*nowhere"):
+    with pytest.raises(InputError, match=r"`data\.tokenizer`: .*nowhere is no folder"):
         load_tokenizer(str(tmp_path / "nowhere"))
 
 
@@ -393,3 +393,10 @@ def test_the_cost_of_files_follows_from_their_sizes_and_a_wrong_path_is_refused(
     script = Path(recipe).with_name("prepare.py")
     done = subprocess.run([sys.executable, script, recipe, *asked], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "no file found there" in done.stderr
+    prepare(data, VOCAB, **SILENT)
+    for path in Path(data.path or "").iterdir():
+        path.unlink()
+    shape = ["--data.tokenizer", "trained", "--data.val_tokens", "1000", "--data.reserved_fraction", "0.1"]
+    asked = [*asked[1:4], data.path, "--data.dir", data.dir, "--model.vocab_size", str(VOCAB), *shape]
+    done = subprocess.run([sys.executable, script, recipe, *asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "already prepared" in done.stdout, done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ROOT, checkpoint_of, final_sums, losses, records, slow, start, tiny, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from overnight.core.lock import hold
 from overnight.device.launch import launch
@@ -45,6 +46,19 @@ def test_c10_the_finished_model_loads_with_plain_transformers_in_a_fresh_process
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("The")
+
+
+def test_a_padded_batch_of_prompts_is_continued_as_each_prompt_alone(workplace, undisturbed):
+    folder, prompts = workplace / "runs/tiny/models/iter-000040", ["The", "The value of an expression is"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    def continued(texts):
+        ids = tokenizer(texts, return_tensors="pt", padding=True)
+        return tokenizer.batch_decode(
+            model.generate(**ids, max_new_tokens=8, do_sample=False), skip_special_tokens=True
+        )
+
+    assert continued(prompts) == [continued([prompt])[0] for prompt in prompts]
 
 
 def test_a_finished_model_can_be_read_by_whom_the_umask_lets(workplace, undisturbed):

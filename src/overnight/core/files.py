@@ -22,7 +22,8 @@ from overnight.errors import DamagedData, InputError, Unreachable
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PIECE = 4 * 2**20  # bytes read at once
 SUM_LINE = re.compile(
-    r"\\?(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)|SHA256 \((?P<tagged>.+)\) ?= ?(?P<tagged_sum>[0-9a-fA-F]{64})"
+    r"\\?(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)"
+    r"|SHA(?:2-)?256 ?\((?P<tagged>.+)\) ?= ?(?P<tagged_sum>[0-9a-fA-F]{64})"
 )
 
 
@@ -50,6 +51,8 @@ def read_sums(path: Path) -> dict[str, str]:
             raise InputError(f"{path}, line {number}: no SHA-256 and name; `sha256sum FILE > {path.name}` writes one")
         if match:
             name = os.path.normpath(match["name"] or match["tagged"])
+            if line.startswith("\\"):  # sha256sum's sign for a name in which it has escaped something
+                name = name.replace("\\n", "\n").replace("\\\\", "\\")
             sha256 = (match["sum"] or match["tagged_sum"]).lower()
             if found.setdefault(name, sha256) != sha256:
                 raise InputError(f"{path}, line {number}: {name} has two sums; leave the one that is right")

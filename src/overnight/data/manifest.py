@@ -230,7 +230,7 @@ def as_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=told)})
 
 
-def prepared(recipe: Recipe) -> tuple[Recipe, int | None]:
+def with_prepared_data(recipe: Recipe) -> tuple[Recipe, int | None]:
     """The recipe `as_prepared` and the training tokens that are there; while they are not, as it is and asks for."""
     folder = Path(recipe.data.dir)
     if is_prepared(folder):

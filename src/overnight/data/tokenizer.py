@@ -81,21 +81,21 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def refuse_missing_folder(name: str) -> None:
-    """Raise InputError for a path where nothing is, before anybody asks the Hub for a repository of that name."""
+def refuse_missing_folder(name: str, key: str = "") -> None:
+    """Raise InputError, with the `key` of a recipe that names it, for a path where nothing is, before anybody asks the Hub for a repository of that name."""
     try:
         path = name != repository(name) or name.startswith("runs/")
     except ValueError:
         path = True
     if os.path.isfile(name) or (path and not os.path.exists(name)):
-        raise InputError(f"{name} is no folder; one with a model or tokenizer, or a name on the Hub, would work")
+        raise InputError(f"{key}{name} is no folder; one with a model or tokenizer, or a name on the Hub, would work")
 
 
 def fetched(name_or_dir: str) -> str:
     """The folder of a tokenizer's files; those of a Hub name are fetched, and asked for once."""
     if os.path.isdir(name_or_dir):
         return name_or_dir
-    refuse_missing_folder(name_or_dir)
+    refuse_missing_folder(name_or_dir, "`data.tokenizer`: ")
     try:
         return snapshot_download(name_or_dir, allow_patterns=FILES)
     except LocalEntryNotFoundError as error:

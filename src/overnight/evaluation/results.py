@@ -215,7 +215,7 @@ def score_lines(outcome: Results) -> list[str]:
     return lines
 
 
-def tied(task: dict[str, Any]) -> str:
+def tie_note(task: dict[str, Any]) -> str:
     """What is said beside a task's score where choices are equally likely, and lm-eval's figure is another."""
     metric = task["metric"]
     if not task["ties"] or metric not in task["metrics"]:
@@ -228,10 +228,10 @@ def tie_lines(outcome: Results) -> list[str]:
     """Each model's score in the tasks where that is so."""
     return [
         f"- {text(name)} ({text(task['metric'])}), {text(scores.facts['name'])}: "
-        f"{task['metrics'][task['metric']]:.1%}{tied(task)}"
+        f"{task['metrics'][task['metric']]:.1%}{tie_note(task)}"
         for scores in outcome.models
         for name, task in scores.tasks.items()
-        if tied(task)
+        if tie_note(task)
     ]
 
 

@@ -46,7 +46,7 @@ def export(
         model.save_pretrained(aside)
         tokenizer.model_max_length = model.config.n_positions  # so that a longer text is cut, or warned of
         tokenizer.save_pretrained(aside)
-        for_older_readers(aside / "tokenizer_config.json")
+        configure_for_readers(aside / "tokenizer_config.json")
         for path in aside.iterdir():  # safetensors writes files that their owner alone can read
             path.chmod((aside / "config.json").stat().st_mode)
         verify_export(model, aside, probe, enough)
@@ -56,13 +56,14 @@ def export(
         raise
 
 
-def for_older_readers(config: Path) -> None:
-    """Say in a tokenizer's configuration what transformers 4 knows: a class, and a list by its old name."""
+def configure_for_readers(config: Path) -> None:
+    """Say in a tokenizer's configuration how prompts are padded, and what transformers 4 calls its class and a list."""
     said = json.loads(config.read_text(encoding="utf-8"))
     if said.get("tokenizer_class") == "TokenizersBackend":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(said.get("extra_special_tokens"), list):
         said["additional_special_tokens"] = said.pop("extra_special_tokens")
+    said["pad_token"], said["padding_side"] = said.get("pad_token") or said.get("eos_token"), "left"
     config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from overnight.core.console import count, duration
 from overnight.core.extras import require
 from overnight.core.files import atomic_write, strict_json, write_figure
-from overnight.data.manifest import prepared
+from overnight.data.manifest import with_prepared_data
 from overnight.errors import InputError
 from overnight.planning.forecast import forecast_of_run
 from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
@@ -29,8 +30,12 @@ from overnight.recipe.schema import Recipe
 
 def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], dict[str, Any]]) -> int:
     """Print the plan that the command line asks for; returns the exit code. `probe` measures the device at hand."""
-    recipe, unique = prepared(recipe)
+    recipe, unique = with_prepared_data(recipe)
     milestones = _milestones(recipe, chosen.milestones)
+    if not 0 < chosen.hours_per_night <= 24 or not 0 <= chosen.price_kwh < math.inf:
+        raise InputError(
+            f"`--hours-per-night {chosen.hours_per_night:g}`, `--price-kwh {chosen.price_kwh:g}`: 10 and 0.3 would work"
+        )
     prices = Prices(chosen.hours_per_night, chosen.price_kwh)
     losses = partial(_losses, recipe, unique, chosen.calibrate)
     budgets = [
@@ -99,7 +104,7 @@ def _cards(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe],
     else:
         gpu = here[1] if here else None
     if chosen.throughput is not None:
-        if chosen.throughput <= 0:
+        if not 0 < chosen.throughput < math.inf:
             raise InputError(f"`--throughput {chosen.throughput:g}`: tokens a second; 119500 would work")
         return [Card(gpu, Speed(chosen.throughput, "as you say"))]
     if chosen.probe or (here and gpu is None and not chosen.probe_file):  # a card that no table knows is measured

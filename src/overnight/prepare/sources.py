@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -119,7 +119,10 @@ def _local(place: str, report: Callable[[str], None]) -> Iterator[SourceFile]:
         about = path.stat()
         if path.parent not in sums:
             sums[path.parent] = files.read_sums(path.with_name(SHA256SUMS))
-        yield SourceFile(str(path), about.st_size, str(about.st_mtime_ns), sums[path.parent].get(path.name))
+        published = sums[path.parent].get(path.name)
+        if sums[path.parent] and published is None:
+            report(f"{path} has no sum in the {SHA256SUMS} beside it, and is not checked")
+        yield SourceFile(str(path), about.st_size, str(about.st_mtime_ns), published)
 
 
 def _matching(pattern: Path) -> list[str]:
@@ -131,8 +134,8 @@ def _matching(pattern: Path) -> list[str]:
 def _only_text(place: str, names: list[str], report: Callable[[str], None]) -> list[str]:
     """Those of a folder's files that can be read; says which and, beside hidden ones, which cannot."""
     text = [name for name in names if format_of(name) and not os.path.isdir(name)]
-    others = [name for name in names if name not in set(text) and not Path(name).name.startswith(".")]
-    others = [name for name in others if Path(name).name != SHA256SUMS]
+    hidden = [name for name in names if Path(name).name.startswith(".") or Path(name).name == SHA256SUMS]
+    others = set(names) - set(text) - set(hidden)
     if others:
         several = f"{place}/**/*.jsonl" if any(os.path.isdir(name) for name in others) else ""
         report(
@@ -142,7 +145,7 @@ def _only_text(place: str, names: list[str], report: Callable[[str], None]) -> l
     return text
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Collection[str]) -> str:
     shown = [Path(name).name + ("/" if os.path.isdir(name) else "") for name in sorted(names)[:MOST_NAMED]]
     return ", ".join(shown) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 

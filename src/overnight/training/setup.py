@@ -16,7 +16,7 @@ from overnight.core.extras import require
 from overnight.core.files import disk_full_error
 from overnight.core.published import redacted
 from overnight.data.batches import TrainingBatches
-from overnight.data.manifest import Manifest, is_prepared, prepared, require_same_request
+from overnight.data.manifest import Manifest, is_prepared, require_same_request, with_prepared_data
 from overnight.data.shards import Shards, open_shards
 from overnight.device.device import Device, allow_tf32
 from overnight.device.faults import until_memory_runs_out
@@ -46,7 +46,7 @@ from overnight.training.state import Run, TimeLimit
 
 def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
     """`--dry-run`: the resolved recipe and everything that follows from it; nothing is built or written."""
-    recipe, unique_tokens = prepared(recipe)
+    recipe, unique_tokens = with_prepared_data(recipe)
     derived = derive(recipe, accelerator.device.type, accelerator.num_processes, unique_tokens)
     console.log(yaml.safe_dump(redacted(recipe.model_dump()), sort_keys=False))
     console.table("derived", derived_rows(recipe, derived))
