@@ -160,18 +160,19 @@ def test_h8_the_secret_of_a_signed_url_is_in_no_file_that_others_see(in_process,
     assert redacted(SIGNED) == "https://bucket.example/a.jsonl?X-Amz-Signature=***&x=1.jsonl"
     for name in ("sig", "token", "access_token", "AWSAccessKeyId", "X-Goog-Credential", "client_secret", "Key-Pair-Id"):
         assert "CANARY" not in redacted(f"see https://me:CANARY@h/f?a=1&{name}=CANARY#x")
-    recipe = tiny(in_process, "--name", "signed", "--data.path", SIGNED, "--schedule.max_iters", "10")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data.path", SIGNED])
-    assert train_module.train(recipe) == 0
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    report(Path("runs/signed"), 10)
-    files = [path for path in Path("runs/signed").rglob("*") if path.is_file()]
-    assert [path for path in files if b"CANARY" in path.read_bytes()] == []
     manifest = read_manifest(Path("data"))
     source = manifest.source.model_copy(update={"source": "files", "path": SIGNED})
     shutil.copytree("data", tmp_path / "whole")
     name_prepared(tmp_path / "whole", manifest.model_copy(update={"source": source}), tmp_path / "data")
     assert "CANARY" not in (tmp_path / "data" / "manifest.json").read_text()
+    signed = ["--data.path", SIGNED, "--data.dir", str(tmp_path / "data")]
+    recipe = tiny(in_process, "--name", "signed", *signed, "--schedule.max_iters", "10")
+    monkeypatch.setattr(sys, "argv", ["train.py", *signed])
+    assert train_module.train(recipe) == 0
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    report(Path("runs/signed"), 10)
+    files = [path for path in Path("runs/signed").rglob("*") if path.is_file()]
+    assert [path for path in files if b"CANARY" in path.read_bytes()] == []
     asked = recipe.data.model_copy(update={"path": SIGNED.replace("CANARY", "ANOTHER")})
     require_same_request(tmp_path / "data", asked, recipe.model.vocab_size)
     with pytest.raises(InputError, match=r"`data.path` is .*x=2"):
@@ -224,7 +225,7 @@ def test_h9_a_moved_run_speaks_of_the_place_where_it_is(in_process, undisturbed,
 def test_h9_what_other_settings_gave_lies_beside_the_answer(workplace, undisturbed):
     model, script = "runs/tiny/models/iter-000040", str(ROOT / "recipes" / "eval.py")
     places = []
-    for options in ([], ["--limit", "2"], ["--tasks", "none"], ["--dtype", "bfloat16"], ["--shards", "none"]):
+    for options in ([], ["--limit", "2"], ["--against", "none"], ["--dtype", "bfloat16"], ["--shards", "none"]):
         done = train(workplace, model, "--dry-run", *options, script=script)
         places.append(re.search(r"into (\S+)", done.stdout)[1])
     assert places[0].endswith("runs/tiny/evaluation/iter-000040")
@@ -236,7 +237,7 @@ def test_h9_what_other_settings_gave_lies_beside_the_answer(workplace, undisturb
     [
         ("report.py", ["runs/unwritable"]),
         ("eval.py", ["runs/tiny/models/iter-000040", "--against", "none", "--tasks", "none", "--texts", "none"]),
-        ("plan.py", ["tiny.yaml"]),
+        ("plan.py", [str(ROOT / "recipes" / "fineweb_edu_40m.yaml")]),
     ],
 )
 def test_h9_a_disk_that_takes_nothing_is_one_message_and_75(workplace, undisturbed, script, options):

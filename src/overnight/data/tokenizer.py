@@ -82,7 +82,10 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
 
 
 def refuse_missing_folder(name: str, key: str = "") -> None:
-    """Raise InputError, with the `key` of a recipe that names it, for a path where nothing is, before anybody asks the Hub for a repository of that name."""
+    """Raise InputError for a path where nothing is, before anybody asks the Hub for a repository of that name.
+
+    `key` is the recipe's that names it, in words before it.
+    """
     try:
         path = name != repository(name) or name.startswith("runs/")
     except ValueError:

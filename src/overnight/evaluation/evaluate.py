@@ -162,7 +162,7 @@ class Session:
                 scores.tasks[benchmark.name] = summary(benchmark, items, int(cut))
                 found[benchmark.name] = items
                 shown = ", ".join(f"{key} {v:.4f}" for key, v in scores.tasks[benchmark.name]["metrics"].items())
-                tied = results.tied(scores.tasks[benchmark.name])
+                tied = results.tie_note(scores.tasks[benchmark.name])
                 self._tell(benchmark.name, shown + tied + (f"; {cut} requests cut to the context" if cut else ""))
         return found
 

@@ -25,7 +25,6 @@ from overnight.data.manifest import (
     is_prepared,
     little_endian,
     name_prepared,
-    read_manifest,
 )
 from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter, verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer
@@ -51,7 +50,8 @@ def adopt(
     not fit its tokens.
     """
     folder = Path(data.dir)
-    if is_prepared(folder) and read_manifest(folder).source.path == str(origin.absolute()):
+    first = folder / "train" / "00000.ds"
+    if is_prepared(folder) and first.is_symlink() and first.readlink().is_relative_to(origin.absolute()):
         report(f"{folder}: already adopted from {origin}; verifying it")
         return verify(folder)
     if folder.exists() and any(folder.iterdir()):
