@@ -1,6 +1,7 @@
 """A run looks ahead: its forecasts are on record, it ends where it is flat and only there, and its curve is drawn."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -74,6 +75,11 @@ def test_the_curve_of_several_runs_is_drawn(in_process, flat_run, root):
     drawn = subprocess.run([*report, "runs/flat", "runs/flat", "--curve"], capture_output=True, text=True, check=False)
     assert (drawn.returncode, drawn.stdout) == (0, "written: runs/flat/report/curve.png\n"), drawn.stderr
     assert Path("runs/flat/report/curve.png").read_bytes().startswith(b"\x89PNG")
+    drawn = [*report, "runs/flat", "--curve", "--out", "curve.svg"]
+    subprocess.run(drawn, capture_output=True, check=True)
+    words = set(re.findall("<!-- (.*) -->", Path("curve.svg").read_text()))
+    assert {"training tokens, thousands", "iterations", "flat: loss along the training", "flat, decay begins"} <= words
+    assert "20" in words and not any(word.startswith("1e") for word in words)
     for wrong, said in (
         (["data", "--curve"], "data is no run directory"),
         (["runs/flat", "--curve", "--out", "x.docx"], "x.docx cannot be drawn"),

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from overnight.core.console import count, duration
-from overnight.core.extras import require
 from overnight.core.files import atomic_write, strict_json, write_figure
 from overnight.data.manifest import with_prepared_data
 from overnight.errors import InputError
+from overnight.planning.figure import draw_gpt2, new_axes
 from overnight.planning.forecast import forecast_of_run
 from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
 from overnight.planning.memory import Memory, by_formula
@@ -235,31 +235,46 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
 
 
 def draw_plan(budgets: list[Budget], file: Path) -> None:
-    """Loss against hours, or against iterations where no speed is known, with the intervals and GPT-2's line."""
-    require("figures", "`--plot`")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    """Loss against hours of one card; of several, which all reach the same loss, their hours."""
     if not any(each.expected for each in budgets):
         raise InputError(f"`--plot`: there is no loss to draw; {budgets[0].losses}")
-    timed = all(row.hours is not None for each in budgets for row in each.rows)
-    for each in budgets:
-        rows = [row for row in each.rows if row.loss is not None]
-        x = np.array([row.hours if timed else row.max_iters for row in rows], dtype=float)
-        loss, low, high = np.array([(row.loss, row.loss_low, row.loss_high) for row in rows], dtype=float).T
-        axes.plot(x, loss, marker="o", label=each.gpu)
-        axes.fill_between(x, low, high, alpha=0.15)
-        for at, y, row in zip(x, loss, rows, strict=True):
-            axes.annotate(f"{row.max_iters:,}", (at, y), xytext=(4, 6), textcoords="offset points", fontsize=8)
-    if (gpt2 := budgets[0].gpt2) is not None:
-        axes.axhline(gpt2, color="black", linestyle="--", linewidth=1, label=f"GPT-2 124M, published {gpt2:.4f}")
+    axes = _losses_by_budget(budgets[0]) if len(budgets) == 1 else _hours_by_card(budgets)
+    write_figure(file, axes.figure)
+
+
+def _losses_by_budget(plan: Budget) -> Any:
+    """The expected losses with their intervals and GPT-2's line; over iterations where no speed is known."""
+    rows = [row for row in plan.rows if row.loss is not None]
+    timed = all(row.hours is not None for row in rows)
+    where = f" on {plan.gpu}" if plan.gpu else ""
+    axes = new_axes(f"{plan.recipe}{where}: what each budget is expected to reach", "`--plot`")
+    x = np.array([row.hours if timed else row.max_iters for row in rows], dtype=float)
+    loss, low, high = np.array([(row.loss, row.loss_low, row.loss_high) for row in rows], dtype=float).T
+    axes.plot(x, loss, marker="o", label="expected validation loss")
+    axes.fill_between(x, low, high, alpha=0.15, linewidth=0, label="90 % interval")
+    for at, row in zip(x, rows, strict=True):
+        words = f"{row.max_iters:,} iterations\n{count(row.tokens)} tokens\n{row.loss:.3f}"
+        below = {"xytext": (0, -10), "textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
+        axes.annotate(words, (at, row.loss), **below)
+    if plan.gpt2 is not None and plan.dataset:
+        draw_gpt2(axes, plan.dataset, plan.gpt2)
     axes.set_xlabel("hours" if timed else "iterations")
-    axes.set_ylabel("expected validation loss, nats a token; 90 % interval")
-    axes.legend()
-    try:
-        write_figure(file, figure)
-    finally:
-        pyplot.close(figure)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.margins(x=0.08)
+    axes.legend(loc="upper right", fontsize=9)
+    return axes
+
+
+def _hours_by_card(budgets: list[Budget]) -> Any:
+    """A bar for each card whose speed is known, the fastest first: the hours of its longest budget."""
+    known = [(hours, str(each.gpu)) for each in budgets if (hours := each.rows[-1].hours) is not None]
+    known.sort(reverse=True)
+    axes = new_axes(f"{budgets[0].recipe}: hours for {budgets[0].rows[-1].max_iters:,} iterations", "`--plot`")
+    axes.figure.set_figheight(2 + 0.2 * len(known))
+    bars = axes.barh([card for _, card in known], [hours for hours, _ in known])
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set_xlabel("hours, an estimate from the parts of an iteration")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(y=0.01)
+    return axes

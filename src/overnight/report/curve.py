@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from overnight.core.extras import require
+import numpy as np
+
 from overnight.core.files import write_figure
+from overnight.planning.figure import draw_gpt2, label_tokens, new_axes
 from overnight.planning.scaling_law import gpt2_dataset
 from overnight.planning.table import gpt2_loss
+from overnight.recipe.schedule import branch_point, towards
+from overnight.recipe.schema import Recipe
 from overnight.run_dir.layout import finished_in, read_run
 from overnight.run_dir.metrics import Record
 
-BESIDE = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top", "fontsize": 7}
 HIGHEST = 1.2  # nats above the median validation loss that are shown
+WINDOWS = 50  # a run's training loss is smoothed over its length divided by this
 
 
 def draw_curve(runs: Sequence[Path], file: Path) -> None:
@@ -23,55 +26,76 @@ def draw_curve(runs: Sequence[Path], file: Path) -> None:
 
     Raises `InputError` for a folder that is no run, and a format that there is not.
     """
-    require("figures", "a curve")
-    from matplotlib.figure import Figure  # without pyplot, which would look for a display
-
     read = {run.name: read_run(run) for run in runs}
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.add_subplot()
+    axes = new_axes(f"{', '.join(read)}: loss along the training", "a curve")
     bounds = []
-    for number, (name, (_, records)) in enumerate(read.items()):
-        bounds.append(_draw_run(axes, name, records, f"C{number}"))
+    for number, (name, (recipe, records)) in enumerate(read.items()):
+        bounds.append(_draw_run(axes, name, recipe, records, f"C{number}"))
     for dataset in {each for recipe, _ in read.values() if (each := gpt2_dataset(recipe))}:
-        loss = gpt2_loss(dataset)
-        axes.axhline(loss, color="black", linestyle="--", linewidth=1, label=f"GPT-2 124M, {dataset}, {loss:.4f}")
+        draw_gpt2(axes, dataset, loss := gpt2_loss(dataset))
         bounds.append((loss, loss))
-    axes.set_ylim(min(low for low, _ in bounds) - 0.1, max(high for _, high in bounds))
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    write_figure(file, figure)
+    axes.set_ylim(min(low for low, _ in bounds) - 0.15, max(high for _, high in bounds))
+    axes.set_ylabel("loss, nats per token")
+    recipes = [recipe for recipe, _ in read.values()]
+    most = max(record["tokens"] for _, records in read.values() for record in records)
+    label_tokens(axes, most, {recipe.batch.tokens_per_iter for recipe in recipes})
+    axes.legend(loc="upper right", fontsize=8)
+    write_figure(file, axes.figure)
 
 
-def _draw_run(axes: Any, name: str, records: list[Record], color: str) -> tuple[float, float]:
+def _draw_run(axes: Any, name: str, recipe: Recipe, records: list[Record], color: str) -> tuple[float, float]:
     """One run; returns the losses between which it is worth looking at."""
-    by_decay: dict[int | None, list[tuple[int, float]]] = defaultdict(list)
-    for record in records:
-        if record["kind"] == "val":
-            by_decay[record.get("cooldown")].append((record["tokens"], record["loss"]))
-    for decay in {record.get("cooldown") for record in records}:
-        of_decay = [r for r in records if r["kind"] == "train" and r.get("cooldown") == decay]
-        axes.plot([r["tokens"] for r in of_decay], [r["loss"] for r in of_decay], color, alpha=0.25, linewidth=0.7)
-    trunk = by_decay.pop(None, [])
-    axes.plot(*zip(*trunk, strict=True), color=color, marker=".", label=f"{name}, validation")
-    for points in by_decay.values():
-        joined = [max((point for point in trunk if point[0] < points[0][0]), default=points[0]), *points]
-        axes.plot(*zip(*joined, strict=True), color=color, marker=".", linestyle=":")
-    for change in [record for record in records if record.get("event") == "changed"]:
-        axes.axvline(change["tokens"], color=color, linestyle=":", linewidth=1)
-        axes.annotate(f"{change['key']} {change['now']}", (change["tokens"], 0.98), **BESIDE)
+    _draw_training(axes, name, records, color)
+    validations = _draw_validations(axes, name, records, color)
+    _draw_marks(axes, name, recipe, records, color)
+    expected = _draw_forecasts(axes, name, recipe, records, color)
+    return min([validations.min(), *expected]), float(np.median(validations)) + HIGHEST
+
+
+def _draw_training(axes: Any, name: str, records: list[Record], color: str) -> None:
+    """The training loss of the trunk and of each decay: a mean over neighbouring lines, the lines themselves behind."""
+    training = [record for record in records if record["kind"] == "train"]
+    window = max(1, len(training) // WINDOWS)
+    label = f"{name}, training" + (f", mean of {window} lines" if window > 1 else "")
+    for decay in sorted({record.get("cooldown") or 0 for record in training}):
+        tokens, losses = _series([record for record in training if (record.get("cooldown") or 0) == decay])
+        axes.plot(tokens, losses, color, alpha=0.2, linewidth=0.6)
+        axes.plot(tokens, _moving_mean(losses, window), color, alpha=0.6, linewidth=1.2, label=label)
+        label = "_"  # matplotlib's word for a curve that no legend names
+
+
+def _draw_validations(axes: Any, name: str, records: list[Record], color: str) -> np.ndarray:
+    """The validation losses, each decay joined to its trunk, and the finished models; returns all losses."""
+    validations = [record for record in records if record["kind"] == "val"]
+    trunk = [record for record in validations if record.get("cooldown") is None]
+    axes.plot(*_series(trunk), color=color, marker=".", label=f"{name}, validation")
+    for decay in sorted({record["cooldown"] for record in validations if record.get("cooldown")}):
+        points = [record for record in validations if record.get("cooldown") == decay]
+        before = [record for record in trunk if record["tokens"] < points[0]["tokens"]]
+        axes.plot(*_series([*before[-1:], *points]), color=color, marker=".", linestyle=":")
     for end in finished_in(records).values():
         axes.plot(end["tokens"], end["val_loss"], color=color, marker="*", markersize=13, linestyle="")
-        where = {"xytext": (-4, -12), "textcoords": "offset points", "ha": "right", "fontsize": 8}
-        axes.annotate(f"{end['iteration']:,}: {end['val_loss']:.3f}", (end["tokens"], end["val_loss"]), **where)
-    expected = _draw_forecasts(axes, name, records, color)
-    values = sorted(loss for points in (trunk, *by_decay.values()) for _, loss in points)
-    return min([values[0], *expected]), values[len(values) // 2] + HIGHEST
+        below = {"xytext": (-4, -14), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+        axes.annotate(f"{end['iteration']:,}: {end['val_loss']:.3f}", (end["tokens"], end["val_loss"]), **below)
+    return _series(validations)[1]
 
 
-def _draw_forecasts(axes: Any, name: str, records: list[Record], color: str) -> list[float]:
-    """What was said of the longest budget at each validation, with its 90 % interval; returns the losses expected."""
+def _draw_marks(axes: Any, name: str, recipe: Recipe, records: list[Record], color: str) -> None:
+    """Where the run was resumed, where a decay began, and where a key of its recipe was changed."""
+    decays = {record["cooldown"] for record in records if record.get("cooldown")}
+    begun = [branch_point(towards(recipe.schedule, decay)) * recipe.batch.tokens_per_iter for decay in decays]
+    resumed = [record["tokens"] for record in records if record.get("event") == "resumed"]
+    for tokens, marker, height, word in ((begun, "v", 0.05, "decay begins"), (resumed, "^", 0.015, "resumed")):
+        where = {"transform": axes.get_xaxis_transform(), "linestyle": "", "markersize": 6, "color": color}
+        axes.plot(tokens, [height] * len(tokens), marker=marker, label=f"{name}, {word}" if tokens else "_", **where)
+    for change in [record for record in records if record.get("event") == "changed"]:
+        axes.axvline(change["tokens"], color=color, linestyle=":", linewidth=1)
+        beside = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "bottom", "fontsize": 7}
+        axes.annotate(f"{change['key']} {change['now']}", (change["tokens"], 0.1), **beside)
+
+
+def _draw_forecasts(axes: Any, name: str, recipe: Recipe, records: list[Record], color: str) -> list[float]:
+    """What was said of the longest budget at each validation, and the newest at that budget's end; the losses."""
     forecasts = [record for record in records if record["kind"] == "forecast"]
     if not forecasts:
         return []
@@ -81,7 +105,32 @@ def _draw_forecasts(axes: Any, name: str, records: list[Record], color: str) -> 
     tokens = [at for at, _ in said]
     low, high = ([row[key] for _, row in said] for key in ("loss_low", "loss_high"))
     axes.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
-    label = f"{name}, forecast of {budget:,}, 90 %"
+    label = f"{name}, forecast of {budget:,} iterations, 90 %"
     expected = [row["loss"] for _, row in said]
     axes.plot(tokens, expected, color=color, linestyle="--", linewidth=1, label=label)
+    if budget not in finished_in(records):
+        _draw_newest(axes, budget * recipe.batch.tokens_per_iter, said[-1][1], color)
     return expected
+
+
+def _draw_newest(axes: Any, end: int, row: Record, color: str) -> None:
+    """The newest forecast of a budget, at the tokens with which it will end."""
+    reach = [[row["loss"] - row["loss_low"]], [row["loss_high"] - row["loss"]]]
+    axes.errorbar([end], [row["loss"]], reach, color=color, marker="D", markerfacecolor="white", capsize=4)
+    words = f"forecast of {row['max_iters']:,}:\n{row['loss']:.3f} ({row['loss_low']:.3f}-{row['loss_high']:.3f})"
+    beside = {"xytext": (-8, 0), "textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 8}
+
+    axes.annotate(words, (end, row["loss"]), color=color, **beside)
+
+
+def _series(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and losses of the records whose loss is a number."""
+    told = [record for record in records if record["loss"] is not None]
+    return np.array([record["tokens"] for record in told]), np.array([record["loss"] for record in told], dtype=float)
+
+
+def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value's neighbours, `window` of them, fewer at the ends; (len(values),)."""
+    window = min(window, len(values))
+    weights = np.ones(max(1, window))
+    return np.convolve(values, weights, "same") / np.convolve(np.ones_like(values), weights, "same")
