@@ -202,7 +202,7 @@ def test_milestones_a_throughput_of_your_own_and_a_figure(tmp_path):
     assert found["rows"][0]["cost"] == pytest.approx(found["rows"][0]["kwh"] * 0.5)
     words = set(re.findall("<!-- (.*) -->", file.read_text()))  # what matplotlib writes beside the shapes of a text
     assert {"hours", "2,000 iterations", "4.19B tokens", "90 % interval"} <= words
-    assert "GPT-2 124M, published on fineweb-edu: 3.2924" in words
+    assert "GPT-2 124M, fineweb-edu: 3.2924" in words
 
 
 PROBE = {"device": "NVIDIA GeForce RTX 4070", "tokens_per_second": 1e5, "micro_batch": 16, "peak_gib": 3.94}

@@ -37,6 +37,6 @@ def label_tokens(axes: Any, most: int, tokens_per_iter: set[int]) -> None:
 def draw_gpt2(axes: Any, dataset: str, loss: float) -> None:
     """A line at GPT-2 124M's published loss, with its name inside of the axes."""
     axes.axhline(loss, color="black", linestyle="--", linewidth=1)
-    words = f"GPT-2 124M, published on {dataset}: {loss:.4f}"
+    words = f"GPT-2 124M, {dataset}: {loss:.4f}"
     where = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
     axes.annotate(words, (0, loss), xycoords=("axes fraction", "data"), **where)
