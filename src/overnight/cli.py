@@ -12,6 +12,7 @@ from pathlib import Path
 from overnight.core.console import outlets
 from overnight.core.files import errno_of
 from overnight.core.processes import in_group
+from overnight.core.scripts import RECIPES, recipe_file
 from overnight.errors import (
     EXIT_DAMAGED,
     EXIT_INPUT,
@@ -25,8 +26,6 @@ from overnight.errors import (
 from overnight.recipe.identity import flat
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe, leaves
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the source of an editable install
 
 
 def recipe_command(
@@ -65,7 +64,7 @@ def recipe_command(
             return code
         if not named and default is None:
             raise InputError(f"no recipe was named; `{parser.prog} recipes/quickstart.yaml` would work")
-        path = Path(named[0]) if named else default()  # type: ignore[misc]  # one of the two is there
+        path = recipe_file(named[0]) if named else default()  # type: ignore[misc]  # one of the two is there
         chosen.arguments = [str(path), *overrides]
         return run(load(path, overrides), chosen)
 

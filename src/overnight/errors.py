@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
+IN_WHEEL = Path(__file__).with_name("recipes").is_dir()  # where setup.py puts them; a checkout has them beside src/
 EXIT_INPUT, EXIT_DAMAGED, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 4, 75
 
 
@@ -32,8 +34,12 @@ class DamagedData(InputError):
 
 
 def script_command(script: str, *arguments: object) -> str:
-    """A command that is suggested to the user: the script in recipes/ with its arguments, quoted for a shell."""
-    return shlex.join(["python", f"recipes/{script}", *map(str, arguments)])
+    """A command that is suggested to the user: the script in recipes/ with its arguments, quoted for a shell.
+
+    Where the package is installed it is `overnight eval` in place of `python recipes/eval.py`.
+    """
+    started = ["overnight", script.removesuffix(".py")] if IN_WHEEL else ["python", f"recipes/{script}"]
+    return shlex.join([*started, *map(str, arguments)])
 
 
 def first_line(error: Exception) -> str:

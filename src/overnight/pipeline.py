@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from overnight.cli import default_recipe, recipe_command, user_path
 from overnight.core.processes import handled, tied
+from overnight.core.scripts import ROOT
 from overnight.data.manifest import MANIFEST, is_prepared
 from overnight.doctor import checks
 from overnight.errors import EXIT_INTERRUPTED, InputError, first_line, script_command
@@ -27,7 +28,6 @@ from overnight.run_dir.layout import evaluated, evaluation_of, finished, folder_
 if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 EXIT_DOCTOR = 1
 MAX_RESTARTS = 10
 

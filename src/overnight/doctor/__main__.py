@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from overnight.core.console import outlets
+from overnight.core.scripts import recipe_file
 from overnight.doctor.checks import examine
 from overnight.errors import InputError
 from overnight.recipe.load import load
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
         print("python -m overnight.doctor [RECIPE [--key value ...]]: what this machine has and lacks for a run")
         return 0
     try:
-        recipe = load(Path(arguments[0]), arguments[1:]) if arguments else None
+        recipe = load(recipe_file(arguments[0]), arguments[1:]) if arguments else None
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

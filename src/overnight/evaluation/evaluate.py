@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import Console, count, duration
+from overnight.core.scripts import no_command
 from overnight.data.manifest import as_prepared
 from overnight.data.shards import Shards, open_shards
 from overnight.data.tokenizer import load_tokenizer
@@ -297,3 +299,7 @@ def by_item(measured: list[Measured]) -> dict[str, list[Item]]:
             for at, item in enumerate(items)
         ]
     return lines
+
+
+if __name__ == "__main__":
+    sys.exit(no_command("eval"))

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from overnight.core.files import atomic_write, disk_full_error, sha256
 from overnight.core.lock import hold, kernel_lock
+from overnight.core.scripts import no_command
 from overnight.data.manifest import (
     MANIFEST,
     Counts,
@@ -251,3 +252,7 @@ def _submit(job: Job, folder: Path, commit: str | None, workers: Workers) -> str
     options = {"venv_path": f"{sys.prefix}/bin/activate", "workers": workers.count} | (workers.options or {})
     finishing: list[PipelineStep] = [Finish(job, folder.absolute(), commit)]
     return submit_slurm(pipeline(job), len(job.files), finishing, job.folder / "logs", options)
+
+
+if __name__ == "__main__":
+    sys.exit(no_command("prepare"))

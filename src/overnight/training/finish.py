@@ -6,7 +6,6 @@ import contextlib
 import os
 import shlex
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from overnight.core.files import errno_of, no_room, sha256
 from overnight.core.processes import ENDING, ORPHANED, handled
+from overnight.core.scripts import typed_again
 from overnight.core.sums import SUMS
 from overnight.device.faults import end, told, with_room
 from overnight.errors import EXIT_DIVERGED, EXIT_INTERRUPTED
@@ -125,7 +125,7 @@ def where_it_goes_on(run: Run) -> str:
 
 def command(run: Run) -> str:
     """The command of this process under a line, where it is the whole run."""
-    return f":\n  {shlex.join(['python', *sys.argv])}" if run.accelerator.num_processes == 1 else ""
+    return f":\n  {shlex.join(typed_again())}" if run.accelerator.num_processes == 1 else ""
 
 
 def finish(run: Run) -> int:

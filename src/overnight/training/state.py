@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from overnight.cli import RECIPES
 from overnight.core.console import Console
 from overnight.core.processes import Helper
+from overnight.core.scripts import RECIPES
 from overnight.data.batches import TrainingBatches
 from overnight.data.shards import Shards
 from overnight.data.tokenizer import load_tokenizer

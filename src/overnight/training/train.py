@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from overnight.core.files import disk_full_error
+from overnight.core.scripts import no_command
 from overnight.data.manifest import as_prepared
 from overnight.device.faults import until_memory_runs_out
 from overnight.device.launch import launch, on_main
@@ -232,3 +234,7 @@ def watch(run: Run, loss: float, grad_norm: float, *, finite: bool) -> None:
         log_skip(run, loss, grad_norm)
     if rise is not None:
         log_spike(run, loss, rise)
+
+
+if __name__ == "__main__":
+    sys.exit(no_command("train"))
