@@ -31,7 +31,7 @@ HOW_TO_ACTIVATE = @echo; echo "The environment stands in $(VENV); to type comman
 
 help: ## this list
 	@echo "Overnight: pretrain a small GPT-2 on one GPU in one night. Targets:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "PYTHON=python3.12 picks the interpreter; TORCH=cpu takes PyTorch's CPU build (a machine without an NVIDIA GPU),"
 	@echo "TORCH=cuda its CUDA build even where a local wheel would do."
 
@@ -42,19 +42,19 @@ ifneq ($(EXTRAS),)
 endif
 	$(HOW_TO_ACTIVATE)
 
-doctor: $(BASE) ## what this machine has and lacks for a run, one line each, with the command that mends it
+doctor: $(BASE) ## check this machine for a run, one line each, with the command that mends what is missing
 	@$(RUN) -m overnight.doctor $(RECIPE) $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
 quickstart: RECIPE := recipes/quickstart.yaml
 quickstart: ## the whole pipeline on the embedded corpus, minutes on two CPU cores
-overnight: ## the whole night in one command: RECIPE=recipes/fineweb_edu_40m.yaml ARGS="--schedule.max_iters 10000"
+overnight: ## doctor, prepare, train, eval, publish: RECIPE=recipes/fineweb_edu_40m.yaml ARGS="--schedule.max_iters 10000"
 
 quickstart overnight: $(BASE)
 	@exec $(RUN) -m overnight.pipeline $(RECIPE) $(if $(CONFIG_FILE),--config_file $(CONFIG_FILE)) $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
-test: $(VENV)/.installed-test ## one test of each promise
+test: $(VENV)/.installed-test ## one test of each promise; one file of them: ARGS=tests/test_budget.py
 	@$(RUN) -m pytest -q -m "not slow" $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
@@ -71,9 +71,9 @@ test-floors: ## make test with the oldest versions that pyproject.toml admits, w
 	@$(FLOORS)/bin/python tests/floors.py --installed
 
 # A stand-in for an NVIDIA card under PyTorch's CUDA build, in an environment of its own; docs/gpu.md says what it shows.
-ghost: build/ghost/libghost.so ## a card that is not there (1 minute, 6.5 GB, gcc): every CUDA path runs on this machine
+ghost: build/ghost/libghost.so ## build a stand-in for an NVIDIA card (1 minute, 6.5 GB, gcc): every CUDA path runs on this machine
 
-test-ghost: build/ghost/libghost.so ## the CUDA paths on the card that is not there; all cards and tests: ARGS="-m ''"
+test-ghost: build/ghost/libghost.so ## the CUDA paths on that stand-in; all cards and tests: ARGS="-m ''"
 	@$(GHOST)/bin/python -m pytest -q -m "not slow" $(if $(findstring tests/,$(ARGS)),,tests/ghost_card) $(ARGS)
 
 build/ghost/libghost.so: $(wildcard tests/ghost_card/*.c tests/ghost_card/*.h) tests/ghost_card/build.py pyproject.toml constraints.txt

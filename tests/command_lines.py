@@ -14,12 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+from overnight.__main__ import MODULES
+from overnight.core.scripts import recipe_file
 from overnight.errors import InputError
 from overnight.recipe.load import load
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPOLOGIES = ROOT / "recipes" / "accelerate_configs" / "README.md"
-PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md")), TOPOLOGIES]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")]
+PAGES += [*sorted((ROOT / "docs").glob("*.md")), TOPOLOGIES]
 OURS = ("recipes/", "benchmarks/", "tests/")
 INTERPRETERS = ("python", "python3", sys.executable)
 
@@ -34,7 +37,7 @@ def inline(page: Path) -> list[str]:
     """The commands that stand inside a sentence or a table."""
     quoted = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text(encoding="utf-8"))
     return [
-        text for text in quoted if re.match(r"make \S|python3? (-m overnight|\w+/\w)|accelerate launch recipes/", text)
+        text for text in quoted if re.match(r"make \S|python3? (-m overnight|\w+/\w)|accelerate launch recipes/|overnight \w", text)
     ]
 
 
@@ -98,6 +101,8 @@ def ours(words: list[str]) -> list[str] | None:
         return ours(words[1:])
     if words[:2] == ["accelerate", "launch"]:
         return launched(words[2:])
+    if words[0] == "overnight":
+        return in_command(words[1:])
     if words[0] == "torchrun":
         return words[next(at for at, word in enumerate(words) if word.endswith(".py")) :]
     if words[0] not in INTERPRETERS:
@@ -118,6 +123,12 @@ def launched(given: list[str]) -> list[str]:
 
     options, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
     return [options.training_script, *options.training_script_args]
+
+
+def in_command(given: list[str]) -> list[str]:
+    """The script or module that a part of the command `overnight` is."""
+    part, *rest = given
+    return ["-m", MODULES[part][0], *rest] if part in MODULES else [f"recipes/{part}.py", *rest]
 
 
 def in_container(words: list[str]) -> list[str] | None:
@@ -174,9 +185,9 @@ def take(words: list[str]) -> None:
 
 def take_recipe(given: list[str], overrides: list[str]) -> None:
     """Load the recipe that a command line begins with under its overrides."""
-    if given and not given[0].startswith("-") and given[0].endswith(".yaml"):
+    if given and (path := recipe_file(given[0])).suffix == ".yaml":
         try:
-            load(ROOT / given[0], overrides)
+            load(path, overrides)
         except InputError as error:
             raise AssertionError(f"{' '.join(given)}: {error}") from None
     else:

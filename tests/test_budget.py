@@ -232,8 +232,9 @@ def test_the_documents_have_the_hours_and_the_memory_that_the_plan_prints(night)
     memory = [planned("--batch.micro_batch", str(rows))["memory"]["peak_gib"] for rows in (8, 16, 32)]
     eight, sixteen, thirty_two = (f"{gib:.1f}" for gib in memory)
     hours = " / ".join(f"{hours:.1f}" for hours in column(night, "hours"))
-    readme = (ROOT / "README.md").read_text()
-    assert f"| {eight} / {sixteen} / {thirty_two} GiB |" in readme and f"| {hours} |" in readme
+    readme, status = ((ROOT / name).read_text() for name in ("README.md", "docs/status.md"))
+    assert f"| {eight} / {sixteen} / {thirty_two} GiB |" in status and f"| {hours} |" in status
+    assert f"| {column(night, 'hours')[-1]:.1f}; {thirty_two} GiB |" in readme
     operations = (ROOT / "docs" / "operations.md").read_text()
     assert f"needs {eight}, {sixteen} and {thirty_two} GiB" in operations
     run, data = f"{night['disk_gb']:.1f} GB", f"{night['data_gb']:.1f} GB"
@@ -241,7 +242,10 @@ def test_the_documents_have_the_hours_and_the_memory_that_the_plan_prints(night)
     assert f"the recipe needs about {run}" in operations and f"the recipe needs about {data}" in operations
 
 
-@pytest.mark.parametrize("recipe", ["fineweb_edu_40m", "fineweb_edu_40m_ladder", "practitioner_40m", "gpt2_124m"])
+RECIPES = ["fineweb_edu_40m", "fineweb_edu_40m_ladder", "practitioner_40m", "gpt2_124m", "own_text"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_table_of_recipes_has_the_hours_of_their_iterations(recipe):
     file = ROOT / "recipes" / f"{recipe}.yaml"
     hours = planned(recipe=str(file))["seconds_per_iteration"] * iterations_in_all(load(file).schedule) / 3600

@@ -96,25 +96,28 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
             assert heading in map(anchor, headings), target
 
 
-def tree() -> set[str]:
-    """The paths of the README's annotated tree, its last block."""
+def tree() -> dict[str, str]:
+    """The folders of the README's annotated tree, its last block, and the file of each to open first."""
     folders: list[str] = []
-    named = set()
+    first = {}
     for line in blocks(ROOT / "README.md", "text")[-1].splitlines():
-        name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 4
-        folders[depth:] = [name]
-        named.add("".join(folders))
-    return named
+        folders[depth:] = [line.split()[0]]
+        first["".join(folders)] = re.search(r"open ([\w.]+)", line)[1]
+    return first
 
 
-def test_the_tree_names_what_is_there():
+def test_the_tree_names_every_folder_and_a_file_of_it_to_open_first():
     named = tree()
-    assert not [path for path in named if not (ROOT / path).exists()]
-    package = ROOT / "src" / "overnight"
-    whole = [package, package / "facts", ROOT / "recipes", ROOT / "docs"]  # each of which the tree has in full
-    there = [path for folder in whole for path in folder.iterdir() if path.name != "__pycache__"]
-    assert not {f"{path.relative_to(ROOT)}{'/' * path.is_dir()}" for path in there} - named
+    assert not [f"{folder}{file}" for folder, file in named.items() if not (ROOT / folder / file).is_file()]
+    package = [path for path in (ROOT / "src" / "overnight").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert {f"src/overnight/{path.name}/" for path in package} <= set(named)
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 180
+    assert all(f"]({page.relative_to(ROOT)})" in readme for page in PAGES if page.parent.name == "docs")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -136,15 +139,17 @@ def test_the_predicted_losses_are_those_of_the_law_that_is_shown(capsys):
     for iterations, edu, fineweb in printed:
         assert f"| {iterations} | {edu} | {fineweb} |" in log.read_text(encoding="utf-8")
     edu_losses = " / ".join(edu for iterations, edu, _ in printed if iterations != "8,000")
-    assert f"| {edu_losses}, standard error" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| {edu_losses}, standard error" in (ROOT / "docs" / "status.md").read_text(encoding="utf-8")
+    assert f"| {printed[-1][1]}, 90 % interval" in (ROOT / "README.md").read_text(encoding="utf-8")
     table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     assert f"{printed[-1][1]} on FineWeb-Edu, predicted" in table and f"{printed[-1][2]} on FineWeb, predicted" in table
 
 
 def test_the_exit_codes_are_those_of_the_code():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = page.partition("\n## Exit codes")[2].partition("\n## ")[0]
     codes = {errors.EXIT_INPUT, errors.EXIT_DAMAGED, errors.EXIT_DIVERGED, errors.EXIT_INTERRUPTED}
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", readme, re.MULTILINE)} == {0, 1, *codes}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {0, 1, *codes}
 
 
 def test_every_row_of_the_reliability_page_names_tests_that_exist_and_every_such_test_is_named():

@@ -53,6 +53,7 @@ def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Confi
         eos_token_id=eos_token_id,
         use_cache=not training,
     )
+    config.n_ctx = model.n_positions  # the older name of it, which llama.cpp's converter reads
     AttentionInterface.register(causal_only.__name__, causal_only)
     config._attn_implementation = causal_only.__name__ if training else "sdpa"
     return config
