@@ -36,9 +36,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def inline(page: Path) -> list[str]:
     """The commands that stand inside a sentence or a table."""
     quoted = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text(encoding="utf-8"))
-    return [
-        text for text in quoted if re.match(r"make \S|python3? (-m overnight|\w+/\w)|accelerate launch recipes/|overnight \w", text)
-    ]
+    begins = r"make \S|python3? (-m overnight|\w+/\w)|accelerate launch recipes/|overnight \w"
+    return [text for text in quoted if re.match(begins, text)]
 
 
 def split(text: str) -> list[list[str]]:
