@@ -12,7 +12,7 @@
 #   docker run ... --entrypoint python overnight -m overnight.pipeline recipes/fineweb_edu_40m.yaml
 #   docker run ... --entrypoint accelerate overnight launch --multi_gpu recipes/train.py recipes/fineweb_edu_40m.yaml
 #
-# `docker stop -t 60 CONTAINER` lets the trainer finish its iteration and save; the same `docker run` again goes on.
+# `docker stop -t 60 CONTAINER` lets the trainer finish its iteration and save; the same `docker run` continues the run.
 
 FROM python:3.11-slim
 

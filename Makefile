@@ -104,7 +104,7 @@ gpu-day: $(VENV)/.installed-test ## every claim about CUDA as a figure, three st
 
 # For Python 3.12 on x86-64, where torch, transformers, accelerate, pyarrow, scipy and matplotlib are; the second command
 # builds what its authors publish as source alone.
-gpu-day-wheels: $(RUN) ## packages that a machine with a card and no network lacks for it, into build/gpu-day-wheels
+gpu-day-wheels: $(RUN) ## packages for it, to carry to a machine with a card and no network, into build/gpu-day-wheels
 	@rm -rf build/gpu-day-wheels
 	@$(RUN) -m pip download --quiet --no-deps --constraint constraints.txt --dest build/gpu-day-wheels \
 	--only-binary=:all: --implementation cp --python-version 3.12 $(addprefix --platform manylinux,2014_x86_64 _2_17_x86_64) \

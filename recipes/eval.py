@@ -1,9 +1,9 @@
-"""Measure a model and its opponents: accelerate launch recipes/eval.py MODEL [--against OPPONENT ...]
+"""Measure a model and its opponents: python recipes/eval.py MODEL [--against OPPONENT ...]
 
 Losses on the validation set and on plain texts, lm-eval's benchmarks, and a paired verdict for each task. MODEL is
 runs/NAME/models/iter-..., any other model folder, or a Hub name; for a run's model the run's recipe says what is
-measured unless an option does. Answers are kept: the same command goes on after an interruption, and GPT-2 is measured
-once.
+measured unless an option does. Answers are kept: the same command continues after an interruption, and GPT-2 is
+measured once.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def main() -> int:
     try:
         return exit_code(lambda: run(options))
     except KeyboardInterrupt:
-        print("interrupted; what was answered is kept, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; what was answered is kept, and the same command continues from there", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

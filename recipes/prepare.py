@@ -87,5 +87,5 @@ if __name__ == "__main__":
         with handled(interrupt):
             sys.exit(recipe_command(__doc__, run, options=add_options, alone=verify))
     except KeyboardInterrupt:
-        print("interrupted; what is staged is kept, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; what is staged is kept, and the same command continues from there", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

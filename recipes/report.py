@@ -4,7 +4,7 @@ A folder for each finished model, `report/iter-NNNNNN`, to look at without a net
 its curve, its recipe and what was measured of it. With --curve the figure alone: training and validation loss, the
 forecasts as they were made, the finished models, GPT-2's published loss where the data is one that it is known on;
 several runs over each other. With --status a few lines: where each run stands. Nothing but files is read, so it can be
-done from another terminal while the run goes on.
+done from another terminal while the run trains.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train a recipe: accelerate launch recipes/train.py [RECIPE] [--section.key VALUE ...]
+"""Train a recipe: python recipes/train.py [RECIPE] [--section.key VALUE ...]
 
 The same command again resumes; a finished run prints its results and the next command. Without a recipe, a machine with
 a CUDA device trains fineweb_edu_40m.yaml and any other the quickstart.
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cooldown", metavar="N", type=int, help=says)
     says = "finish by this time of day, as `--schedule.hours` does in so many hours"
     parser.add_argument("--until", metavar="HH:MM", help=says)
-    says = "hub:OWNER/NAME, where a run with `hub.push_state` pushed its state: go on with it on this machine"
+    says = "hub:OWNER/NAME, where a run with `hub.push_state` pushed its state: continue it on this machine"
     parser.add_argument("--resume", metavar="SOURCE", help=says)
 
 

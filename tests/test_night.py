@@ -135,7 +135,7 @@ def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: py
     (run / "checkpoints" / "iter-000500").mkdir(parents=True)
     _, prepare, train, *_ = pipeline.steps(recipe)
     assert prepare.startswith("prepare  skipped")
-    assert "goes on at iteration 500 of 20,000" in train
+    assert "continues at iteration 500 of 20,000" in train
 
     (run / "models" / "iter-020000").mkdir(parents=True)
     assert "done" in pipeline.steps(recipe)[2]

@@ -155,7 +155,7 @@ def test_no_worker_outlives_the_command(long_data, number):
     if number == signal.SIGTERM:
         assert (process.returncode, err) == (
             75,
-            "interrupted; what is staged is kept, and the same command goes on from there\n",
+            "interrupted; what is staged is kept, and the same command continues from there\n",
         )
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]

@@ -79,7 +79,7 @@ def test_the_card_has_the_values_of_the_files(run, in_process):
     assert header["license"] == "apache-2.0" and header["model-index"][0]["name"] == "carded"
     assert results[0]["metrics"] == [{"type": "loss", "value": end["val_loss"]}]
     assert results[1]["metrics"] == [{"type": "acc", "value": 0.41}] and results[1]["dataset"]["name"] == "sciq"
-    assert f"**{end['val_loss']:.4f}** nats a token" in card
+    assert f"**{end['val_loss']:.4f}** nats per token" in card
     rows = re.findall(r"^\| (30|40) \| .*? \| - \| (.*?) \| (.*?) \|$", card, re.MULTILINE)
     assert [row[0] for row in rows] == ["30", "40"] and rows[1][2] == f"{end['val_loss']:.3f}"
     assert re.fullmatch(r"\d\.\d{3} to \d\.\d{3} at iteration \d+", rows[1][1])

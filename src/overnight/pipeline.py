@@ -58,7 +58,7 @@ def night(
 ) -> int:
     """Do every step of the night that is not done; `arguments` are what the scripts in recipes/ get.
 
-    With `until`, HH:MM, or `schedule.hours` the trainer goes on from the last night, as far as this one is long.
+    With `until`, HH:MM, or `schedule.hours` the trainer continues from the last night, as far as this one is long.
     Returns the exit code of the step that failed, 75 when interrupted, otherwise 0.
     """
     hours = recipe.schedule.hours
@@ -94,11 +94,11 @@ def steps(recipe: Recipe, time: str | None = None) -> list[str]:
         prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"
     done, finished = newest_checkpoint(recipe), target_model(recipe)
     if time:
-        train = f"recipes/train.py, goes on at iteration {done or 0:,} to the budget that can be finished {time}"
+        train = f"recipes/train.py, continues at iteration {done or 0:,} to the budget that can be finished {time}"
     elif finished.exists():
         train = f"done: {finished} is there; the trainer is only asked for its results"
     elif done is not None:
-        train = f"recipes/train.py, goes on at iteration {done:,} of {recipe.schedule.max_iters:,}"
+        train = f"recipes/train.py, continues at iteration {done:,} of {recipe.schedule.max_iters:,}"
     else:
         train = f"recipes/train.py, {recipe.schedule.max_iters:,} iterations into runs/{recipe.name}"
     if time or not finished.exists():
@@ -126,7 +126,7 @@ def target_model(recipe: Recipe, *, timed: bool = False) -> Path:
 
 
 def newest_checkpoint(recipe: Recipe) -> int | None:
-    """The iteration of the newest checkpoint that the run can go on from, None without one."""
+    """The iteration of the newest checkpoint that the run can continue from, None without one."""
     return max(map(iteration_of, RunDirectory(recipe).resumable(recipe.schedule)), default=None)
 
 
@@ -154,9 +154,7 @@ def run_train(recipe: Recipe, arguments: list[str], config_file: Path, child: Ch
         before = checkpoints(recipe)
         code = child.run(command, environment)
         if child.stopped_by:
-            print(
-                f"{child.stopped_by.name}: the trainer has ended with code {code}; the same command goes on from there"
-            )
+            print(f"{child.stopped_by.name}: the trainer ended with code {code}; the same command continues from there")
             return EXIT_INTERRUPTED if code else 0
         if not goes_on(code, one_process, checkpoints(recipe) != before, restarts):
             if code == EXIT_INTERRUPTED or code < 0:

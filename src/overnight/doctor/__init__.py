@@ -1,1 +1,1 @@
-"""What a machine has and lacks for a run."""
+"""Checks of a machine before a run."""

@@ -1,4 +1,4 @@
-"""`python -m overnight.doctor`: what this machine has and lacks for a run, before one begins."""
+"""`python -m overnight.doctor`: checks of this machine before a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 0, 1 when something would stop training, 2 when the recipe cannot be used."""
     outlets()
     if arguments[:1] in (["--help"], ["-h"]):
-        print("python -m overnight.doctor [RECIPE [--key value ...]]: what this machine has and lacks for a run")
+        print("overnight doctor [RECIPE [--section.key VALUE ...]]: check this machine for a run")
         return 0
     try:
         recipe = load(recipe_file(arguments[0]), arguments[1:]) if arguments else None

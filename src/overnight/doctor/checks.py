@@ -1,4 +1,4 @@
-"""What a machine has and lacks for a run, one line each, with the command that mends it.
+"""Checks of a machine before a run, one line each, with the command that mends what is missing.
 
 Every check is a pure function of the plain values that machine.py reads off this machine.
 """

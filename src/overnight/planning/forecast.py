@@ -81,7 +81,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Losses at several points, jointly normal, nats a token."""
+    """Losses at several points, jointly normal, nats per token."""
 
     mean: np.ndarray  # (points,)
     covariance: np.ndarray  # (points, points)
@@ -104,7 +104,7 @@ class Forecast:
 def forecast(
     recipe: Recipe, unique: int | None, seen: Sequence[tuple[Point, float]], wanted: Sequence[Point]
 ) -> Forecast:
-    """The validation losses to expect at the points `wanted`; `seen` are those that the run has had, in nats a token.
+    """The validation losses to expect at the points `wanted`; `seen` are those that the run has had, in nats per token.
 
     `unique` are the training tokens there are. Raises `InputError` when the curve is too short.
     """

@@ -43,7 +43,7 @@ def constants() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Expected:
-    """A loss in nats a token, normally distributed."""
+    """A loss in nats per token, normally distributed."""
 
     loss: float
     sigma: float
@@ -80,7 +80,7 @@ def annealed_loss(parameters: float, tokens: float, unique: float | None, datase
 
 
 def level_and_slope(recipe: Recipe, tokens: float) -> tuple[float, float]:
-    """The annealed loss after `tokens` that count, and its fall for each e-fold of them, nats a token."""
+    """The annealed loss after `tokens` that count, and its fall for each e-fold of them, nats per token."""
     of_data = constants()["datasets"][dataset_of(recipe)]
     beta, factor = constants()["beta"], factor_of(recipe)
     level = annealed_loss(block_parameters(recipe.model), tokens, None, dataset_of(recipe), factor)

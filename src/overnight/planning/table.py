@@ -44,7 +44,7 @@ class Row:
     tokens: int
     epochs: float | None  # of the unique tokens
     effective_tokens: float  # seen once, they would be worth as much
-    loss: float | None  # the last validation's, nats a token; None, like what follows from it, where nothing is known
+    loss: float | None  # the last validation's, nats per token; None, like what follows from it, where nothing is known
     loss_low: float | None  # the 90 % interval
     loss_high: float | None
     chance_below_gpt2: float | None  # of GPT-2 124M's published loss, which has another validation split
@@ -105,7 +105,7 @@ class Budget:
 
 
 def gpt2_loss(dataset: str) -> float:
-    """GPT-2 124M's published validation loss on one of the law's datasets, nats a token."""
+    """GPT-2 124M's published validation loss on one of the law's datasets, nats per token."""
     wanted = ("gpt2-124m", f"{dataset}-val", "loss_nats_per_token")
     (row,) = [row for row in facts("reference_scores.csv") if (row["model"], row["task"], row["metric"]) == wanted]
     return float(row["value"])

@@ -221,7 +221,7 @@ def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[l
 
 
 def claims(recipe: Recipe) -> dict[int, str]:
-    """What circulates about the budgets of the night's model (facts/claims.csv); nothing of any other."""
+    """What others claim of the budgets of the default recipe's model (facts/claims.csv); nothing of any other."""
     shape = (recipe.model.n_layer, recipe.model.n_embd, recipe.batch.tokens_per_iter)
     if shape != (12, 384, 524_288) or str(recipe.data.path) != "HuggingFaceFW/fineweb-edu":
         return {}

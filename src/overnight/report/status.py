@@ -31,13 +31,14 @@ def status_lines(run: Path) -> list[str]:
     if "train" in last:
         lines.append(f"  training    {train_words(last['train'])}")
     if "val" in last:
-        lines.append(f"  validation  {last['val']['loss']:.4f} nats a token at iteration {last['val']['iteration']:,}")
+        val = last["val"]
+        lines.append(f"  validation  {val['loss']:.4f} nats per token at iteration {val['iteration']:,}")
     if saved := saved_iterations(run / "checkpoints"):
         newest = max(saved.items())[1]
         ago = duration(time.time() - newest.stat().st_mtime)
         lines.append(f"  checkpoint  {newest.name}, {ago} ago")
     for target, end in done.items():
-        lines.append(f"  finished    {run / 'models' / folder_name(target)}, {end['val_loss']:.4f} nats a token")
+        lines.append(f"  finished    {run / 'models' / folder_name(target)}, {end['val_loss']:.4f} nats per token")
     return lines
 
 
@@ -48,7 +49,7 @@ def activity(run: Path, *, finished_all: bool) -> str:
         log = run / LOG
         silent = f", last line {duration(time.time() - log.stat().st_mtime)} ago" if log.exists() else ""
         return f"{holder} works on it{silent}"
-    return "finished" if finished_all else "stopped; the command that began it goes on"
+    return "finished" if finished_all else "stopped; the command that began it continues it"
 
 
 def train_words(record: Record) -> str:
