@@ -49,7 +49,7 @@ def recipe_command(
         usage="%(prog)s " + ("[RECIPE]" if default else "RECIPE") + " [options] [--section.key VALUE ...]",
         description=description,
         epilog=f"keys of {named[0] if named else 'a recipe'} and their values, which `--section.key VALUE` overrides:\n"
-        + (key_help(Path(named[0]) if named else None) if {"-h", "--help"} & set(arguments) else ""),
+        + (key_help(recipe_file(named[0]) if named else None) if {"-h", "--help"} & set(arguments) else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

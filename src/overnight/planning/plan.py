@@ -6,7 +6,7 @@ import argparse
 import csv
 import json
 import math
-from overnight.core.scripts import no_command
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ import numpy as np
 
 from overnight.core.console import count, duration
 from overnight.core.files import atomic_write, strict_json, write_figure
-from overnight.data.manifest import with_prepared_data
 from overnight.core.scripts import no_command
+from overnight.data.manifest import with_prepared_data
 from overnight.errors import InputError
 from overnight.planning.figure import draw_gpt2, new_axes
 from overnight.planning.forecast import forecast_of_run
