@@ -69,6 +69,7 @@ def prepared_as_embedded(workplace: Path, folder: Path) -> None:
     shutil.copytree(workplace / "data", folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["source"] |= {"source": "embedded", "path": None}
+    del manifest["sha256"]  # of itself
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

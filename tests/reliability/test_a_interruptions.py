@@ -228,12 +228,12 @@ def test_a7_a_run_goes_on_without_its_log_and_says_so(in_process, undisturbed):
 
 def test_a7_a_line_that_a_crash_left_unfinished_is_never_merged_with_the_next(tmp_path):
     log = Metrics(tmp_path / "metrics.jsonl")
-    log.append({"kind": "train", "iteration": 1})
+    log.append({"kind": "event", "event": "interrupted", "iteration": 1, "tokens": 1})
     with log.path.open("a") as file:
-        file.write('{"kind": "train", "itera')
+        file.write('{"kind": "event", "itera')
     assert [record["iteration"] for record in log.records()] == [1]
     log.keep(lambda record: True)
-    log.append({"kind": "train", "iteration": 2})
+    log.append({"kind": "event", "event": "interrupted", "iteration": 2, "tokens": 2})
     assert [json.loads(line)["iteration"] for line in log.path.read_text().splitlines()] == [1, 2]
 
 
