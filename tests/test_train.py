@@ -195,7 +195,7 @@ def test_a_configuration_for_the_cpu_keeps_the_run_there_also_where_there_is_a_g
         (["--precision", "bf16"], "`precision` is 'bf16', but this machine has no CUDA device"),
         (["--compile", "true"], "`compile` is True, but this machine has no CUDA device"),
         (["--model.vocab_size", "600"], "`model.vocab_size` is 600"),
-        (["--data.dir", "nowhere"], "tiny.yaml` makes it"),
+        (["--data.dir", "nowhere"], "tiny.yaml --name refused --data.dir nowhere` makes it"),
         (["--logging.trackers", "[wandb]"], "make setup EXTRAS=wandb"),
         (["--model.dropout", "0.1", "--model.attention", "flash"], "'auto' would work"),
     ],

@@ -24,7 +24,6 @@ from overnight.data.manifest import (
     is_prepared,
     little_endian,
     name_prepared,
-    read_manifest,
 )
 from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter, verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer
@@ -41,12 +40,13 @@ def adopt(
     the tokenizer, and DamagedData for an index that does not fit its tokens.
     """
     folder = Path(data.dir)
-    if is_prepared(folder) and read_manifest(folder).source.path == str(origin.absolute()):
+    sides = find_sides(origin)
+    there = [path.resolve() for path in sorted(folder.glob("train/*.ds"))]
+    if is_prepared(folder) and there == [path.resolve() for path in sides["train"]]:
         report(f"{folder}: already adopted from {origin}; verifying it")
         return verify(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"`data.dir` is {folder}, which is not empty: name a new folder")
-    sides = find_sides(origin)
     if dry_run:
         for side, paths in sides.items():
             report(f"{side}: {', '.join(map(str, paths))}")
