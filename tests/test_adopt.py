@@ -139,9 +139,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path, gpt2_folder)
 def test_adopting_again_verifies_and_is_no_error(tmp_path, gpt2_folder):
     data, origin = settings(tmp_path, gpt2_folder), nanogpt(tmp_path / "bins")
     assert adopt(origin, data, GPT2_VOCABULARY, **SILENT) == adopt(origin, data, GPT2_VOCABULARY, **SILENT)
-    (tmp_path / "other").mkdir()
     with pytest.raises(InputError, match="is not empty: name a new folder"):
-        adopt(tmp_path / "other", data, GPT2_VOCABULARY, **SILENT)
+        adopt(nanogpt(tmp_path / "other"), data, GPT2_VOCABULARY, **SILENT)
 
 
 @pytest.mark.slow

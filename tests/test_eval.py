@@ -273,7 +273,7 @@ def test_what_is_no_model_is_refused(script: ModuleType, workplace: Path, tmp_pa
         return refusal(script, monkeypatch, capsys, *arguments, "--tasks", "none", "--shards", "none")
 
     assert "no config.json there" in said(str(workplace / "data"))
-    assert "no model can be loaded" in said(str(tmp_path / "nowhere"))
+    assert "is no folder" in said(str(tmp_path / "nowhere"))
     assert "no config.json there" in said(MODEL, "--against", str(tmp_path))
 
     copy = tmp_path / "copy"

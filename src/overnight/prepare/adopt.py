@@ -50,13 +50,13 @@ def adopt(
     not fit its tokens.
     """
     folder = Path(data.dir)
-    first = folder / "train" / "00000.ds"
-    if is_prepared(folder) and first.is_symlink() and first.readlink().is_relative_to(origin.absolute()):
+    sides = find_sides(origin)
+    there = [path.resolve() for path in sorted(folder.glob("train/*.ds"))]
+    if is_prepared(folder) and there == [path.resolve() for path in sides["train"]]:
         report(f"{folder}: already adopted from {origin}; verifying it")
         return verify(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"`data.dir` is {folder}, which is not empty: name a new folder")
-    sides = find_sides(origin)
     if dry_run:
         for side, paths in sides.items():
             report(f"{side}: {', '.join(map(str, paths))}")
