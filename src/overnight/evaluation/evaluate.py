@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,6 @@ from overnight.evaluation.loss import RowLosses, losses_over, read_texts, text_r
 from overnight.evaluation.models import UNIGRAM, UNTRAINED, EvalModel, Origin
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.results import Comparison, Results, Scores
-from overnight.evaluation.scoring import Request, batches_of
 from overnight.evaluation.statistics import SEED, Paired, bootstrap_interval, metric_of, verdicts
 from overnight.evaluation.tasks import (
     ENGLISH_CHARACTERS_PER_TOKEN,
@@ -233,7 +231,7 @@ class Session:
         tokens = sum(tokens_of(benchmark, self.plan.config.limit) for benchmark in self.benchmarks)
         tokens += self.shards.val.tokens if self.shards else 0  # and twice the texts, whose windows overlap by half
         tokens += sum(2 * len(t) / ENGLISH_CHARACTERS_PER_TOKEN for documents in self.texts.values() for t in documents)
-        rate = tokens_per_second(eval_model)
+        rate = models.tokens_per_second(eval_model)
         seconds = tokens / rate / self.accelerator.num_processes
         self.console.log(
             f"  about {count(tokens)} tokens at {count(rate)} a second: {duration(seconds)}, less what is known"
@@ -255,19 +253,6 @@ def launch_evaluation() -> Accelerator:
     refuse_lone_processes(accelerator)
     set_threads("auto")
     return accelerator
-
-
-def tokens_per_second(eval_model: EvalModel) -> float:
-    """Tokens a second of a full batch, the second of two."""
-    length = min(64, eval_model.context)
-    rows = eval_model.scorer.budget // length
-    tokens = np.random.default_rng(0).integers(0, len(eval_model.tokenizer), (rows, length))
-    requests = [Request(tuple(row[: -length // 4].tolist()), tuple(row[-length // 4 :].tolist())) for row in tokens]
-    [trees], _ = batches_of(requests, eval_model.context, eval_model.scorer.budget)
-    for _ in range(2):
-        started = time.monotonic()
-        eval_model.scorer.score(trees)  # its answers are read on the host, so the device has finished
-    return sum(map(len, trees)) / (time.monotonic() - started)
 
 
 def paired(benchmark: str, ours: Measured, theirs: Measured) -> Paired | None:
