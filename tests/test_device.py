@@ -46,7 +46,11 @@ def test_all_that_accelerates_launcher_tells_beside_the_devices_is_overruled():
 
 def test_a_rank_that_was_left_in_a_shell_makes_no_group_and_silences_nothing(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert cli.exit_code(InputError("refused")) == 2
+
+    def work() -> int:
+        raise InputError("refused")
+
+    assert cli.exit_code(work) == 2
     assert capsys.readouterr().err == "refused\n"
     told = {"RANK": "1", "LOCAL_RANK": "0"}
     assert "RANK, LOCAL_RANK of the environment" in launch.take_over_environment(told)[0]

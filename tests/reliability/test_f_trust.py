@@ -85,7 +85,7 @@ NESTED = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("- seed\n", "holds list"),
         ("seed: true\n", "`seed` is True"),
         ("optim: {lr: '3e-3'}\n", "`optim.lr` is '3e-3'"),
-        ("? [1, 2]\n: 3\n", "not a readable YAML file"),
+        ("? [1, 2]\n: 3\n", "`[1, 2]` is no name for a key"),
     ],
     ids=["a bomb", "an alias", "an object", "a key twice", "a list", "a truth value", "text", "a list as a key"],
 )

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from overnight.core.files import errno_of
+from overnight.data.tokenizer import refuse_missing_folder
 from overnight.errors import InputError, first_line
 from overnight.run_dir.layout import refuse_damaged_model
 
@@ -21,6 +22,7 @@ def load_model(name: str, **how: Any) -> tuple[Any, Any]:
     Raises `InputError` for what is none or would need code or a pickle, `DamagedData` for a folder that is not as it
     was written, and OSError where the system refuses a file.
     """
+    refuse_missing_folder(name)
     try:
         if Path(name).is_dir():
             refuse_damaged_model(Path(name))
