@@ -288,8 +288,9 @@ def test_an_evaluation_that_came_later_is_added(workplace, copy, hub, tmp_path):
 
 @pytest.mark.slow
 def test_models_weights_and_state_are_sent_while_the_run_goes_on(workplace, hub, tmp_path):
-    options = ("--name", "goes-on", "--schedule.max_iters", "3000", "--schedule.milestones", "[20]")
+    options = ("--name", "goes-on", "--schedule.max_iters", "20000", "--schedule.milestones", "[20]")
     options += ("--hub.repo_id", "alice/goes-on", "--hub.push_state", "true", "--hub.every_hours", "0.0001")
+    options += ("--threads", "1")  # a core for what sends, which has low priority: the run must not end before it
     trainer = start(workplace, "tiny.yaml", *options, **hub.settings(WRITE, tmp_path))
     awaited = {"iter-000020", "main", "checkpoints", "state"}
     for line in trainer.stdout:

@@ -132,7 +132,7 @@ def test_a_trunk_that_is_damaged_at_the_branch_point_is_not_left_with_decayed_we
             (path / "model.safetensors").write_bytes(b"")
 
     after_each_budget(monkeypatch, damage)
-    with pytest.raises(InputError, match="no whole checkpoint of the trunk to go back to"):
+    with pytest.raises(InputError, match="nothing is left to go on from"):
         run(in_process, "no-way-back", *LADDER)
 
 

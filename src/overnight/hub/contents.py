@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from overnight.core.files import atomic_write, remove
+from overnight.core.files import atomic_write, entries, remove
 from overnight.core.sums import damage
 from overnight.errors import DamagedData
 from overnight.recipe.schema import Recipe
@@ -35,6 +35,7 @@ MODEL_FILES = re.compile(
 )
 REPORT_FILES = re.compile("|".join(map(re.escape, (CARD, RECIPE, METRICS, CURVE))))
 EVALUATION_FILES = re.compile(r"results\.json|comparison\.md|against-[A-Za-z0-9._-]+\.png")
+TRIES = 5  # to stage a checkpoint before it is removed for a newer one
 RUN_FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "night.json")  # of a state, beside its checkpoints
 STATE_FILES = re.compile(
     "|".join(map(re.escape, RUN_FILES))
@@ -64,8 +65,23 @@ def commits(run: Path, recipe: Recipe, repo_id: str, *, checkpoints: bool) -> li
     """
     unfinished = []
     if checkpoints:  # staged before the finished models are looked for: it tells of none that is not among them
-        unfinished = [newest_weights(run, recipe, repo_id), exact_state(run) if recipe.hub.push_state else None]
+        unfinished = [settled(run, lambda: newest_weights(run, recipe, repo_id))]
+        unfinished += [settled(run, lambda: exact_state(run))] if recipe.hub.push_state else []
     return [*finished_models(run, recipe, repo_id), *(commit for commit in unfinished if commit)]
+
+
+def settled(run: Path, make: Callable[[], Commit | None]) -> Commit | None:
+    """What `make` stages of the newest checkpoint; anew where the run has removed one meanwhile, at last nothing."""
+    for _ in range(TRIES):
+        before = [
+            path for folder in (run / CHECKPOINTS, *cooldowns(run / CHECKPOINTS).values()) for path in entries(folder)
+        ]
+        try:
+            return make()
+        except (DamagedData, FileNotFoundError):
+            if all(path.exists() for path in before):
+                raise
+    return None
 
 
 def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Commit]:
@@ -100,11 +116,11 @@ def finished_model(run: Path, recipe: Recipe, repo_id: str, target: int, loss: f
 
 def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Commit | None:
     """The newest weights of the trunk, before any decay, as a model that loads; None while there are none."""
+    from overnight.model.unannealed import write_model  # and with it torch, which nothing else here needs
+
     trunk = own_checkpoints(run / CHECKPOINTS)
     if not trunk:
         return None
-    from overnight.model.unannealed import write_model  # and with it torch, which nothing else here needs
-
     iteration, checkpoint = max(trunk.items())
     refuse_damaged(checkpoint)
     folder = fresh(staging(run) / CHECKPOINTS)
