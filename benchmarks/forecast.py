@@ -46,7 +46,7 @@ from overnight.run_dir.metrics import Metrics
 ROOT = Path(__file__).resolve().parents[1]
 UNIQUE = 100_000_000_000  # tokens of the set behind the public curve: more than one epoch is never begun
 LAST = range(13_000, 15_001, 500)
-FEW_VALIDATIONS = {
+SMALL = {
     "threads": 1,
     "data.val_tokens": 16_384,
     "validation.every": 10,
@@ -54,8 +54,10 @@ FEW_VALIDATIONS = {
     "validation.ngram_baselines": False,
     "checkpoint.every": 1000,
     "schedule.warmup_iters": 8,
+    "model.n_positions": 128,
+    "model.n_head": 2,
+    "batch.sequence_length": 128,
 }
-SMALL = FEW_VALIDATIONS | {"model.n_positions": 128, "batch.sequence_length": 128, "model.n_head": 2}
 
 
 @dataclass(frozen=True)

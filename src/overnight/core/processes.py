@@ -84,10 +84,10 @@ class Helper:
         """Its exit code; None while it goes on."""
         return self.process.poll()
 
-    def wait(self, seconds: float | None, enough: Callable[[], bool] = lambda: False) -> bool:
+    def wait(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> bool:
         """Whether it ends in that time, or before there is `enough` of waiting."""
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while self.code is None and not enough() and (deadline is None or time.monotonic() < deadline):
+        deadline = time.monotonic() + seconds
+        while self.code is None and not enough() and time.monotonic() < deadline:
             time.sleep(LOOK)
         return self.code is not None
 

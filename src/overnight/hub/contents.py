@@ -20,6 +20,7 @@ from overnight.report.model_card import CARD, CURVE, METRICS, RECIPE, report, un
 from overnight.run_dir.layout import (
     CHECKPOINTS,
     cooldowns,
+    evaluation_of,
     finished,
     folder_name,
     iteration_of,
@@ -103,7 +104,7 @@ def finished_model(run: Path, recipe: Recipe, repo_id: str, target: int, loss: f
     """One finished model, with its evaluation where there is one."""
     name, last = folder_name(target), recipe.schedule.max_iters
     refuse_damaged_model(run / "models" / name)
-    scored = allowed_files(run / "evaluation" / name, EVALUATION_FILES)
+    scored = allowed_files(evaluation_of(run / "models" / name), EVALUATION_FILES)
     return Commit(
         branch=name,
         message=f"{target:,} iterations, validation loss {loss:.4f}",
@@ -138,7 +139,7 @@ def exact_state(run: Path) -> Commit | None:
     if not newest:
         return None
     last_trunk = max(trunk, default=-1)
-    chosen = [path for path in newest if path.parent.name == "checkpoints" or iteration_of(path) > last_trunk]
+    chosen = [path for path in newest if path.parent.name == CHECKPOINTS or iteration_of(path) > last_trunk]
     staged = fresh(staging(run) / STATE)
     for path in chosen:  # as hard links: a checkpoint's files are never changed, only removed
         there = staged / path.relative_to(run)

@@ -132,6 +132,7 @@ def budget(
     """The table. `unique` are the training tokens there are; without `losses` the law's own are expected, and without
     `memory` what the formula says of the card. With `schedule.hours` the budget that fits them has a row."""
     dataset = scaling_law.gpt2_dataset(recipe)
+    gpt2 = gpt2_loss(dataset) if dataset else None
     memory = memory or (by_formula(recipe, gpu) if gpu else None)
     looks = _validation_seconds(recipe, gpu, memory, speed) if speed else None
     milestones = sorted({*milestones, *_in_hours(recipe, speed, looks)})
@@ -140,7 +141,7 @@ def budget(
     for max_iters in milestones:
         hours = _hours(recipe, max_iters, speed, looks) if speed and looks is not None else None
         before, loss = rows[-1] if rows else None, expected.of.get(max_iters)
-        rows.append(_row(recipe, max_iters, before, gpu, hours, unique, loss, prices))
+        rows.append(_row(recipe, max_iters, before, gpu, hours, unique, loss, prices, gpt2))
     return Budget(
         recipe=recipe.name,
         gpu=gpu.name if gpu else None,
@@ -150,7 +151,7 @@ def budget(
         memory=memory,
         disk_gb=run_bytes(recipe) / 1e9,
         data_gb=data_bytes(recipe) / 1e9,
-        gpt2=gpt2_loss(dataset) if dataset else None,
+        gpt2=gpt2,
         dataset=dataset,
         rows=rows,
         losses=expected.source,
@@ -182,11 +183,10 @@ def _row(
     unique: int | None,
     expected: scaling_law.Expected | None,
     prices: Prices,
+    gpt2: float | None,
 ) -> Row:
     tokens = max_iters * recipe.batch.tokens_per_iter
     low, high = expected.interval() if expected else (None, None)
-    dataset = scaling_law.gpt2_dataset(recipe)
-    gpt2 = gpt2_loss(dataset) if dataset else None
     kwh = hours * gpu.tdp_watts / 1000 if hours is not None and gpu else None
     gain = before.loss - expected.loss if before and before.loss is not None and expected else None
     longer = hours - before.hours if before and hours is not None and before.hours is not None else 0

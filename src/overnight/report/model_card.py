@@ -18,14 +18,23 @@ from overnight.core.console import count, duration
 from overnight.core.files import atomic_write, strict_json
 from overnight.core.published import fenced, redacted, text
 from overnight.core.sums import SUMS, damage
-from overnight.errors import DamagedData, InputError
+from overnight.errors import DamagedData, InputError, script_command
 from overnight.planning import scaling_law
 from overnight.planning.gpus import facts as facts_of
 from overnight.planning.table import gpt2_loss
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.report.curve import draw_curve
-from overnight.run_dir.layout import ENVIRONMENT, RESULTS, finished, finished_in, folder_name, read_file, read_run
+from overnight.run_dir.layout import (
+    ENVIRONMENT,
+    RESULTS,
+    evaluation_of,
+    finished,
+    finished_in,
+    folder_name,
+    read_file,
+    read_run,
+)
 from overnight.run_dir.metrics import Record, standing
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
@@ -47,11 +56,11 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     atomic_write(folder / RECIPE, yaml.safe_dump(shown(recipe), sort_keys=False))
     path_there = [r for r in records if r["iteration"] <= budget and r.get("cooldown", budget) == budget]
     atomic_write(folder / METRICS, "".join(strict_json(record) + "\n" for record in path_there))
-    scored = run / "evaluation" / folder_name(budget)
+    scored = evaluation_of(run / "models" / folder_name(budget))
     shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an evaluation that there was before
-    if (scored / "results.json").is_file():
+    if (scored / RESULTS).is_file():
         (folder / "evaluation").mkdir(exist_ok=True)
-        for path in [scored / "results.json", scored / "comparison.md", *scored.glob("against-*.png")]:
+        for path in [scored / RESULTS, scored / "comparison.md", *scored.glob("against-*.png")]:
             atomic_write(folder / "evaluation" / path.name, path.read_bytes())
     atomic_write(folder / CARD, card(run, recipe, records, end, repo_id))
     return folder
@@ -159,10 +168,10 @@ def checked_facts(found: dict[str, Any]) -> dict[str, Any]:
 
 def scores_of(run: Path, model: str) -> dict[str, Any] | None:
     """The results.json of a finished model's evaluation; None without one. `DamagedData` where a file of it differs."""
-    folder = run / "evaluation" / model
+    folder = evaluation_of(run / "models" / model)
     if not (folder / RESULTS).is_file():
         return None
-    again = f"`python recipes/eval.py {run}/models/{model}` measures it again"
+    again = f"`{script_command('eval.py', run / 'models' / model)}` measures it again"
     if (folder / SUMS).exists() and (reason := damage(folder, [RESULTS])):  # an older version wrote none
         raise DamagedData(f"{folder} is damaged: {reason}; {again}")
     return read_file(folder / RESULTS, dict, again)

@@ -8,7 +8,7 @@ from pathlib import Path
 from overnight.core.console import count, duration
 from overnight.core.lock import holder_of
 from overnight.recipe.schedule import branch_point, goals, towards
-from overnight.run_dir.layout import LOG, finished, folder_name, recipe_of, saved_iterations
+from overnight.run_dir.layout import CHECKPOINTS, LOG, finished, folder_name, recipe_of, saved_iterations
 from overnight.run_dir.metrics import Metrics, Record
 
 
@@ -33,7 +33,7 @@ def status_lines(run: Path) -> list[str]:
     if "val" in last:
         val = last["val"]
         lines.append(f"  validation  {val['loss']:.4f} nats per token at iteration {val['iteration']:,}")
-    if saved := saved_iterations(run / "checkpoints"):
+    if saved := saved_iterations(run / CHECKPOINTS):
         newest = max(saved.items())[1]
         ago = duration(time.time() - newest.stat().st_mtime)
         lines.append(f"  checkpoint  {newest.name}, {ago} ago")
