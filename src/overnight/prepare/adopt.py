@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from overnight.core import files
 from overnight.data.manifest import (
@@ -67,48 +68,59 @@ def adopt(
     partial = folder.with_name(folder.name + ".adopting")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        tokenizer.save_pretrained(partial / "tokenizer")
-        train = [
-            _linked(path, partial / "train" / f"{number:05d}.ds", vocab_size, tokenizer.eos_token_id)
-            for number, path in enumerate(sides["train"])
-        ]
-        val = _validation(sides["val"], partial, data.val_tokens, vocab_size, tokenizer.eos_token_id)
-        manifest = Manifest(
-            tokenizer=TokenizerRecord(name=data.tokenizer, sha256=fingerprint(tokenizer)),
-            vocab_size=vocab_size,
-            eos_id=tokenizer.eos_token_id,
-            dtype=dtype_for(vocab_size),
-            source=SourceRecord(
-                source="adopted",
-                path=said.get("path"),
-                files=said.get("files"),
-                revision=said.get("revision"),
-                commit=None,
-                text_column=data.text_column,
-                licence=said.get("license"),
-            ),
-            inputs=[],
-            split=SplitRule(
-                rule="adopted",
-                leakage="not checked",
-                reserved_fraction=None,
-                val_tokens=sum(record.tokens for record in val),
-                train_tokens=None,
-            ),
-            val=val,
-            train=train,
-            counts=Counts(duplicates=0, reserved_unused=0, empty=0, unreadable=0, too_long=0, after_budget=0),
-        )
-        manifest = name_prepared(partial, manifest, folder)
+        manifest = name_prepared(partial, _written(partial, sides, data, tokenizer, said), folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    tokens = {side: sum(record.tokens for record in records) for side, records in (("train", train), ("val", val))}
+    train, val = (sum(record.tokens for record in records) for records in (manifest.train, manifest.val))
     report(
-        f"{folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens adopted from {origin}; "
+        f"{folder}: {train:,} training and {val:,} validation tokens adopted from {origin}; "
         "leakage between the sides: not checked"
     )
     return manifest
+
+
+def _written(
+    partial: Path,
+    sides: dict[str, list[Path]],
+    data: Data,
+    tokenizer: PreTrainedTokenizerFast,
+    said: Mapping[str, str],
+) -> Manifest:
+    """Fill the folder `partial` with tokenizer, links and validation set; returns what its manifest will say."""
+    vocab_size, eos_id = len(tokenizer), tokenizer.eos_token_id
+    tokenizer.save_pretrained(partial / "tokenizer")
+    train = [
+        _linked(path, partial / "train" / f"{number:05d}.ds", vocab_size, eos_id)
+        for number, path in enumerate(sides["train"])
+    ]
+    val = _validation(sides["val"], partial, data.val_tokens, vocab_size, eos_id)
+    return Manifest(
+        tokenizer=TokenizerRecord(name=data.tokenizer, sha256=fingerprint(tokenizer)),
+        vocab_size=vocab_size,
+        eos_id=eos_id,
+        dtype=dtype_for(vocab_size),
+        source=SourceRecord(
+            source="adopted",
+            path=said.get("path"),
+            files=said.get("files"),
+            revision=said.get("revision"),
+            commit=None,
+            text_column=data.text_column,
+            licence=said.get("license"),
+        ),
+        inputs=[],
+        split=SplitRule(
+            rule="adopted",
+            leakage="not checked",
+            reserved_fraction=None,
+            val_tokens=sum(record.tokens for record in val),
+            train_tokens=None,
+        ),
+        val=val,
+        train=train,
+        counts=Counts(duplicates=0, reserved_unused=0, empty=0, unreadable=0, too_long=0, after_budget=0),
+    )
 
 
 def find_sides(origin: Path) -> dict[str, list[Path]]:
