@@ -103,7 +103,8 @@ def spilling(cache: Path) -> list[str]:
 def formula_gib(night: Path, rows: int, *, bf16: bool) -> float:
     """What model_size.py says that so many rows at once take, in GiB, without the context that this card has not."""
     tensors = peak_memory(load(night / "night.yaml", ()).model, rows, bf16=bf16)
-    return (tensors + sum(size for what, size in beside_the_tensors(tensors).items() if "context" not in what)) / 2**30
+    _context, *beside = beside_the_tensors(tensors, compiled=True).values()
+    return (tensors + sum(beside)) / 2**30
 
 
 def row_of(card: str, seen: Seen, formula: float) -> dict[str, object]:
