@@ -69,7 +69,10 @@ def update(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Callabl
 
 def ours(shape: Model) -> Code:
     """This project's model and optimizers."""
-    model = LanguageModel(shape, VOCABULARY - 1, compile=True).to("cuda").train()
+    model, biased = (
+        LanguageModel(shape.model_copy(update={"bias": bias}), VOCABULARY - 1, compile=True).to("cuda").train()
+        for bias in (False, True)
+    )
 
     def validation(function: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
         def step(ids: Tensor) -> None:
@@ -82,6 +85,7 @@ def ours(shape: Model) -> Code:
 
     parts = {
         "body": backward_from(model.training_body),
+        "body with biases": backward_from(biased.training_body),
         "whole": lambda ids: under_autocast(model)(ids, ids).backward(),
         "update": update(model, optim.build(model, Optim())),
         "validation body": validation(model.body),
@@ -151,6 +155,9 @@ def split(found: dict[str, Part], shape: Model) -> list[tuple[str, str, float, f
     """(part, unit, bytes a token and unit, bytes a parameter and micro-batch), the loss taken from whole and body."""
     units = {"layer x width": shape.n_layer * shape.n_embd, "logit": padded_vocabulary(VOCABULARY)}
     rows = [("update", "none", 0.0, found["update"].per_parameter)]
+    if "body with biases" in found:
+        summed = found["body with biases"].per_token - found["body"].per_token
+        rows.append(("biases", "layer x width", summed / units["layer x width"], 0.0))
     for kind in ("", "validation "):
         if f"{kind}body" in found:
             body, whole = found[f"{kind}body"], found[f"{kind}whole"]

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from overnight.model import optim
 from overnight.model.gpt2 import LanguageModel, published
-from overnight.recipe.schema import Model
+from overnight.recipe.schema import Model, Optim
 
 SHAPE = Model(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=100)
 
@@ -46,3 +47,17 @@ def test_the_published_model_has_the_exact_vocabulary_and_the_same_loss(language
     assert stock.config._attn_implementation == "sdpa"
     with torch.no_grad():
         torch.testing.assert_close(language_model(ids, targets), stock_loss(language_model, ids, targets))
+
+
+def test_without_biases_those_of_the_linear_layers_stay_zero_and_all_else_is_trained(tokens):
+    torch.manual_seed(0)
+    model = LanguageModel(SHAPE.model_copy(update={"bias": False}), 0, compile=False)
+    before = {name: parameter.clone() for name, parameter in model.gpt2.named_parameters()}
+    for update in [each.step for each in optim.build(model, Optim()) for _ in range(2)]:
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        update()
+    for name, parameter in published(model, SHAPE).named_parameters():
+        if name.endswith(".bias") and ".ln_" not in name:
+            assert not parameter.any(), name
+        else:
+            assert not torch.equal(parameter, before[name][: len(parameter)]), name

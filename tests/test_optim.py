@@ -28,10 +28,11 @@ def test_cosine_ends_at_its_floor():
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_every_parameter_belongs_to_exactly_one_group(name):
-    model = LanguageModel(SHAPE, 0, compile=False)
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_parameter_that_is_trained_belongs_to_exactly_one_group(name, bias):
+    model = LanguageModel(SHAPE.model_copy(update={"bias": bias}), 0, compile=False)
     grouped = [id(p) for group in optim.all_groups(optim.build(model, Optim(name=name))) for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 def test_weight_decay_acts_on_matrices_alone():

@@ -78,6 +78,9 @@ class LanguageModel(nn.Module):
         self.gpt2 = GPT2LMHeadModel(gpt2_config(model, eos_token_id, training=True))
         if compile:  # eager norms would make copies in float32, and move more
             self.gpt2.transformer.drop.register_forward_hook(in_products_type)
+        if not model.bias:
+            for name, parameter in self.gpt2.named_parameters():
+                parameter.requires_grad_(".ln_" in name or not name.endswith(".bias"))
         self.eos_token_id = eos_token_id
         self.vocab_size = model.vocab_size
         self.compiled = compile

@@ -87,7 +87,7 @@ def build(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     the blocks' own and on the token embedding, which is also the head; not on positions, norms and biases. The state
     is made here, not by the first update: an update changes everything or nothing, so it takes no memory halfway.
     """
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = {name: p for name, p in named if ".h." in name and p.ndim == 2}
     others = [(name, p) for name, p in named if optim.name == "adamw" or name not in hidden]
     decayed = [p for name, p in others if p.ndim == 2 and ".wpe." not in name]

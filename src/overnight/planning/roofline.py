@@ -65,7 +65,10 @@ def product_rate(gpu: Gpu) -> float:
 def training(work: Work, gpu: Gpu) -> Parts:
     """Seconds of a token of an iteration: forward, backward and its share of the update."""
     forward, backward = attention(work, gpu)
-    bytes_a_token = moved(work, "body") + moved(work, "loss") + moved(work, "update")
+    parts = ["body", "loss", "update"]
+    if work.model.bias and "biases" in counted(work.code, bool(work.model.dropout)):  # of others' codes in the body
+        parts.append("biases")
+    bytes_a_token = sum(moved(work, part) for part in parts)
     return Parts(3 * forward_products(work) / product_rate(gpu), forward + backward, seconds(bytes_a_token, gpu))
 
 

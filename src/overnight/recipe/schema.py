@@ -81,6 +81,8 @@ class Model(Section):
     """Tokens of the exported model; equal to the tokenizer's. In training it is padded to a multiple of 64."""
     dropout: Below1 = 0.0
     """Probability of all three of GPT-2's dropouts."""
+    bias: bool = True
+    """Whether the linear layers' biases are trained; otherwise they stay zero, and a step need not sum their gradients."""
     attention: Literal["auto", "flash"] = "auto"
     """`auto`: a fused kernel where the device has one for this recipe, otherwise any; `flash`: refuse any other."""
 
