@@ -82,7 +82,7 @@ class Model(Section):
     dropout: Below1 = 0.0
     """Probability of all three of GPT-2's dropouts."""
     bias: bool = True
-    """Whether the linear layers' biases are trained; otherwise they stay zero, and a step need not sum their gradients."""
+    """Whether the linear layers' biases are trained; otherwise they stay zero, and a step moves fewer bytes."""
     attention: Literal["auto", "flash"] = "auto"
     """`auto`: a fused kernel where the device has one for this recipe, otherwise any; `flash`: refuse any other."""
 
