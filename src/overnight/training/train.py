@@ -1,6 +1,6 @@
 """One training step, validation, and the loop around them.
 
-One step is read in five files: this one, batches.py, model.py, loss.py, optim.py. Accelerate gives device, precision,
+One step is read in five files: this one, batches.py, gpt2.py, loss.py, optim.py. Accelerate gives device, precision,
 processes, gradient synchronisation and trackers; the global batch and the learning rate are functions of the iteration
 alone (docs/design.md says why).
 """
