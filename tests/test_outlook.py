@@ -67,7 +67,7 @@ def test_a_run_that_gains_goes_to_its_end_and_its_forecasts_are_on_record(in_pro
     assert [row["max_iters"] for row in late[0]["budgets"]] == [75, 80]
     came = {r["iteration"]: r["val_loss"] for r in records(in_process, "goes-on", "event") if r["event"] == "finished"}
     assert late[0]["budgets"][-1]["loss"] == pytest.approx(came[80], abs=0.15)
-    assert "forecast ending now 75 " in said
+    assert re.search(r"forecast of .*\n  ending now, 75 +\d", said)
 
 
 def test_the_curve_of_several_runs_is_drawn(in_process, flat_run, root):

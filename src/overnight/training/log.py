@@ -174,6 +174,7 @@ def log_baselines(run: Run) -> None:
     losses = ngram_losses(seen_tokens(run.batches, run.recipe.schedule.max_iters), run.shards.val.read_all())
     run.record_at(0, "event", event="ngram baselines", **losses)
     run.console.log(f"for scale, models of the same training tokens: {baseline_line(losses)} nats per token")
+    track(run, {f"baseline/{name}": loss for name, loss in losses.items()})
 
 
 @informs("trackers")
