@@ -1,7 +1,7 @@
 """Plan a run: python recipes/plan.py RECIPE [--gpu NAME] [--section.key VALUE ...]
 
-What each budget costs on a card and what loss to expect of it, before anything runs. Without --gpu the card of this
-machine, or the RTX 4070 that the recipes are written for. With --probe, 20 iterations of random tokens are trained on
+What each budget costs on a card and what loss to expect of it, before anything runs. Without --gpu it is the card
+of this machine, and there are no hours without one. With --probe, 20 iterations of random tokens are trained on
 the device at hand, so that neither data nor a run is needed, and the hours follow from what they reached.
 """
 

@@ -151,7 +151,7 @@ def test_g1_a_device_that_is_lost_in_an_evaluation_ends_it_with_75_and_no_answer
     lost = train(workplace, *command, "--out", str(out), script=script, XDG_CACHE_HOME=cache, CALLS="5")
     assert lost.returncode == 75
     assert "the device was lost (CUDA error: unspecified launch failure)" in lost.stderr
-    assert "the same command goes on from there" in lost.stderr and "Traceback" not in lost.stderr
+    assert "the same command continues from there" in lost.stderr and "Traceback" not in lost.stderr
     kept = journal_lines(tmp_path / "cache")
     assert len(kept) == 2
     evaluate(workplace, out, *command)

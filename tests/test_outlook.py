@@ -57,7 +57,7 @@ def test_a_run_that_gains_goes_to_its_end_and_its_forecasts_are_on_record(in_pro
     shutil.copytree("runs/flat", "runs/goes-on")
     assert run(in_process, "goes-on", *STOPS, "1e-6") == 0
     said = capsys.readouterr().out
-    assert "goes on at iteration 30 from" in said
+    assert "resumes at iteration 30 from" in said
     assert finished(in_process, "goes-on") == [37, 50, 60, 80]
     forecasts = records(in_process, "goes-on", "forecast")
     (first,) = [r for r in forecasts if r["iteration"] == 30]

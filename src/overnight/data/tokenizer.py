@@ -106,7 +106,7 @@ def fetched(name_or_dir: str) -> str:
             raise
         raise Unreachable(
             f"`data.tokenizer` is {name_or_dir}, and the Hub cannot be reached ({first_line(error)}); the same command"
-            " goes on when it can, and a folder with a tokenizer.json needs no network"
+            " continues when it can, and a folder with a tokenizer.json needs no network"
         ) from error
 
 

@@ -21,7 +21,7 @@ from overnight.run_dir.metrics import Metrics, Record
 
 LOG = "log.txt"  # what the session printed; of those before it log-1.txt and so on
 CHECKPOINTS, RECIPE, ENVIRONMENT, RESULTS = "checkpoints", "recipe.yaml", "environment.json", "results.json"
-REWRITTEN = "move it away, and the run's own training command writes it anew and goes on from its checkpoints"
+REWRITTEN = "move it away, and the run's own training command writes it anew and continues from its checkpoints"
 T = TypeVar("T")
 _NAME, _COOLDOWN = re.compile(r"iter-(\d{6,})"), re.compile(r"cooldown-(\d{6,})")
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: lines on the screen, records in metrics.jsonl, numbers for the trackers.
+"""What a run reports while it trains: lines on the screen, records in metrics.jsonl, numbers for the trackers.
 
 Nothing here ends a run: one guard, `informs`, stands around all that only informs.
 """
@@ -56,7 +56,7 @@ def tell(run: Run, what: str, error: Exception) -> None:
     with contextlib.suppress(Exception):  # it may be the screen itself, or the log
         if run.accelerator.is_main_process:
             run.record("event", event="failed", what=what, problem=problem)
-        run.console.log(f"{what}: failed ({problem}); the run goes on without, and this is said once")
+        run.console.log(f"{what}: failed ({problem}); the run continues without it; this is said once")
 
 
 @informs("trackers")
@@ -210,10 +210,10 @@ def log_saved(run: Run, saved: Saved | None) -> None:
         return
     values = {"checkpoint": saved.path.name, "held_seconds": saved.held, "seconds": saved.seconds}
     if saved.problem is None:
-        run.console.log(f"saved {saved.path} in {saved.seconds:.1f}s, {saved.held:.2f}s of it before going on")
+        run.console.log(f"saved {saved.path} in {saved.seconds:.1f}s, training waited {saved.held:.2f}s")
         run.record("event", event="saved", **values)
         return
-    run.console.log(f"{saved.path} {saved.problem}; older checkpoints stay, and the run goes on")
+    run.console.log(f"{saved.path} {saved.problem}; older checkpoints stay, and the run continues")
     run.record("event", event="not saved", **values, problem=saved.problem)
 
 
@@ -221,7 +221,7 @@ def log_trouble(run: Run) -> None:
     """Say when records can no longer be written, and when they can again."""
     trouble = run.directory.metrics.trouble
     if trouble and not run.cannot_log:
-        run.console.log(f"{trouble}: records wait in memory until it takes them; the run goes on")
+        run.console.log(f"{trouble}: records wait in memory until it takes them; the run continues")
     if run.cannot_log and not trouble:
         run.console.log(f"{run.directory.metrics.path} takes records again; none is lost")
     run.cannot_log = trouble is not None

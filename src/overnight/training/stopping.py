@@ -1,4 +1,4 @@
-"""After each validation of a run: what its budgets will reach, what going on costs, and whether the curve is flat."""
+"""After each validation of a run: what its budgets will reach, what more of it costs, and whether the curve is flat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Outlook:
     """Budgets that can still be had, ascending; the first begins to decay right now, where that is possible."""
 
     budgets: list[int]
-    ending_now: bool  # whether the first is the run that is not gone on with
+    ending_now: bool  # whether the first is the run that would end now
     forecast: Forecast
 
     def loss(self, budget: int) -> Expected:
@@ -35,7 +35,7 @@ class Outlook:
         return self.forecast.gain(self.budgets.index(shorter), self.budgets.index(longer))
 
     def flat(self, goals: list[int], least: float) -> int | None:
-        """The next goal, where going on to it is surely not worth it; None otherwise.
+        """The next goal, where training on to it is not worth it with 90 % certainty; None otherwise.
 
         `least` is what the way from one goal to the next has to gain, in nats, and a part of the way its part: just
         before a goal little is left to gain, and little to pay.
@@ -67,7 +67,7 @@ def target_of_flat_curve(run: Run) -> int | None:
 
 @informs("the forecast")
 def forecast_ends(run: Run) -> tuple[int, int] | None:
-    """Tell and record the forecast; of a flat curve, the budget to end with, and the one not worth going on to."""
+    """Tell and record the forecast; of a flat curve, the budget to end with, and the one that is not worth it."""
     started = time.monotonic()
     outlook = outlook_of(run)
     if outlook is None:
