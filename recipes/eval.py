@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder or a Hub name")
     parser.add_argument("--against", nargs="+", help="opponents: Hub names, folders, `untrained`, `unigram`, or none")
     parser.add_argument("--tasks", nargs="+", help="names of lm-eval's tasks and groups, or none")
-    parser.add_argument("--limit", type=int, help="only the first so many items of each task")
+    parser.add_argument("--limit", type=int, help="only the first N items of each task")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} items of each task")
     parser.add_argument("--tasks-dir", help="a folder of further task files in lm-eval's format")
     parser.add_argument("--trust-tasks", action="store_true", help="let the task files in --tasks-dir run code")

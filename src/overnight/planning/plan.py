@@ -219,9 +219,11 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
             f" {prices.hours_per_night:g} h",
         ]
         if budget.gpu:
-            out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} a kWh")
+            out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} per kWh")
     elif budget.gpu:
-        out.append("hours     not known: the estimate is of bf16, which this card has not; --probe measures them")
+        out.append(
+            "hours     not known: the estimate is for bf16, which this card does not have; --probe measures them"
+        )
     else:
         out.append(
             f"hours     not known: there is no GPU here. `--gpu {USUAL}` plans for the card that the recipes are"

@@ -196,7 +196,7 @@ class Evaluation(Section):
     texts: list[PathText] = ["EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page"]
     """Plain text beside the validation set: files, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a dataset on the Hub."""
     limit: PositiveInt | None = None
-    """Only the first so many items of each task: a look, not a result."""
+    """Only the first N items of each task: a first look, not a result."""
     at_milestones: NonNegativeInt = 0
     """Items of each task that the trainer has scored, without opponents, when it has finished a model; 0 for none."""
 

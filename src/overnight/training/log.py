@@ -163,7 +163,9 @@ def log_validation(run: Run, loss: float, samples: list[str], seconds: float) ->
 @informs("the line of a validation")
 def log_not_finite(run: Run, loss: float) -> None:
     """Say and record that a validation gave no number."""
-    run.console.log(f"validation loss {loss} at iteration {run.iteration}: not finite, and none to finish with")
+    run.console.log(
+        f"validation loss {loss} at iteration {run.iteration}: not finite, so the run cannot finish with it"
+    )
     if run.accelerator.is_main_process:
         run.record("event", event="validation not finite", loss=str(loss))
 

@@ -104,7 +104,9 @@ def begin(run: Run) -> None:
         limit = run.time_limit
         keep(run, limit)
         chosen = (
-            f", {limit.target_iters:,} iterations" if limit.target_iters else "; what fits is chosen by the first ones"
+            f", {limit.target_iters:,} iterations"
+            if limit.target_iters
+            else "; the first iterations decide how many fit"
         )
         run.console.log(f"the night ends at {limit.kept.until}, in {duration(limit.left())}{chosen}")
 
