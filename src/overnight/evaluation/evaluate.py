@@ -234,7 +234,7 @@ class Session:
         rate = models.tokens_per_second(eval_model)
         seconds = tokens / rate / self.accelerator.num_processes
         self.console.log(
-            f"  about {count(tokens)} tokens at {count(rate)} a second: {duration(seconds)}, less for answers that are kept"
+            f"  about {count(tokens)} tokens at {count(rate)} a second: {duration(seconds)}, less for kept answers"
         )
         if self.accelerator.device.type == "cpu" and self.plan.config.limit is None and seconds > LONG:
             self.console.log(f"  on a CPU `--quick`, {QUICK} items a task, gives an answer sooner")
