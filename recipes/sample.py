@@ -5,9 +5,11 @@ import sys
 
 from overnight.cli import exit_code
 from overnight.core.console import outlets
+from overnight.recipe.text import refuse_missing_folder
 
 
 def run(options: argparse.Namespace) -> int:
+    refuse_missing_folder(options.model)
     from overnight.model.generate import Writer
 
     writer = Writer.load(options.model)

@@ -7,7 +7,7 @@ a CUDA device trains fineweb_edu_40m.yaml and any other the quickstart.
 import argparse
 import sys
 
-from overnight.cli import default_recipe, recipe_command
+from overnight.cli import default_recipe, recipe_command, starting
 from overnight.core.processes import end_with_launcher
 from overnight.recipe.schema import Recipe
 
@@ -25,7 +25,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
-    from overnight.training.train import train  # torch and transformers take seconds to import: bad input needs neither
+    if not options.dry_run:
+        from overnight.prepare.cost import require_data
+
+        require_data(recipe)
+        starting(f"the training of {recipe.name}")
+    from overnight.training.train import train  # with torch and transformers
 
     return train(
         recipe,

@@ -104,7 +104,7 @@ def test_all_that_is_printed_is_kept_and_the_status_is_told_from_elsewhere(in_pr
 @pytest.mark.slow
 def test_what_the_card_says_gives_the_same_model_again_from_an_empty_folder(workplace, undisturbed, tmp_path):
     card = report(workplace / "runs" / "tiny", 40)
-    block = re.search(r"```sh\n(.*?)```", (card / "README.md").read_text(), re.DOTALL)[1]
+    block = re.search(r"```sh\n(git checkout.*?)```", (card / "README.md").read_text(), re.DOTALL)[1]
     shutil.copy(card / "recipe.yaml", tmp_path)
     shutil.copy(workplace / "text.jsonl", tmp_path)  # "it takes the text itself"
     for line in block.splitlines():

@@ -20,7 +20,7 @@ from overnight.cli import exit_code
 from overnight.core import sums
 from overnight.errors import DamagedData
 from overnight.evaluation.cache import ResponseCache
-from overnight.evaluation.models import load_model, origin_of
+from overnight.evaluation.models import load_model
 from overnight.evaluation.scoring import Answer
 from overnight.hub.contents import exact_state, finished_models
 from overnight.model import checkpoint
@@ -28,7 +28,7 @@ from overnight.model.generate import Writer
 from overnight.report.curve import draw_curve
 from overnight.report.model_card import card, report
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished, read_run, recipe_of
+from overnight.run_dir.layout import finished, origin_of, read_run, recipe_of
 from overnight.training import train as train_module
 from overnight.training.state import KeptLimit
 from overnight.training.time_limit import tonight

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from overnight.data.encoder import json_fingerprint
 from overnight.errors import InputError, Unreachable, first_line
-from overnight.recipe.schema import repository
+from overnight.recipe.text import refuse_missing_folder
 
 END_OF_TEXT = "<|endoftext|>"
 FILES = ["tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json"]
@@ -79,19 +79,6 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
         # a text has no token before or behind it in training, so the tokenizer that is published adds none either
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     return tokenizer
-
-
-def refuse_missing_folder(name: str, key: str = "") -> None:
-    """Raise InputError for a path where nothing is, before anybody asks the Hub for a repository of that name.
-
-    `key` is the recipe's that names it, in words before it.
-    """
-    try:
-        path = name != repository(name) or name.startswith("runs/")
-    except ValueError:
-        path = True
-    if os.path.isfile(name) or (path and not os.path.exists(name)):
-        raise InputError(f"{key}{name} is no folder; one with a model or tokenizer, or a name on the Hub, would work")
 
 
 def fetched(name_or_dir: str) -> str:

@@ -200,7 +200,7 @@ def _sentences(budget: Budget) -> list[str]:
         hours = rows[best].hours
         out += [
             f"The sweet spot is {sweet:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one before,"
-            " which a validation can tell apart.",
+            " the least that a validation can show.",
             f"The best is {best:,}, {rows[best].loss:.3f} expected"
             + (f", after {duration(hours * 3600)}." if hours is not None else "."),
         ]
