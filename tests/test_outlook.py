@@ -22,6 +22,9 @@ LADDER = ("--schedule.max_iters", "80", "--schedule.milestones", "[50, 60]", "--
 STOPS = (*LADDER, "--stop.when_flat", "true", "--stop.min_gain_nats")
 
 
+TRACKED: dict[str, float] = {}  # what the trackers were given
+
+
 def run(folder: Path, name: str, *overrides: str, **how) -> int:
     return train_module.train(tiny(folder, "--name", name, *overrides), **how)
 
@@ -33,10 +36,11 @@ def flat(workplace):
 
 
 @pytest.fixture
-def flat_run(in_process, flat):
+def flat_run(in_process, flat, monkeypatch):
     """A run in which every gain is too small: it ends at the first forecast, after iteration 30."""
     if not flat:
-        assert run(in_process, "flat", *STOPS, "3") == 0
+        monkeypatch.setattr("accelerate.Accelerator.log", lambda accelerator, values, step: TRACKED.update(values))
+        assert run(in_process, "flat", *STOPS, "3", "--validation.ngram_baselines", "true") == 0
         flat.append("flat")
     return "flat"
 
@@ -51,6 +55,10 @@ def test_a_flat_run_cools_down_and_ends_with_the_model_of_a_run_of_that_length(i
     assert run(in_process, flat_run, *STOPS, "3") == 0
     assert "runs/flat is finished" in capsys.readouterr().out
     assert finished(in_process, flat_run) == [37]
+
+
+def test_forecasts_and_baselines_reach_the_trackers(flat_run):
+    assert {"baseline/unigram", "baseline/bigram", "forecast/50", "forecast/80", "val/loss"} <= TRACKED.keys()
 
 
 def test_a_run_that_gains_goes_to_its_end_and_its_forecasts_are_on_record(in_process, flat_run, capsys):
