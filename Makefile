@@ -70,10 +70,10 @@ test-floors: ## make test with the oldest versions that pyproject.toml admits, w
 	@$(FLOORS)/bin/python -m pytest -q -m "not slow" $(ARGS)
 	@$(FLOORS)/bin/python tests/floors.py --installed
 
-# A stand-in for an NVIDIA card under PyTorch's CUDA build, in an environment of its own; docs/gpu.md says what it shows.
-ghost: build/ghost/libghost.so ## build a stand-in for an NVIDIA card (1 minute, 6.5 GB, gcc): every CUDA path runs on this machine
+# A simulated NVIDIA card under PyTorch's CUDA build, in an environment of its own; docs/gpu.md says what it shows.
+ghost: build/ghost/libghost.so ## build a simulated NVIDIA card (1 minute, 6.5 GB, gcc), on which every CUDA path runs on this machine
 
-test-ghost: build/ghost/libghost.so ## the CUDA paths on that stand-in; all cards and tests: ARGS="-m ''"
+test-ghost: build/ghost/libghost.so ## the CUDA paths on that card; all cards and tests: ARGS="-m ''"
 	@$(GHOST)/bin/python -m pytest -q -m "not slow" $(if $(findstring tests/,$(ARGS)),,tests/ghost_card) $(ARGS)
 
 build/ghost/libghost.so: $(wildcard tests/ghost_card/*.c tests/ghost_card/*.h) tests/ghost_card/build.py pyproject.toml constraints.txt

@@ -1,6 +1,6 @@
 """Times a checkpoint of ours against `accelerator.save_state` on the same disk, alternating in one process.
 
-Both save a GPT-2 of the night's shape with Muon and AdamW between two iterations. Ours copies, and goes on while a
+Both save a GPT-2 of the night's shape with Muon and AdamW between two iterations. Ours copies, and continues while a
 thread writes, checksums, syncs, and reads it all again; save_state writes, without a sync, before it returns.
 
 stall       seconds for which the next iteration could not begin

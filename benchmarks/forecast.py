@@ -142,7 +142,7 @@ def forecast_public_run() -> None:
     recipe = public_recipe()
     curve = public_curve(recipe)
     came = statistics.mean(loss for point, loss in curve if point.iteration in LAST)
-    print(f"GPT-2 124M on an RTX 4070: mean of {LAST[0]:,} to {LAST[-1]:,} iterations, {came:.4f} nats a token")
+    print(f"GPT-2 124M on an RTX 4070: mean of {LAST[0]:,} to {LAST[-1]:,} iterations, {came:.4f} nats per token")
     print(f"{'points up to':>12}{'forecast':>10}{'90 %':>16}{'error':>9}{'naive':>9}{'error':>9}")
     wanted = [Point(iteration, recipe.schedule) for iteration in LAST]
     for upto in (5_000, 7_500, 10_000):
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "forecast", help="where the ladders are trained")
     runs = parser.parse_args().runs.resolve()
     forecast_public_run()
-    print_grid(runs, "the part that the priors were chosen on, nats a token", TUNED, seeds=(1, 2))
+    print_grid(runs, "the part that the priors were chosen on, nats per token", TUNED, seeds=(1, 2))
     print_grid(runs, "the part that was looked at afterwards", HELD_OUT, seeds=(11, 12))
     folder = train(runs, HELD_OUT[0], 11)
     print(f"\na forecast from a whole curve, its file read: {cost(folder, HELD_OUT[0].budgets):.0f} ms")

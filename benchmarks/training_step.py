@@ -84,7 +84,7 @@ def part(args: argparse.Namespace, name: str, shape: str, steps: int | None = No
 def rounds(args: argparse.Namespace, shape: str) -> dict[str, list[Figures]]:
     """The figures of every side's rounds, `tokens` of a step among them.
 
-    A side that a card's memory does not hold goes on with half of the rows; one that fails otherwise is left out.
+    A side that a card's memory does not hold continues with half of the rows; one that fails otherwise is left out.
     """
     sides, (rows, length) = [side for side in SIDES if args.nanogpt or side != "nanogpt"], shape_of(shape)
     found: dict[str, list[Figures]] = {side: [] for side in sides}

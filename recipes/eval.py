@@ -13,19 +13,21 @@ import os
 import sys
 from pathlib import Path
 
-from overnight.cli import exit_code, user_path
+from overnight.cli import exit_code, starting, user_path
 from overnight.core.console import outlets
 from overnight.core.extras import require
 from overnight.core.files import file_name
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import QUICK, Evaluation
+from overnight.recipe.text import refuse_missing_folder
+from overnight.run_dir.layout import origin_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder or a Hub name")
     parser.add_argument("--against", nargs="+", help="opponents: Hub names, folders, `untrained`, `unigram`, or none")
     parser.add_argument("--tasks", nargs="+", help="names of lm-eval's tasks and groups, or none")
-    parser.add_argument("--limit", type=int, help="only the first so many items of each task")
+    parser.add_argument("--limit", type=int, help="only the first N items of each task")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} items of each task")
     parser.add_argument("--tasks-dir", help="a folder of further task files in lm-eval's format")
     parser.add_argument("--trust-tasks", action="store_true", help="let the task files in --tasks-dir run code")
@@ -60,17 +62,18 @@ def folder_of(options: argparse.Namespace, home: Path, config: Evaluation, defau
 
 def run(options: argparse.Namespace) -> int:
     require("eval", "an evaluation")
-    from overnight.evaluation.models import origin_of
-
     origin = origin_of(options.model)
     defaults = origin.recipe.evaluation if origin else Evaluation()
     config = config_of(options, defaults)
+    for name in {options.model, *config.against} - {"untrained", "unigram"}:
+        refuse_missing_folder(name)
     out = options.out or folder_of(options, origin.folder if origin else Path(), config, defaults)
     if options.dry_run:
         print(f"{options.model} against {', '.join(config.against) or 'nothing'}, into {out}")
         print(f"tasks: {', '.join(config.tasks) or 'none'}, {config.limit or 'all'} items of each")
         print(f"texts: {', '.join(config.texts) or 'none'}")
         return 0
+    starting(f"the evaluation of {options.model}")
     from overnight.evaluation.evaluate import Plan, Session, launch_evaluation
 
     shards = options.shards or (origin.recipe.data.dir if origin else "none")

@@ -1,7 +1,7 @@
 """Plan a run: python recipes/plan.py RECIPE [--gpu NAME] [--section.key VALUE ...]
 
-What each budget costs on a card and what loss to expect of it, before anything runs. Without --gpu the card of this
-machine, or the RTX 4070 that the recipes are written for. With --probe, 20 iterations of random tokens are trained on
+What each budget costs on a card and what loss to expect of it, before anything runs. Without --gpu it is the card
+of this machine, and there are no hours without one. With --probe, 20 iterations of random tokens are trained on
 the device at hand, so that neither data nor a run is needed, and the hours follow from what they reached.
 """
 
@@ -17,13 +17,16 @@ from overnight.recipe.schema import Recipe
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="NAME", help="a card of facts/gpus.csv, for instance rtx-4070; or `all`")
     parser.add_argument("--milestones", metavar="N,N", help="budgets in iterations (default: 6000,10000,15000,20000)")
-    parser.add_argument("--throughput", type=float, metavar="TOK_S", help="tokens a second, where you know better")
+    parser.add_argument("--throughput", type=float, metavar="TOK_S", help="tokens per second, if you know better")
     parser.add_argument("--probe", action="store_true", help="train 20 iterations on this device and measure them")
     parser.add_argument(
-        "--probe-file", type=user_path, metavar="FILE", help="with --probe write it there, without read it"
+        "--probe-file", type=user_path, metavar="FILE", help="with --probe: write the result there; without: read it"
     )
     parser.add_argument(
-        "--calibrate", type=user_path, metavar="CSV|RUN", help="measured runs that shift the law, or a run"
+        "--calibrate",
+        type=user_path,
+        metavar="CSV|RUN",
+        help="a table of measured runs that shift the law, or a run folder",
     )
     parser.add_argument("--hours-per-night", type=float, default=10.0, metavar="H", help="default 10")
     parser.add_argument("--price-kwh", type=float, default=0.30, metavar="P", help="default 0.30")

@@ -20,14 +20,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=cores, help="files that are worked on at once (default: cores)")
     parser.add_argument("--executor", choices=("local", "slurm", "ray"), default="local", help="datatrove's")
     parser.add_argument(
-        "--executor-options", default="{}", help="what that executor takes: '{partition: cpu, time: \"02:00:00\"}'"
+        "--executor-options", default="{}", help="options of that executor: '{partition: cpu, time: \"02:00:00\"}'"
     )
     parser.add_argument(
         "--adopt",
         type=user_path,
         metavar="DIR",
-        help="use the token files there (datatrove's, nanoGPT's); of their text is said what this line says in"
-        " --data.path, .files, .revision and .license, and nothing that the recipe says",
+        help="use the token files in DIR (datatrove's, nanoGPT's); their text is described by"
+        " --data.path, .files, .revision and .license of this command line, not by the recipe",
     )
     parser.add_argument("--verify", type=user_path, metavar="DIR", help="check a prepared folder; needs no RECIPE")
 

@@ -23,7 +23,7 @@ from overnight.run_dir.layout import recipe_of
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=user_path, metavar="RUN", help="a run directory, runs/NAME")
     parser.add_argument("--repo-id", metavar="OWNER/NAME", help="default: the recipe's `hub.repo_id`")
-    parser.add_argument("--public", action="store_true", help="a repository that is made can be seen by everybody")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
     parser.add_argument("--dry-run", action="store_true", help="list what would be sent; send nothing")
 
 

@@ -5,9 +5,11 @@ import sys
 
 from overnight.cli import exit_code
 from overnight.core.console import outlets
+from overnight.recipe.text import refuse_missing_folder
 
 
 def run(options: argparse.Namespace) -> int:
+    refuse_missing_folder(options.model)
     from overnight.model.generate import Writer
 
     writer = Writer.load(options.model)
@@ -24,7 +26,9 @@ def run(options: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("model", help="a model folder, as runs/NAME/models/iter-020000, or a Hub name")
-    parser.add_argument("--prompt", help="text to continue; without it, each line is a prompt, until an empty one")
+    parser.add_argument(
+        "--prompt", help="text to continue; without it, each line that you type is a prompt, and an empty one ends"
+    )
     parser.add_argument("--tokens", type=int, default=128, help="the most tokens to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
     parser.add_argument("--top-k", type=int, default=50, help="choose among this many tokens")

@@ -7,25 +7,30 @@ a CUDA device trains fineweb_edu_40m.yaml and any other the quickstart.
 import argparse
 import sys
 
-from overnight.cli import default_recipe, recipe_command
+from overnight.cli import default_recipe, recipe_command, starting
 from overnight.core.processes import end_with_launcher
 from overnight.recipe.schema import Recipe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the trainer takes beside a recipe and its overrides."""
-    says = "let KEY mean something else than when the run began, and write that down; may be given several times"
+    says = "allow KEY to differ from its value when the run began, and record that; may be given several times"
     parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=says)
-    says = "finish the budget of N iterations from the checkpoint of the trunk that its decay begins with"
+    says = "finish the budget of N iterations from the trunk's checkpoint at which its decay begins"
     parser.add_argument("--cooldown", metavar="N", type=int, help=says)
-    says = "finish by this time of day, as `--schedule.hours` does in so many hours"
+    says = "finish by this time of day (`--schedule.hours H` finishes within H hours)"
     parser.add_argument("--until", metavar="HH:MM", help=says)
     says = "hub:OWNER/NAME, where a run with `hub.push_state` pushed its state: continue it on this machine"
     parser.add_argument("--resume", metavar="SOURCE", help=says)
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
-    from overnight.training.train import train  # torch and transformers take seconds to import: bad input needs neither
+    if not options.dry_run:
+        from overnight.prepare.cost import require_data
+
+        require_data(recipe)
+        starting(f"the training of {recipe.name}")
+    from overnight.training.train import train  # with torch and transformers
 
     return train(
         recipe,

@@ -112,7 +112,7 @@ def test_the_table_says_what_it_stands_on_and_warns_where_it_is_outside_the_data
 
 def test_nothing_is_expected_of_what_the_law_does_not_know():
     quickstart = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "quickstart.yaml")).stdout
-    assert "loss      nothing is expected: the scaling law knows FineWeb-Edu and FineWeb" in quickstart
+    assert "loss      nothing is expected: the scaling law covers FineWeb-Edu and FineWeb alone" in quickstart
     assert "GPT-2 124M" not in quickstart and "sweet spot" not in quickstart and "0.00 s" not in quickstart
     assert next(line.split() for line in quickstart.splitlines() if re.match(r" +320 ", line))[:7] == [
         "320", "1.31M", "-", "-", "-", "-", "-",

@@ -85,3 +85,32 @@ def test_a_wheel_runs_the_quickstarts_first_iterations_in_an_empty_folder(instal
     night = [str(installed / "overnight"), "night", "recipes/quickstart.yaml", "--dry-run"]
     steps = subprocess.run(night, cwd=tmp_path, env=outside, capture_output=True, text=True, check=False)
     assert steps.returncode == 0 and "prepare  skipped: data/quickstart" in steps.stdout, steps.stderr
+
+
+WITHOUT_TORCH = [
+    (["train", "fineweb_edu_40m"], 2, "`data.dir`: data/fineweb_edu holds no prepared data"),
+    slow(["train", "own_text"], 2, "`data.path` is texts: no file found there"),
+    (["eval", "runs/none/models/iter-000001", "--against", "none"], 2, "is no folder; one with a model"),
+    slow(["eval", "gpt2", "--against", "./none", "--dry-run"], 2, "./none is no folder; one with a model"),
+    slow(["sample", "runs/none/models/iter-000001"], 2, "is no folder; one with a model"),
+    *(slow([part, "--help"], 0, "usage: ") for part in SCRIPTS),
+]
+
+
+def run_without_torch(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """A part of the command where an import of torch ends the process."""
+    (folder / "torch.py").write_text("raise SystemExit('torch was imported')")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return run("-m", "overnight", *words, cwd=folder, env=os.environ | {"PYTHONPATH": path})
+
+
+@pytest.mark.parametrize(("words", "code", "said"), WITHOUT_TORCH, ids=lambda value: str(value)[:40])
+def test_help_and_a_path_where_nothing_is_are_answered_without_torch(words, code, said, tmp_path):
+    done = run_without_torch(tmp_path, *words)
+    assert done.returncode == code and said in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_a_training_says_that_it_starts_before_torch_is_imported(tmp_path):
+    done = run_without_torch(tmp_path, "train", "quickstart")
+    assert done.stdout == "starting the training of quickstart: importing PyTorch and transformers\n"
+    assert "torch was imported" in done.stderr

@@ -1,4 +1,4 @@
-"""A run that is given hours: at any pace its model is there in time, and the next night goes on from the trunk."""
+"""A run that is given hours: at any pace its model is there in time, and the next night continues from the trunk."""
 
 import json
 import signal
@@ -123,11 +123,11 @@ def test_two_nights_make_two_models_from_one_trunk(in_process, monkeypatch, caps
     first = night()
     said = capsys.readouterr().out
     schedule = towards(tiny(in_process, *LONG).schedule, first)
-    assert f"goes on from the trunk at iteration {branch_point(schedule):,}" in said
+    assert f"continues from the trunk at iteration {branch_point(schedule):,}" in said
     assert lr_at(first, schedule) == 0 and (Path("runs/nights/models") / f"iter-{first:06d}").is_dir()
     assert json.loads(Path("runs/nights/night.json").read_text())["budget"] == first
     second = night()
-    assert f"goes on at iteration {branch_point(schedule)} from" in capsys.readouterr().out
+    assert f"resumes at iteration {branch_point(schedule)} from" in capsys.readouterr().out
     assert second > first
     trunk = {i: loss for (decay, i), loss in losses_by_decay(in_process, "nights").items() if decay is None}
     assert max(trunk) >= branch_point(towards(schedule, second)) - 5

@@ -85,7 +85,7 @@ def test_the_unigram_opponent_has_the_loss_of_the_unigrams(workplace: Path, meas
 def test_the_page_can_be_read_on_its_own(measured: tuple[dict, Path]):
     page = (measured[1] / "comparison.md").read_text(encoding="utf-8")
     needed = ["Against untrained", "wins minus losses", "| on\\_choices (acc, 24 items) | 25.0% |", "nats per token"]
-    needed += ["McNemar", "Holm", "bits per byte", "text.txt", "plays at home", "against-untrained.png"]
+    needed += ["McNemar", "Holm", "bits per byte", "text.txt", "favours ours", "against-untrained.png"]
     assert [each for each in needed if each not in page] == []
     assert re.search(r"## Against untrained\n\n\*\*Better on the same validation text: -\d\.\d{3} \(", page)
     assert (measured[1] / "against-untrained.png").read_bytes().startswith(b"\x89PNG")
@@ -151,7 +151,7 @@ def test_g1_a_device_that_is_lost_in_an_evaluation_ends_it_with_75_and_no_answer
     lost = train(workplace, *command, "--out", str(out), script=script, XDG_CACHE_HOME=cache, CALLS="5")
     assert lost.returncode == 75
     assert "the device was lost (CUDA error: unspecified launch failure)" in lost.stderr
-    assert "the same command goes on from there" in lost.stderr and "Traceback" not in lost.stderr
+    assert "the same command continues from there" in lost.stderr and "Traceback" not in lost.stderr
     kept = journal_lines(tmp_path / "cache")
     assert len(kept) == 2
     evaluate(workplace, out, *command)

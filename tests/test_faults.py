@@ -58,7 +58,7 @@ def test_a_lost_device_is_known_in_every_form_and_ends_a_script_with_one_line_an
     assert lost(error) and not out_of_memory(error)
     assert cli.exit_code(partial(fail, error)) == cli.EXIT_INTERRUPTED == 75
     (said,) = capsys.readouterr().err.splitlines()
-    assert str(error).splitlines()[0] in said and "the same command goes on" in said
+    assert str(error).splitlines()[0] in said and "the same command continues" in said
 
 
 @pytest.mark.parametrize("error", MISTAKES, ids=str)

@@ -136,7 +136,7 @@ def test_a_curve_is_flat_when_the_next_goal_surely_gains_too_little(night):
     assert outlook.flat([20_000], 4 * surely) == 20_000
     assert outlook.flat([15_000, 20_000], gain.loss) is None  # as likely as not is not sure
     assert Outlook([15_000, 20_000], False, found).flat([20_000], 10.0) is None  # nothing can be ended here
-    assert outlook.flat([15_000], 10.0) is None  # nothing to go on to
+    assert outlook.flat([15_000], 10.0) is None  # no longer budget
 
 
 def test_a_curve_that_falls_as_the_law_says_is_not_flat_just_before_a_goal(root):

@@ -1,4 +1,4 @@
-"""Finished models reach the Hub whole, whatever it does meanwhile, and a run goes on from there on another machine."""
+"""Finished models reach the Hub whole, whatever it does meanwhile; a run continues from there on another machine."""
 
 import re
 import shutil
@@ -334,7 +334,7 @@ def test_killed_here_and_resumed_from_the_hub_elsewhere_to_the_same_bits(workpla
         elsewhere, "tiny.yaml", "--name", "moved", *options[:6], "--resume", "hub:alice/moved", **environment
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "goes on at iteration" in resumed.stdout
+    assert "resumes at iteration" in resumed.stdout
     assert final_sums(elsewhere, "moved", 200) == final_sums(workplace, "stays", 200)
     there, here = (
         (folder / f"runs/{name}/models/iter-000200/model.safetensors").read_bytes()

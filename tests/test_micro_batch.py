@@ -1,4 +1,4 @@
-"""Memory runs out and the run goes on as if nothing had happened; before it starts, the fastest size is found."""
+"""Memory runs out and the run continues as if nothing had happened; before it starts, the fastest size is found."""
 
 import dataclasses
 import gc

@@ -79,7 +79,7 @@ def test_a_run_on_prepared_data_trains_resumes_and_exports_with_the_dependencies
     command = ("train.py", str(workplace / "tiny.yaml"), *data, "--schedule.max_iters")
     begun = run(bare, tmp_path, *command, "10")
     assert (begun.returncode, begun.stderr) == (0, "")  # no library warns of anything
-    resumed = run(bare, tmp_path, *command, "20")  # a longer run goes on from the trunk of the shorter one
+    resumed = run(bare, tmp_path, *command, "20")  # a longer run continues from the trunk of the shorter one
     assert resumed.returncode == 0, resumed.stderr
     assert "runs/tiny is finished" in resumed.stdout
     assert [record["event"] for record in records(tmp_path, "tiny", "event")].count("finished") == 2

@@ -22,6 +22,9 @@ LADDER = ("--schedule.max_iters", "80", "--schedule.milestones", "[50, 60]", "--
 STOPS = (*LADDER, "--stop.when_flat", "true", "--stop.min_gain_nats")
 
 
+TRACKED: dict[str, float] = {}  # what the trackers were given
+
+
 def run(folder: Path, name: str, *overrides: str, **how) -> int:
     return train_module.train(tiny(folder, "--name", name, *overrides), **how)
 
@@ -33,10 +36,11 @@ def flat(workplace):
 
 
 @pytest.fixture
-def flat_run(in_process, flat):
+def flat_run(in_process, flat, monkeypatch):
     """A run in which every gain is too small: it ends at the first forecast, after iteration 30."""
     if not flat:
-        assert run(in_process, "flat", *STOPS, "3") == 0
+        monkeypatch.setattr("accelerate.Accelerator.log", lambda accelerator, values, step: TRACKED.update(values))
+        assert run(in_process, "flat", *STOPS, "3", "--validation.ngram_baselines", "true") == 0
         flat.append("flat")
     return "flat"
 
@@ -53,11 +57,15 @@ def test_a_flat_run_cools_down_and_ends_with_the_model_of_a_run_of_that_length(i
     assert finished(in_process, flat_run) == [37]
 
 
+def test_forecasts_and_baselines_reach_the_trackers(flat_run):
+    assert {"baseline/unigram", "baseline/bigram", "forecast/50", "forecast/80", "val/loss"} <= TRACKED.keys()
+
+
 def test_a_run_that_gains_goes_to_its_end_and_its_forecasts_are_on_record(in_process, flat_run, capsys):
     shutil.copytree("runs/flat", "runs/goes-on")
     assert run(in_process, "goes-on", *STOPS, "1e-6") == 0
     said = capsys.readouterr().out
-    assert "goes on at iteration 30 from" in said
+    assert "resumes at iteration 30 from" in said
     assert finished(in_process, "goes-on") == [37, 50, 60, 80]
     forecasts = records(in_process, "goes-on", "forecast")
     (first,) = [r for r in forecasts if r["iteration"] == 30]
@@ -67,7 +75,7 @@ def test_a_run_that_gains_goes_to_its_end_and_its_forecasts_are_on_record(in_pro
     assert [row["max_iters"] for row in late[0]["budgets"]] == [75, 80]
     came = {r["iteration"]: r["val_loss"] for r in records(in_process, "goes-on", "event") if r["event"] == "finished"}
     assert late[0]["budgets"][-1]["loss"] == pytest.approx(came[80], abs=0.15)
-    assert "forecast ending now 75 " in said
+    assert re.search(r"forecast of .*\n  ending now, 75 +\d", said)
 
 
 def test_the_curve_of_several_runs_is_drawn(in_process, flat_run, root):

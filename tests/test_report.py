@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from runs import records, tiny
 
+from overnight.core.console import plain
 from overnight.core.published import fenced, text
 from overnight.errors import InputError
 from overnight.recipe.load import load
@@ -45,10 +46,12 @@ def run(in_process, made):
     return folder
 
 
-TASK = {"metrics": {"acc": 0.41}, "metric": "acc", "chance": 0.25}
+TASK = {"metrics": {"acc": 0.41}, "metric": "acc", "chance": 0.25, "items": 100}
 VERDICT = {
     "task": "sciq",
     "metric": "acc",
+    "items": 100,
+    "chance": 0.25,
     "ours": 0.41,
     "theirs": 0.5,
     "difference": -0.09,
@@ -57,7 +60,7 @@ VERDICT = {
 }
 RESULTS = {
     "settings": {"limit": 100},
-    "models": [{"tasks": {"sciq": TASK}, "facts": {"name": "ours"}}],
+    "models": [{"tasks": {"sciq": TASK}, "facts": {"name": "ours"}, "validation": {"bits_per_byte": 1.23456}}],
     "comparisons": [{"opponent": HOSTILE, "tasks": [VERDICT | {"verdict": "worse"}]}],
 }
 
@@ -80,11 +83,18 @@ def test_the_card_has_the_values_of_the_files(run, in_process):
     assert results[0]["metrics"] == [{"type": "loss", "value": end["val_loss"]}]
     assert results[1]["metrics"] == [{"type": "acc", "value": 0.41}] and results[1]["dataset"]["name"] == "sciq"
     assert f"**{end['val_loss']:.4f}** nats per token" in card
-    rows = re.findall(r"^\| (30|40) \| .*? \| - \| (.*?) \| (.*?) \|$", card, re.MULTILINE)
+    rows = re.findall(r"^\| `iter-0000(30|40)` \| .*? \| - \| (.*?) \| (.*?) \|$", card, re.MULTILINE)
     assert [row[0] for row in rows] == ["30", "40"] and rows[1][2] == f"{end['val_loss']:.3f}"
     assert re.fullmatch(r"\d\.\d{3} to \d\.\d{3} at iteration \d+", rows[1][1])
     assert "better on 0 of 1 tasks, worse on 1" in card and "-9.0 (-10.0 to -8.0) points" in card
-    assert "Only the first 100 items" in card
+    assert (
+        "Only the first 100 items" in card and "1.2346 bits per byte" in card and "not checked (contamination)" in card
+    )
+    assert "| sciq (acc) | 100 | 25.0% | 41.0% | 50.0% |" in card
+    assert "| peak learning rate | 0.005 |" in card and "constant, linear to zero over the last 20%" in card
+    assert header["widget"] == [{"text": " ".join(plain(HOSTILE).split())}]
+    written = [r for r in records(in_process, "carded", "val") if (r["iteration"], r.get("cooldown")) == (40, 40)]
+    assert plain(HOSTILE + written[-1]["samples"][0]).rstrip() in card
     assert "| energy | not measured |" in card
     assert ModelCard(card).data.to_dict()["library_name"] == "transformers"
 
@@ -96,7 +106,7 @@ def test_f5_text_from_recipes_and_results_stays_text(run):
     assert "<script" not in html and "<img src=x" not in html and "\u202e" not in html
     links = re.findall(r'(?:href|src)="([^"]*)"', html)
     assert sorted(links) == ["curve.png", "evaluation/comparison.md", "recipe.yaml"]
-    assert html.count("<h1>") == 1 and html.count("<h2>") == 6
+    assert html.count("<h1>") == 1 and html.count("<h2>") == 7
     assert "{{7*7}}" in html  # a value is no template
     assert "49" not in text("{{7*7}}") and "{{7*7}}" in MarkdownIt().render(text("{{7*7}}"))
     for awkward in ("a `b` c", "**bold**", "# head", "1 | 2", "http://evil.example", "<b>", "x_y_z", "a\n---\nb"):
@@ -132,8 +142,8 @@ def test_the_nights_card_has_what_was_claimed_beside_what_was_expected_and_reach
     recipe = load(root / "recipes" / "fineweb_edu_40m_ladder.yaml")
     ends = [{"kind": "event", "event": "finished", "iteration": m, "val_loss": 3.3} for m in (6_000, 20_000)]
     assert budgets(recipe, ends, unique_tokens=3_680_000_000) == [
-        ["6,000", "3.15B", "-", "3.269 to 3.467", "-", "3.300"],
-        ["20,000", "10.5B", "2.42-2.55 in 15-20 hours", "3.113 to 3.311", "-", "3.300"],
+        ["`iter-006000`", "6,000", "3.15B", "-", "3.269 to 3.467", "-", "3.300"],
+        ["`iter-020000`", "20,000", "10.5B", "2.42-2.55 in 15-20 hours", "3.113 to 3.311", "-", "3.300"],
     ]
     assert not claims(load(root / "recipes" / "quickstart.yaml"))
 

@@ -62,7 +62,7 @@ def test_d12_a_network_that_stays_away_ends_with_75_and_the_next_try_goes_on_at_
     server.statuses = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "_block", fails_after(3))
-        with pytest.raises(Unreachable, match=r"000_00000\.parquet cannot be reached .*goes on from there"):
+        with pytest.raises(Unreachable, match=r"000_00000\.parquet cannot be reached .*continues from there"):
             fetch(file, tmp_path / "inputs")
     server.requested.clear()
     path, _ = fetch(file, tmp_path / "inputs")

@@ -81,7 +81,7 @@ def test_a_cooldown_later_is_the_one_in_line(in_process, ladder, capsys):
     assert run(in_process, "later", "--schedule.branches", "[30]") == 0
     before = losses_of(in_process, "later"), losses_of(in_process, "later", 40)
     assert run(in_process, "later", cooldown=30) == 0
-    assert "goes on at iteration 24 from" in capsys.readouterr().out
+    assert "resumes at iteration 24 from" in capsys.readouterr().out
     assert model_sums("later", 30) == model_sums(ladder, 30)
     assert losses_of(in_process, "later", 30) == losses_of(in_process, ladder, 30)
     assert (losses_of(in_process, "later"), losses_of(in_process, "later", 40)) == before
@@ -132,7 +132,7 @@ def test_a_trunk_that_is_damaged_at_the_branch_point_is_not_left_with_decayed_we
             (path / "model.safetensors").write_bytes(b"")
 
     after_each_budget(monkeypatch, damage)
-    with pytest.raises(InputError, match="nothing is left to go on from"):
+    with pytest.raises(InputError, match="no checkpoint is left to continue from"):
         run(in_process, "no-way-back", *LADDER)
 
 

@@ -3,7 +3,7 @@
 python benchmarks/gpu_day/crowded.py RECIPE [--leave GIB] [--in-iteration N] [--in-validation N] [--key VALUE ...]
 
 With --leave the run sees a card of that size. In the iteration or validation that is named (the N-th of the session)
-the card has less left than that needs, and the trainer has to go on with fewer rows. A CPU's memory is not filled:
+the card has less left than that needs, and the trainer has to continue with fewer rows. A CPU's memory is not filled:
 there the first forward says that it ran out.
 """
 

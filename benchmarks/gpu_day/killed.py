@@ -3,7 +3,7 @@
 python benchmarks/gpu_day/killed.py RECIPE --saved N [--section.key VALUE ...]
 
 The trainer gets SIGKILL in the middle of the iterations behind the checkpoint of iteration N; the same command then
-goes on to the finished model. The run folder keeps what was recorded before the kill in before_kill.jsonl: the
+continues to the finished model. The run folder keeps what was recorded before the kill in before_kill.jsonl: the
 iterations that were made twice say how far a resumed run is from an undisturbed one.
 """
 
@@ -36,7 +36,7 @@ def kill_behind(command: list[str], metrics: Metrics, saved: int, further: int) 
 
 
 def run(recipe: Recipe, chosen: argparse.Namespace) -> int:
-    """Kill, keep what was recorded, and go on."""
+    """Kill, keep what was recorded, and continue."""
     folder = Path("runs") / recipe.name
     command, metrics = [sys.executable, str(TRAIN), *chosen.arguments], Metrics(folder / "metrics.jsonl")
     kill_behind(command, metrics, chosen.saved, recipe.checkpoint.every // 2)

@@ -54,7 +54,7 @@ def recipe_command(
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved recipe and all derived numbers; change nothing"
+        "--dry-run", action="store_true", help="print all derived numbers and the resolved recipe; change nothing"
     )
     options(parser)
     chosen, overrides = parser.parse_known_args(arguments)
@@ -91,6 +91,16 @@ def exit_code(work: Callable[[], int]) -> int:
         return faults.end(error)
 
 
+def starting(work: str) -> None:
+    """Say at once what begins: its imports take seconds. Of a run's processes one speaks."""
+    if _speaks():
+        print(f"starting {work}: importing PyTorch and transformers", flush=True)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0" or not in_group(os.environ)
+
+
 def user_path(text: str) -> Path:
     """The path of an option, with the home folder for `~`: a shell leaves it in `--option=~/folder`."""
     return Path(text).expanduser()
@@ -98,7 +108,7 @@ def user_path(text: str) -> Path:
 
 def _told(error: InputError) -> int:
     """Print every problem of `error`, once for all processes of a run, and return the exit code of its kind."""
-    if os.environ.get("RANK", "0") == "0" or not in_group(os.environ):
+    if _speaks():
         print("\n".join(error.problems), file=sys.stderr)
     kinds = {DamagedData: EXIT_DAMAGED, Unreachable: EXIT_INTERRUPTED}
     return kinds.get(type(error), EXIT_INPUT)

@@ -1,4 +1,4 @@
-"""What a script ends with when it cannot go on: errors of a line each, their exit codes, the command that goes on."""
+"""How a script ends when it cannot continue: errors of one line each, their exit codes, the command that continues."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Unreachable(InputError):
 
 def refused_by_system(error: Exception) -> Unreachable:
     """What the system refused, which says nothing of the file: no descriptor, no room, no permission, a bad disk."""
-    return Unreachable(f"{first_line(error)}: mend that, and the same command goes on; what was done is kept")
+    return Unreachable(f"{first_line(error)}: mend that, and the same command continues; what was done is kept")
 
 
 class DamagedData(InputError):

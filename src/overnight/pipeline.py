@@ -254,7 +254,7 @@ def accelerate_config() -> Path:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the night takes beside a recipe and its overrides."""
-    says = "finish by this time of day, as `--schedule.hours` does in so many hours"
+    says = "finish by this time of day (`--schedule.hours H` finishes within H hours)"
     parser.add_argument("--until", metavar="HH:MM", help=says)
     says = "accelerate's configuration (default: your own where there is one, otherwise accelerate_config.yaml)"
     parser.add_argument("--config_file", type=user_path, help=says)

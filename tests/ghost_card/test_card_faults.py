@@ -1,4 +1,4 @@
-"""Whatever the card does in whatever phase: the run goes on, or one line says why not and the same command goes on."""
+"""Whatever the card does in whatever phase: the run continues, or one line says why not and the same command does."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_told(done, phase: str, fault: str) -> None:
     said = done.stdout + done.stderr
     assert "ghost card: " in done.stderr and "Traceback" not in said, said
     goes_on = (
-        "its tokens again" if "its tokens again" in said else "without it" if "is said once" in said else "goes on"
+        "its tokens again" if "its tokens again" in said else "without it" if "is said once" in said else "continues"
     )
     note("faults", case=f"{phase} x {fault}", outcome=f"code {done.returncode}" if done.returncode else goes_on)
 

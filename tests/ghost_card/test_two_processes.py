@@ -82,7 +82,7 @@ def test_the_number_of_cards_may_change_across_resumes(workplace, alone):
     sessions.append(on_two_cards(workplace, *command, "--batch.micro_batch", "4", SECOND_FAULT="killed@iteration:15"))
     sessions.append(train_on(workplace, *command))
     assert [done.returncode != 0 for done in sessions] == [True, True, False], sessions[-1].stderr
-    assert "goes on at iteration 10" in sessions[1].stdout and "goes on at iteration 20" in sessions[2].stdout
+    assert "resumes at iteration 10" in sessions[1].stdout and "resumes at iteration 20" in sessions[2].stdout
     assert farthest(workplace, "changing", alone) < CLOSE
 
 
@@ -121,7 +121,7 @@ def test_a_card_or_a_process_that_is_gone_ends_both_and_the_same_command_goes_on
     assert done.returncode != 0
     again = on_two_cards(workplace, *command)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "goes on at iteration 20" in again.stdout
+    assert "resumes at iteration 20" in again.stdout
     assert farthest(workplace, f"one-{kind}", alone) < CLOSE
 
 
@@ -132,7 +132,7 @@ def test_a_signal_that_one_process_gets_stops_both_after_the_iteration_and_the_s
     assert "75" in re.findall(r"exitcode +: (\d+)", done.stderr)
     again = on_two_cards(workplace, *command)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "goes on at iteration 17" in again.stdout
+    assert "resumes at iteration 17" in again.stdout
     assert farthest(workplace, "signalled", alone) < CLOSE
 
 

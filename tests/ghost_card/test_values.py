@@ -55,7 +55,7 @@ def test_killed_and_resumed_on_the_card_to_the_same_bits(workplace, on_card):
     killed = train_on(workplace, *SAME, "--name", "killed", fault="killed@iteration:24")
     assert killed.returncode == -9
     resumed = train_on(workplace, *SAME, "--name", "killed")
-    assert resumed.returncode == 0 and "goes on at iteration 20" in resumed.stdout
+    assert resumed.returncode == 0 and "resumes at iteration 20" in resumed.stdout
     assert final_sums(workplace, "killed") == final_sums(workplace, "card")
     assert losses(workplace, "killed") == losses(workplace, "card")
 
@@ -80,7 +80,7 @@ def test_another_micro_batch_changes_speed_and_not_the_result(workplace, on_card
 def test_a_run_begun_on_the_card_goes_on_on_the_cpu(workplace, on_card, on_cpu):
     train_on(workplace, *SAME, "--name", "moved", fault="killed@iteration:24")
     moved = train_on_cpu(workplace, *SAME, "--name", "moved")
-    assert moved.returncode == 0 and "goes on at iteration 20" in moved.stdout
+    assert moved.returncode == 0 and "resumes at iteration 20" in moved.stdout
     assert final_sums(workplace, "moved") == final_sums(workplace, "cpu")
 
 

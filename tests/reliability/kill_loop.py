@@ -69,7 +69,7 @@ def kill(process: Started, folder: Path, before: Kill | None, delay: float, *, a
     metrics = folder / "runs" / "killed" / "metrics.jsonl"
     size = metrics.stat().st_size if metrics.exists() else 0
     for line in process.stdout:
-        if line.startswith("goes on at iteration") and before is not None:  # what came after it is forgotten by now
+        if line.startswith("resumes at iteration") and before is not None:  # what came after it is forgotten by now
             lost = before.records - len(trained(folder))
             assert lost <= before.lost_at_most(), f"{lost} iterations were lost by {before}"
             size, before = metrics.stat().st_size, None

@@ -61,7 +61,7 @@ def test_a2_killed_at_a_stage_of_a_save_a_run_goes_on_from_the_checkpoint_before
     assert [damage(path) for path in checkpoints.glob("iter-*")] == [None] * len(list(checkpoints.glob("iter-*")))
     goes_on_to_the_same_bits(in_process, name)
     named = stage in ("the-verification", "pruning", "the-end-of-pruning")  # it has its name by then
-    assert f"goes on at iteration {saving if named else saving - 10} from" in capsys.readouterr().out
+    assert f"resumes at iteration {saving if named else saving - 10} from" in capsys.readouterr().out
     assert not list(checkpoints.glob("**/.iter-*"))
 
 
@@ -144,7 +144,7 @@ def test_a4_sigterm_to_the_launcher_alone_leaves_no_orphan_and_a_saved_run(in_pr
     at = int(re.search(r"interrupted after iteration (\d+) and saved", rest)[1])
     assert damage(in_process / f"runs/orphan/checkpoints/iter-{at:06d}") is None
     again = start(in_process, "tiny.yaml", "--name", "orphan", "--schedule.max_iters", "4000")
-    read_until(again, f"goes on at iteration {at}")
+    read_until(again, f"resumes at iteration {at}")
     read_until(again, f"iter {at + 4:>4}/4000")
     again.kill()
     again.wait()
@@ -172,7 +172,7 @@ def test_a6_a_disk_that_is_full_in_a_save_costs_that_checkpoint_alone(in_process
     process = start(in_process, "tiny.yaml", "--name", "full", script=FAULTY, FAULT="full 100000 20")
     said = process.stdout.read()
     assert process.wait() == 0, said
-    assert re.search(r"iter-000020 is not saved: .*File too large.*; older checkpoints stay, and the run goes on", said)
+    assert re.search(r"iter-000020 is not saved: .*File too large.*; older checkpoints stay", said)
     checkpoints = in_process / "runs" / "full" / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("iter-*")) == ["iter-000010", "iter-000030", "iter-000032"]
     assert not list(checkpoints.glob("**/.iter-*"))
@@ -185,7 +185,7 @@ def test_a6_a_disk_that_is_full_at_the_export_ends_with_75_and_the_same_command_
     process = start(in_process, "tiny.yaml", "--name", "unexported", script=FAULTY, FAULT="full 100000 export")
     said = process.stdout.read()
     assert process.wait() == 75, said
-    assert "iter-000040 is not written" in said and "make room, and the same command again writes it" in said
+    assert "iter-000040 is not written" in said and "make room, and the same command writes it" in said
     assert list((in_process / "runs" / "unexported" / "models").iterdir()) == []
     goes_on_to_the_same_bits(in_process, "unexported")
 
@@ -196,7 +196,7 @@ def test_a6_a_signal_while_nothing_can_be_saved_says_where_the_run_goes_on(in_pr
     process.send_signal(signal.SIGTERM)
     said = process.stdout.read()
     assert process.wait() == 75
-    assert "with nothing saved; the same command again begins anew" in said
+    assert "with nothing saved; the same command starts from the beginning" in said
     goes_on_to_the_same_bits(in_process, "unsaved")
 
 
@@ -220,7 +220,7 @@ def test_a7_a_run_goes_on_without_its_log_and_says_so(in_process, undisturbed):
     process = start(in_process, "tiny.yaml", "--name", "unlogged", script=FAULTY, FAULT="full 3000 always")
     said = process.stdout.read()
     assert process.wait() == 75, said  # the model cannot be written either
-    assert said.count("records wait in memory until it takes them; the run goes on") == 1
+    assert said.count("records wait in memory until it takes them; the run continues") == 1
     whole = (in_process / "runs" / "unlogged" / "metrics.jsonl").read_text().splitlines()
     assert all(isinstance(json.loads(line), dict) for line in whole)
     goes_on_to_the_same_bits(in_process, "unlogged")

@@ -1,4 +1,4 @@
-"""Group C of docs/reliability.md: what a run goes on from, and what it refuses to go on from."""
+"""Group C of docs/reliability.md: what a run continues from, and what it refuses to continue from."""
 
 import itertools
 import json
@@ -68,7 +68,7 @@ def test_c1_c2_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(in_process
     assert train_module.train(tiny(in_process, "--name", name)) == 0
     said = capsys.readouterr().out
     assert re.search(r"iter-000032: optimizer.safetensors.*; set aside as damaged-iter-000032, going back", said)
-    assert "goes on at iteration 30 from" in said
+    assert "resumes at iteration 30 from" in said
     same_as_undisturbed(in_process, name)
 
 
@@ -142,7 +142,7 @@ def test_c4_keys_that_a_run_did_not_have_yet_mean_their_default(in_process, half
     assert another.returncode == 2 and "`optim.added` was 0.5, now 0.25" in another.stderr
     done = train_in_a_fresh_process(in_process, "tiny.yaml", "--name", name, **newer)
     assert done.returncode == 0, done.stderr
-    assert "goes on at iteration 32 from" in done.stdout
+    assert "resumes at iteration 32 from" in done.stdout
     same_as_undisturbed(in_process, name)
 
 
@@ -152,7 +152,7 @@ def test_c4_a_finished_run_may_become_longer_from_its_trunk_and_keeps_what_it_fi
     shutil.copytree("runs/tiny", "runs/longer")
     capsys.readouterr()
     assert train_module.train(tiny(in_process, "--name", "longer", *longer)) == 0
-    assert "goes on at iteration 32 from" in capsys.readouterr().out
+    assert "resumes at iteration 32 from" in capsys.readouterr().out
     assert final_sums(in_process, "longer", 60) == final_sums(in_process, "at-once", 60)
     trunk = {r["iteration"]: r["loss"] for r in records(in_process, "longer", "train") if r.get("cooldown") != 40}
     assert trunk == losses(in_process, "at-once")
@@ -185,7 +185,7 @@ def test_c5_the_micro_batch_may_change_across_resumes(in_process, undisturbed, c
         if last:
             after_session(in_process, "micro-batches", last)
     said = capsys.readouterr().out
-    assert "goes on at iteration 15 from" in said and "goes on at iteration 30 from" in said
+    assert "resumes at iteration 15 from" in said and "resumes at iteration 30 from" in said
     assert 0 < largest_difference(in_process, "micro-batches") <= 1e-5
 
 
@@ -280,7 +280,7 @@ def test_c11_stray_files_change_nothing(in_process, half, capsys):
     (checkpoints / "cooldown-000040").unlink()
     (in_process / "runs" / name / "metrics.jsonl").open("a").write("no json\n5\n")
     assert train_module.train(tiny(in_process, "--name", name)) == 0
-    assert "goes on at iteration 32 from" in capsys.readouterr().out
+    assert "resumes at iteration 32 from" in capsys.readouterr().out
     same_as_undisturbed(in_process, name)
 
 
@@ -294,7 +294,7 @@ def test_c12_a_clock_that_jumps_decides_nothing(in_process, half, monkeypatch, c
     newest = checkpoint_of(in_process, name, 32)
     os.utime(newest, (0, 0))
     assert train_module.train(tiny(in_process, "--name", name)) == 0
-    assert "goes on at iteration 32 from" in capsys.readouterr().out
+    assert "resumes at iteration 32 from" in capsys.readouterr().out
     same_as_undisturbed(in_process, name)
     kept = sorted(path.name for path in newest.parent.glob("iter-*"))
     assert kept == ["iter-000020", "iter-000030", "iter-000032"]

@@ -237,7 +237,7 @@ def test_g3_what_only_informs_is_told_once_when_it_fails_and_the_run_ends_as_eve
     name = "informed-" + "".join(letter if letter.isalpha() else "-" for letter in what)
     assert typed(in_process, monkeypatch, name, *options) == 0
     said = capsys.readouterr()
-    assert said.out.count(f"{what}: failed (RuntimeError: boom); the run goes on without") == 1, said.out
+    assert said.out.count(f"{what}: failed (RuntimeError: boom); the run continues without") == 1, said.out
     failures = [record for record in records(in_process, name, "event") if record["event"] == "failed"]
     assert {"what": what, "problem": "RuntimeError: boom"}.items() <= failures[-1].items()
     assert len(failures) == 1
@@ -315,7 +315,7 @@ def test_g3_what_is_told_of_an_unusual_update_ends_no_run(in_process, monkeypatc
     monkeypatch.setattr(LanguageModel, "forward", forward)
     monkeypatch.setattr("overnight.data.batches.TrainingBatches.places", Broken())
     assert typed(in_process, monkeypatch, f"unusual-{UNUSUAL[what]}") == 0
-    assert capsys.readouterr().out.count(f"{what}: failed (RuntimeError: boom); the run goes on without") == 1
+    assert capsys.readouterr().out.count(f"{what}: failed (RuntimeError: boom); the run continues without") == 1
 
 
 def models_of(folder, name):

@@ -20,7 +20,7 @@ from overnight.cli import exit_code
 from overnight.core import sums
 from overnight.errors import DamagedData
 from overnight.evaluation.cache import ResponseCache
-from overnight.evaluation.models import load_model, origin_of
+from overnight.evaluation.models import load_model
 from overnight.evaluation.scoring import Answer
 from overnight.hub.contents import exact_state, finished_models
 from overnight.model import checkpoint
@@ -28,7 +28,7 @@ from overnight.model.generate import Writer
 from overnight.report.curve import draw_curve
 from overnight.report.model_card import card, report
 from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished, read_run, recipe_of
+from overnight.run_dir.layout import finished, origin_of, read_run, recipe_of
 from overnight.training import train as train_module
 from overnight.training.state import KeptLimit
 from overnight.training.time_limit import tonight
@@ -114,7 +114,7 @@ def test_h1_where_nothing_is_left_a_run_begins_anew_only_when_it_is_told_to(in_p
         assert trained(in_process, run) == (75 if loss.endswith("mounted") else 3)
         assert (names(run), names(checkpoints) if checkpoints.exists() else []) == before
     said = capsys.readouterr().err
-    assert "mount that disk" in said if loss.endswith("mounted") else "`--name NEW` begins anew" in said
+    assert "mount that disk" in said if loss.endswith("mounted") else "`--name NEW`, or moving" in said
 
 
 def test_h1_a_run_without_its_recipe_goes_on_as_what_its_checkpoints_say(in_process, half, capsys):
@@ -123,7 +123,7 @@ def test_h1_a_run_without_its_recipe_goes_on_as_what_its_checkpoints_say(in_proc
     assert trained(in_process, run, "--seed", "7") == 2
     assert "`seed` was 1337, now 7" in capsys.readouterr().err
     assert trained(in_process, run) == 0
-    assert "goes on at iteration 32" in capsys.readouterr().out
+    assert "resumes at iteration 32" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

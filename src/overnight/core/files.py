@@ -133,7 +133,7 @@ def refuse_dangling(path: Path) -> None:
     """Raise `Unreachable` for a link to what is not there."""
     if path.is_symlink() and not path.exists():
         raise Unreachable(
-            f"{path} is a link to {path.readlink()}, which is not there: mount that disk, and the same command goes on"
+            f"{path} is a link to {path.readlink()}, which is not there: mount that disk, then type the same command"
         )
 
 

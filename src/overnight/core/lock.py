@@ -28,7 +28,7 @@ def hold(folder: Path, otherwise: str) -> FileLock:
     `InputError` names the process that has it, and says what to do `otherwise`.
     """
     if (folder / LOCK).is_symlink():  # it would be emptied, and written to
-        raise InputError(f"{folder / LOCK} is a link, and a lock never is: remove it, and the same command goes on")
+        raise InputError(f"{folder / LOCK} is a link, and a lock never is: remove it, and the same command continues")
     lock = kernel_lock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -81,7 +81,7 @@ class Helper:
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it goes on."""
+        """Its exit code; None while it runs."""
         return self.process.poll()
 
     def wait(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> bool:

@@ -62,8 +62,8 @@ class Encoder:
         ):
             if expected.tolist() != found.tolist():
                 raise InputError(
-                    f"{name}: fastokens and tokenizers give other ids for a text that begins {text[:60]!r}; "
-                    "`pip uninstall fastokens` goes on without it, and slower"
+                    f"{name}: fastokens and tokenizers give different ids for a text that begins {text[:60]!r}; "
+                    "`pip uninstall fastokens` continues without it, and slower"
                 )
 
     @staticmethod

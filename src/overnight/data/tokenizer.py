@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from overnight.data.encoder import json_fingerprint
 from overnight.errors import InputError, Unreachable, first_line
-from overnight.recipe.schema import repository
+from overnight.recipe.text import refuse_missing_folder
 
 END_OF_TEXT = "<|endoftext|>"
 FILES = ["tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json"]
@@ -81,19 +81,6 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def refuse_missing_folder(name: str, key: str = "") -> None:
-    """Raise InputError for a path where nothing is, before anybody asks the Hub for a repository of that name.
-
-    `key` is the recipe's that names it, in words before it.
-    """
-    try:
-        path = name != repository(name) or name.startswith("runs/")
-    except ValueError:
-        path = True
-    if os.path.isfile(name) or (path and not os.path.exists(name)):
-        raise InputError(f"{key}{name} is no folder; one with a model or tokenizer, or a name on the Hub, would work")
-
-
 def fetched(name_or_dir: str) -> str:
     """The folder of a tokenizer's files; those of a Hub name are fetched, and asked for once."""
     if os.path.isdir(name_or_dir):
@@ -106,7 +93,7 @@ def fetched(name_or_dir: str) -> str:
             raise
         raise Unreachable(
             f"`data.tokenizer` is {name_or_dir}, and the Hub cannot be reached ({first_line(error)}); the same command"
-            " goes on when it can, and a folder with a tokenizer.json needs no network"
+            " continues when it can, and a folder with a tokenizer.json needs no network"
         ) from error
 
 

@@ -47,7 +47,7 @@ class Device:
     def cap_memory(self) -> float:
         """Keep this process below the card's free memory, and return how many GiB torch may use, `limit_gib`.
 
-        WSL2 would go on in the host's memory, many times slower, where this cap makes a request fail.
+        WSL 2 would continue in the host's memory, many times slower, where this cap makes a request fail.
         """
         free, total = torch.cuda.mem_get_info(self.torch)
         limit = MEMORY_SHARE * free + torch.cuda.memory_reserved(self.torch)

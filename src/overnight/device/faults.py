@@ -76,9 +76,9 @@ def told(error: Exception) -> str:
 
 
 def end(
-    error: RuntimeError, goes_on: str = "what was done so far is kept, and the same command goes on from there"
+    error: RuntimeError, goes_on: str = "what was done so far is kept, and the same command continues from there"
 ) -> int:
-    """Say what happened to the device and how to go on, and return 75; raises `error` again where nothing happened.
+    """Say what happened to the device and how to continue, and return 75; raises `error` again where nothing happened.
 
     Where other processes wait for this one, only its end releases them, and an orderly one would wait for them.
     """

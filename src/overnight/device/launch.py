@@ -88,7 +88,7 @@ def take_over_environment(environ: MutableMapping[str, str]) -> list[str]:
         del environ[key]
     lines = {
         f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins": said,
-        f"{', '.join(stray)} of the environment: no launcher's, and passed over": stray,
+        f"{', '.join(stray)} in the environment is ignored: no launcher set it": stray,
     }
     return [line for line, about in lines.items() if about]
 

@@ -18,7 +18,7 @@ from overnight.planning.model_size import derive
 from overnight.recipe.schema import Recipe
 
 CPU_FLOPS = 1e11  # a second, about: two cores reach 7e10, sixteen three times that
-ALL_THE_SAME = "`CUDA_VISIBLE_DEVICES=` before the command trains on the CPU all the same"
+ALL_THE_SAME = "`CUDA_VISIBLE_DEVICES=` before the command trains on the CPU"
 
 
 def mind_unusable_gpu(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:

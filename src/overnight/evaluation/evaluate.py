@@ -29,7 +29,7 @@ from overnight.evaluation import models, results
 from overnight.evaluation.cache import ResponseCache, cache_folder
 from overnight.evaluation.lm import SharedContextLM, answer_items
 from overnight.evaluation.loss import RowLosses, losses_over, read_texts, text_rows, validation_rows
-from overnight.evaluation.models import UNIGRAM, UNTRAINED, EvalModel, Origin
+from overnight.evaluation.models import UNIGRAM, UNTRAINED, EvalModel
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.results import Comparison, Results, Scores
 from overnight.evaluation.statistics import SEED, Paired, bootstrap_interval, metric_of, verdicts
@@ -44,6 +44,7 @@ from overnight.evaluation.tasks import (
 )
 from overnight.recipe.schema import QUICK, Evaluation, Recipe
 from overnight.report.model_card import corpus
+from overnight.run_dir.layout import Origin
 
 LONG = 1800  # seconds, after which a CPU is told of --quick
 Item = dict[str, Any]
@@ -234,7 +235,7 @@ class Session:
         rate = models.tokens_per_second(eval_model)
         seconds = tokens / rate / self.accelerator.num_processes
         self.console.log(
-            f"  about {count(tokens)} tokens at {count(rate)} a second: {duration(seconds)}, less what is known"
+            f"  about {count(tokens)} tokens at {count(rate)} a second: {duration(seconds)}, less for kept answers"
         )
         if self.accelerator.device.type == "cpu" and self.plan.config.limit is None and seconds > LONG:
             self.console.log(f"  on a CPU `--quick`, {QUICK} items a task, gives an answer sooner")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +27,7 @@ from overnight.evaluation.scoring import Request, Scorer, batches_of
 from overnight.model import load
 from overnight.model.generate import context_of
 from overnight.model.gpt2 import LanguageModel, published
-from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
-from overnight.run_dir.layout import RECIPE, REWRITTEN, read_file
 
 UNTRAINED, UNIGRAM = "untrained", "unigram"  # names that an opponent may have beside a folder's or the Hub's
 WORTH_TELLING_APART = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a configuration: not these
@@ -63,31 +59,6 @@ class EvalModel:
             "fingerprint": self.fingerprint,
             "shares contexts": self.scorer.reads_trees,
         }
-
-
-@dataclass
-class Origin:
-    """The run that a model folder belongs to: its recipe, and the data that it trained on."""
-
-    folder: Path
-    recipe: Recipe
-    data_fingerprint: str
-
-
-def origin_of(model: str) -> Origin | None:
-    """The run of the model folder `runs/<name>/models/<model>`, or None for any other place.
-
-    Raises `DamagedData` when the run's recipe is none.
-    """
-    folder = Path(os.path.abspath(model)).parent.parent
-    stored = folder / RECIPE
-    if not Path(model).is_dir() or not stored.is_file():
-        return None
-
-    def origin(found: dict[str, Any]) -> Origin:
-        return Origin(folder, stored_recipe(found["recipe"]), found["meaning"]["data fingerprint"])
-
-    return read_file(stored, origin, REWRITTEN)
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:

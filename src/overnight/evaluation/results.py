@@ -249,10 +249,10 @@ def notes(settings: dict[str, Any], home: str | None) -> list[str]:
     if home:
         found.append(
             f"The validation set is held out from {home}, on which ours was trained and an opponent from elsewhere "
-            "was not: on that loss ours plays at home."
+            "was not: that loss favours ours."
         )
     if settings["limit"]:
-        found.append(f"Only the first {settings['limit']} items of each task were used: a look, and no result.")
+        found.append(f"Only the first {settings['limit']} items of each task were used: a first look, not a result.")
     if any(name in GPT2_NAMES for name in settings["against"]):
         found.append(
             "Published figures of GPT-2 124M are lm-eval's, zero-shot, shown for plausibility alone. Its published "

@@ -22,7 +22,7 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISAB
 
 
 class Uploader:
-    """Has what a run finishes published while it goes on; no step sees that fail."""
+    """Publishes what a run finishes while it trains; no step sees that fail."""
 
     def __init__(self, directory: RunDirectory, console: Console, *, active: bool):
         self.run, self.hub, self.console = directory.path, directory.recipe.hub, console
@@ -39,7 +39,7 @@ class Uploader:
         self._wait(FIRST_WORD)
 
     def poll(self) -> None:
-        """Tell what an upload that ended has said, and start another where there is news and none goes on."""
+        """Tell what an upload that ended has said, and start another where there is news and none is underway."""
         if self.helper is not None and self.helper.code is not None:
             self._wait(0)
         if self.helper is None and self.active and (self.news or time.monotonic() >= self.checkpoints_due):
@@ -92,7 +92,7 @@ class Uploader:
 
 @contextlib.contextmanager
 def uploading(accelerator: Accelerator, directory: RunDirectory, console: Console) -> Iterator[Uploader]:
-    """Publish what the run finishes while the block goes on, and at its end if `over` was set."""
+    """Publish what the run finishes while the block runs, and at its end if `over` was set."""
     wanted = directory.recipe.hub.repo_id is not None and accelerator.is_main_process
     uploader = Uploader(directory, console, active=wanted)
     try:

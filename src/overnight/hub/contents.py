@@ -62,7 +62,7 @@ class Commit:
 def commits(run: Path, recipe: Recipe, repo_id: str, *, checkpoints: bool) -> list[Commit]:
     """All that belongs on the Hub, in the order in which it is sent; with `checkpoints`, of the unfinished run too.
 
-    The state comes last, since it tells of finished models without which it could not be gone on with.
+    The state comes last, since it tells of finished models without which it could not be continued.
     """
     unfinished = []
     if checkpoints:  # staged before the finished models are looked for: it tells of none that is not among them
@@ -132,7 +132,7 @@ def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Commit | None:
 
 
 def exact_state(run: Path) -> Commit | None:
-    """The exact state to go on from elsewhere: the newest checkpoint of the trunk, and of a decay that is newer."""
+    """The exact state to continue from elsewhere: the newest checkpoint of the trunk, and of a decay that is newer."""
     trunk = own_checkpoints(run / CHECKPOINTS)
     decays = [own_checkpoints(folder) for folder in cooldowns(run / CHECKPOINTS).values()]
     newest = [max(found.items())[1] for found in (trunk, *decays) if found]

@@ -24,7 +24,7 @@ FETCHED = re.compile(f"{MODEL_FILES.pattern}|{STATE_FILES.pattern}")
 def fetch_state(source: str, directory: RunDirectory) -> None:
     """Fill an empty run directory with the state and the finished models that a run has pushed.
 
-    `source` is hub:OWNER/NAME. A transfer that was interrupted goes on where it was (huggingface_hub's part).
+    `source` is hub:OWNER/NAME. A transfer that was interrupted continues where it was (huggingface_hub's part).
     Raises `InputError` when there is no such state, or a run of this name is here already,
     `DamagedData` when what came is not what was saved, and `Unreachable` when the Hub stays away.
     """
@@ -33,7 +33,7 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
         raise InputError(f"`--resume {source}`: hub:OWNER/NAME would work")
     if directory.resumable(directory.recipe.schedule):
         raise InputError(
-            f"{directory.path} holds a run already: without `--resume` it goes on; `--name NAME` starts beside it"
+            f"{directory.path} holds a run already: without `--resume` it continues; `--name NAME` starts another"
         )
     try:
         staged = fetch(repo_id, STATE, directory, [*RUN_FILES, "checkpoints/*"])
@@ -53,7 +53,7 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
 
 
 def fetch(repo_id: str, branch: str, directory: RunDirectory, names: list[str] | None = None) -> Path:
-    """A branch as it is now, verified, in a folder of its commit: an interrupted transfer goes on, another begins anew.
+    """A branch as it is now, verified, in a folder of its commit, so that an interrupted transfer continues.
 
     huggingface_hub compares sizes alone, and takes what lies there already for right.
     """

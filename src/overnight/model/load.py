@@ -9,8 +9,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from overnight.core.files import errno_of
-from overnight.data.tokenizer import refuse_missing_folder
 from overnight.errors import InputError, first_line
+from overnight.recipe.text import refuse_missing_folder
 from overnight.run_dir.layout import refuse_damaged_model
 
 BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # implementations for which nothing is fetched

@@ -200,7 +200,7 @@ def _sentences(budget: Budget) -> list[str]:
         hours = rows[best].hours
         out += [
             f"The sweet spot is {sweet:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one before,"
-            " which a validation can tell apart.",
+            " the least that a validation can show.",
             f"The best is {best:,}, {rows[best].loss:.3f} expected"
             + (f", after {duration(hours * 3600)}." if hours is not None else "."),
         ]
@@ -219,9 +219,11 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
             f" {prices.hours_per_night:g} h",
         ]
         if budget.gpu:
-            out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} a kWh")
+            out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} per kWh")
     elif budget.gpu:
-        out.append("hours     not known: the estimate is of bf16, which this card has not; --probe measures them")
+        out.append(
+            "hours     not known: the estimate is for bf16, which this card does not have; --probe measures them"
+        )
     else:
         out.append(
             f"hours     not known: there is no GPU here. `--gpu {USUAL}` plans for the card that the recipes are"

@@ -138,9 +138,9 @@ def unknown(recipe: Recipe) -> str | None:
     parameters, (low, high) = block_parameters(recipe.model), constants()["valid_range"]["N"]
     if str(recipe.data.path) not in DATASETS:
         where = recipe.data.path or f"the {recipe.data.source} text"
-        return f"the scaling law knows FineWeb-Edu and FineWeb, and nothing of {where}"
+        return f"the scaling law covers FineWeb-Edu and FineWeb alone, not {where}"
     if recipe.model.vocab_size != GPT2_VOCABULARY:
-        return f"its nats are per GPT-2 token; a vocabulary of {recipe.model.vocab_size:,} cuts text otherwise"
+        return f"its nats are per GPT-2 token; a vocabulary of {recipe.model.vocab_size:,} cuts text differently"
     if not low <= parameters <= high:
         return f"the law was fitted to {low:.0e} to {high:.0e} block parameters; this model has {parameters:.1e}"
     return None

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from overnight.core.extras import require
 from overnight.data.encoder import FastTokenizer
-from overnight.data.manifest import dtype_for
+from overnight.data.manifest import dtype_for, is_prepared
 from overnight.errors import InputError
-from overnight.prepare.sources import SourceFile
-from overnight.recipe.schema import Data
+from overnight.prepare.sources import SourceFile, find
+from overnight.recipe.schema import Data, Recipe
 
 CHARACTERS_PER_TOKEN = 4.61
 """GPT-2's vocabulary on FineWeb-Edu."""
@@ -59,6 +60,20 @@ def expected_cost(data: Data) -> str:
         f"minutes of computing on {cores} cores with {tool} (at {BYTES_PER_SECOND[tool] / 1e6:g} MB/s a core and "
         f"{CHARACTERS_PER_TOKEN} characters a token)"
     )
+
+
+def require_data(recipe: Recipe) -> None:
+    """Raise InputError unless the data is prepared, or is text on this machine that can be prepared on the way."""
+    data = recipe.data
+    if is_prepared(Path(data.dir)):
+        return
+    if not data.local:
+        raise InputError(
+            f"`data.dir`: {data.dir} holds no prepared data. `{recipe.command('prepare.py')}` makes it:"
+            f" {expected_cost(data)}"
+        )
+    require("prepare", f"`data.dir`: {data.dir} holds no prepared data; preparing it")
+    find(data, None)
 
 
 def require_room(partial: Path, data: Data, vocab_size: int, files: list[SourceFile], workers: int) -> None:

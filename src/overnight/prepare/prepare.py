@@ -1,6 +1,6 @@
 """Documents to verified token shards: every file staged by itself, then put together, and named when whole.
 
-`DIR.partial` holds the work in hand and survives whatever ends it; the same command goes on from there:
+`DIR.partial` holds the work in hand and survives whatever ends it; the same command continues from there:
 
     files-KEY.json  the input files, as they were found
     inputs/         files that are being fetched
@@ -153,7 +153,7 @@ def _claimed(folder: Path) -> Iterator[Path]:
     finally:
         fetched = [path for path in partial.glob("inputs/*") if path.suffix != ".sha256"]
         if partial.exists() and not any([*fetched, *partial.glob("stage/*")]):
-            shutil.rmtree(partial)  # nothing that a next try could go on with
+            shutil.rmtree(partial)  # nothing that a next try could continue
         lock.release()
 
 

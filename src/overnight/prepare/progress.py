@@ -31,7 +31,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 def watched(job: Job, report: Callable[[str], None]) -> Iterator[None]:
     """Tell every ten seconds, and on a terminal all the time, how far the tasks of `job` are.
 
-    Raises Unreachable when a worker was killed: what it had finished is kept, so the same command goes on. One that
+    Raises Unreachable when a worker was killed: what it had finished is kept, so the same command continues. One that
     ends because this command was asked to end was not.
     """
     watcher = Watcher(job, report)
@@ -50,7 +50,7 @@ def watched(job: Job, report: Callable[[str], None]) -> Iterator[None]:
             raise
         raise Unreachable(
             f"worker {watcher.killed} was killed, perhaps for want of memory; what it had finished is kept: the same "
-            "command goes on from there, and takes less memory with fewer --workers"
+            "command continues from there, and takes less memory with fewer --workers"
         ) from None
     finally:
         watcher.stopped.set()

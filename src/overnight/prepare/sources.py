@@ -1,7 +1,7 @@
 """The files of a source, wherever they lie: found, fetched to the byte, and hashed before anything is decoded.
 
 Local files are read where they are. What lies behind a URL (http, https, hf, and whatever else fsspec has a file
-system for) is fetched in blocks, so that an interrupted transfer goes on at the byte that it had reached.
+system for) is fetched in blocks, so that an interrupted transfer continues at the byte that it had reached.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def with_retries(action: Callable[[], T], name: str) -> T:
             if pause is None:
                 raise Unreachable(
                     f"`data.path`: {name} cannot be reached ({said}), tried {len(PAUSES) + 1} times; what has been "
-                    "fetched and tokenised is kept: the same command goes on from there"
+                    "fetched and tokenised is kept: the same command continues from there"
                 ) from error
             time.sleep(pause)
     raise AssertionError("unreachable: the last pause is None")

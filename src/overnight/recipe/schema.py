@@ -129,20 +129,20 @@ class Schedule(Section):
     final_lr_fraction: Fraction = 0.1
     """For `cosine`: the learning rate at the end, as a share of the peak."""
     milestones: list[PositiveInt] = []
-    """For `wsd`: shorter budgets that are finished on the way, each by a decay of its own; then the run goes on."""
+    """For `wsd`: shorter budgets that are finished on the way, each by a decay of its own; then the run continues."""
     branches: list[PositiveInt] = []
     """For `wsd`: budgets whose branch point is kept, where the run gets there, so that `--cooldown N` finishes them."""
     hours: Annotated[float, Field(gt=0, le=10_000)] | None = None
-    """For `wsd`: of this night. The budget that fits is finished; the same command goes on from the trunk the next."""
+    """For `wsd`: of this night. The longest budget that fits is finished; the next night the same command continues."""
 
 
 class Stop(Section):
     """When a run ends before its length."""
 
     when_flat: bool = False
-    """For `wsd`: cool down and end where going on to the next budget, 90 % sure, gains less than `min_gain_nats`."""
+    """For `wsd`: decay and end where training on to the next budget gains less than `min_gain_nats`, 90 % sure."""
     min_gain_nats: PositiveFloat = 0.01
-    """Nats a token that the way from one budget to the next has to gain, and a part of the way its part."""
+    """Nats per token that the way from one budget to the next must gain; a part of the way must gain its share."""
 
 
 class Validation(Section):
@@ -159,7 +159,7 @@ class Validation(Section):
 
 
 class Checkpoint(Section):
-    """The exact training state, for going on after an interruption."""
+    """The exact training state, to continue from after an interruption."""
 
     every: PositiveInt = 500
     """Iterations between two checkpoints."""
@@ -170,7 +170,7 @@ class Checkpoint(Section):
 
 
 class Logging(Section):
-    """What is written down while the run goes on."""
+    """What is written down during the run."""
 
     every: PositiveInt = 10
     """Iterations between two lines."""
@@ -198,7 +198,7 @@ class Evaluation(Section):
     texts: list[PathText] = ["EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page"]
     """Plain text beside the validation set: files, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a dataset on the Hub."""
     limit: PositiveInt | None = None
-    """Only the first so many items of each task: a look, not a result."""
+    """Only the first N items of each task: a first look, not a result."""
     at_milestones: NonNegativeInt = 0
     """Items of each task that the trainer has scored, without opponents, when it has finished a model; 0 for none."""
 
@@ -221,7 +221,7 @@ def repository(name: str) -> str:
 
 
 class Hub(Section):
-    """Finished models on the Hugging Face Hub, pushed while the run goes on."""
+    """Finished models on the Hugging Face Hub, pushed during the run."""
 
     repo_id: Annotated[str, AfterValidator(repository)] | None = None
     """The model repository, OWNER/NAME; made when it is missing. Empty: nothing is sent."""
@@ -234,7 +234,7 @@ class Hub(Section):
     patience_minutes: PositiveFloat = 5.0
     """Minutes after the end of a run in which what is still missing is tried again; it can be sent later too."""
     push_state: bool = False
-    """Push the exact state too, to the branch `state`: `--resume hub:OWNER/NAME` goes on from it anywhere."""
+    """Push the exact state too, to the branch `state`: `--resume hub:OWNER/NAME` continues from it anywhere."""
 
 
 class Recipe(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from overnight.errors import InputError, first_line
-from overnight.recipe.schema import leaves
+from overnight.recipe.schema import leaves, repository
 
 UNREADABLE = (yaml.YAMLError, UnicodeDecodeError)
 DEEPEST = 10
@@ -126,3 +127,16 @@ def shown(value: Any) -> str:
     """A value in a message: as it would be typed, and not all of a long one."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def refuse_missing_folder(name: str, key: str = "") -> None:
+    """Raise InputError for a path where nothing is, before anybody asks the Hub for a repository of that name.
+
+    `key` is the recipe's that names it, in words before it.
+    """
+    try:
+        path = name != repository(name) or name.startswith("runs/")
+    except ValueError:
+        path = True
+    if os.path.isfile(name) or (path and not os.path.exists(name)):
+        raise InputError(f"{key}{name} is no folder; one with a model or tokenizer, or a name on the Hub, would work")

@@ -7,6 +7,7 @@ it stands in a file of the run; text that came from a recipe, a data set or a mo
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from overnight.core.console import count, duration
+from overnight.core.console import count, duration, plain
 from overnight.core.files import atomic_write, strict_json
 from overnight.core.published import fenced, redacted, text
 from overnight.core.sums import SUMS, damage
 from overnight.errors import DamagedData, InputError, script_command
 from overnight.planning import scaling_law
 from overnight.planning.gpus import facts as facts_of
-from overnight.planning.table import gpt2_loss
+from overnight.planning.table import Prices, gpt2_loss
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.report.curve import draw_curve
@@ -127,7 +128,7 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
     facts = read_file(run / ENVIRONMENT, checked_facts, "remove it, and the run's training command writes it anew")
     scores = scores_of(run, model)
     dataset = scaling_law.gpt2_dataset(recipe)
-    here = json.dumps(str(run / "models" / model))
+    folder = str(run / "models" / model)
     values: dict[str, Any] = {
         "recipe": recipe,
         "end": end,
@@ -135,7 +136,11 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "scores": scores,
         "repo_id": repo_id,
         "corpus": corpus(recipe),
-        "from_where": f'{json.dumps(repo_id)}, revision="{model}"' if repo_id else here,
+        "from_where": f'{json.dumps(repo_id)}, revision="{model}"' if repo_id else json.dumps(folder),
+        "revision": model,
+        "folder": shlex.quote(folder),
+        "samples": samples(recipe, records, end),
+        "price": Prices().per_kwh,
         "prompt": json.dumps(next((each for each in recipe.validation.prompts if len(each) <= context // 2), "The")),
         "new_tokens": min(40, context // 2),
         "claimed": bool(claims(recipe)),
@@ -157,6 +162,13 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "thousands": "{:,}".format,
     }
     return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values)) + "\n"
+
+
+def samples(recipe: Recipe, records: list[Record], end: Record) -> list[tuple[str, str]]:
+    """The recipe's prompts, and what the finished model wrote after each."""
+    at = end["iteration"]
+    last = [r for r in records if r["kind"] == "val" and r["iteration"] == at and r.get("cooldown", at) == at]
+    return list(zip(recipe.validation.prompts, last[-1].get("samples", []), strict=False)) if last else []
 
 
 def checked_facts(found: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +203,7 @@ def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> Mode
         tags=["gpt2", "overnight"],
         datasets=[recipe.data.path] if recipe.data.source != "files" and isinstance(recipe.data.path, str) else None,
         model_name=recipe.name,
+        widget=[{"text": " ".join(plain(prompt).split())} for prompt in recipe.validation.prompts] or None,
         eval_results=[
             EvalResult("text-generation", dataset, name, metric, value) for name, dataset, metric, value in measured
         ],
@@ -225,7 +238,16 @@ def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[l
             before = interval(*scaling_law.expected(recipe, budget, unique_tokens).interval())
         length = [f"{budget:,}", count(budget * recipe.batch.tokens_per_iter)]
         claim = [claimed.get(budget, "-")] if claimed else []
-        rows.append([*length, *claim, before, forecast_of(recipe, records, budget), f"{end['val_loss']:.3f}"])
+        rows.append(
+            [
+                f"`{folder_name(budget)}`",
+                *length,
+                *claim,
+                before,
+                forecast_of(recipe, records, budget),
+                f"{end['val_loss']:.3f}",
+            ]
+        )
     return rows
 
 

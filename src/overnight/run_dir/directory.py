@@ -116,11 +116,11 @@ class RunDirectory:
         keys = [change["key"] for change in refused]
         never = [key for key in keys if key in immutable_keys(self.recipe)]
         options = " ".join(f"--allow-change {key}" for key in keys)
-        way_on = f"; `{options}` goes on with it all the same" if not never else f"; `{never[0]}` can never change"
+        way_on = f"`{never[0]}` can never change" if never else f"`{options}` continues this one with the new value"
         return (
             f"{self.path} holds another run:\n"
             + difference_lines(refused)
-            + (f"\n`--name {self._free_name()}` starts a new one{way_on}")
+            + (f"\n`--name {self._free_name()}` starts a new one; {way_on}")
         )
 
     def _free_name(self) -> str:
@@ -171,7 +171,7 @@ class RunDirectory:
         return folder / folder_name(iteration)
 
     def resumable(self, schedule: Schedule) -> list[Path]:
-        """The checkpoints that a schedule can go on from, newest first: none of another decay than its own."""
+        """The checkpoints that a schedule can continue from, newest first: none of another decay than its own."""
         trunk = {i: path for i, path in saved_iterations(self.checkpoints).items() if not decaying(schedule, i)}
         own = saved_iterations(self.cooldown_of(schedule.max_iters))
         return [*reversed(own.values()), *reversed(trunk.values())]

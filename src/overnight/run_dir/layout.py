@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from overnight.run_dir.metrics import Metrics, Record
 
 LOG = "log.txt"  # what the session printed; of those before it log-1.txt and so on
 CHECKPOINTS, RECIPE, ENVIRONMENT, RESULTS = "checkpoints", "recipe.yaml", "environment.json", "results.json"
-REWRITTEN = "move it away, and the run's own training command writes it anew and goes on from its checkpoints"
+REWRITTEN = "move it away, and the run's own training command writes it anew and continues from its checkpoints"
 T = TypeVar("T")
 _NAME, _COOLDOWN = re.compile(r"iter-(\d{6,})"), re.compile(r"cooldown-(\d{6,})")
 
@@ -159,3 +160,28 @@ def read_run(run: Path) -> tuple[Recipe, list[Record]]:
     if not any(record["kind"] == "val" for record in records):
         raise InputError(f"{run} has no validation yet; its first comes before the first iteration")
     return recipe, records
+
+
+@dataclass
+class Origin:
+    """The run that a model folder belongs to: its recipe, and the data that it trained on."""
+
+    folder: Path
+    recipe: Recipe
+    data_fingerprint: str
+
+
+def origin_of(model: str) -> Origin | None:
+    """The run of the model folder `runs/<name>/models/<model>`, or None for any other place.
+
+    Raises `DamagedData` when the run's recipe is none.
+    """
+    folder = Path(os.path.abspath(model)).parent.parent
+    stored = folder / RECIPE
+    if not Path(model).is_dir() or not stored.is_file():
+        return None
+
+    def origin(found: dict[str, Any]) -> Origin:
+        return Origin(folder, stored_recipe(found["recipe"]), found["meaning"]["data fingerprint"])
+
+    return read_file(stored, origin, REWRITTEN)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, appended while the run goes on; no line is ever half there for its readers."""
+"""metrics.jsonl: one JSON object a line, appended during the run; no line is ever half there for its readers."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def end_without_device(run: Run, error: RuntimeError) -> int:
 
 
 def close(run: Run) -> None:
-    """End what goes on beside a run that has ended, the trackers too; nothing that fails here changes how it ended."""
+    """End what runs beside a run that has ended, the trackers too; nothing that fails here changes how it ended."""
     try:
         run.console.stop()
         for quick_eval in run.quick_evals:
@@ -105,7 +105,7 @@ def close(run: Run) -> None:
 
 
 def interrupted(run: Run) -> int:
-    """Record that the run stopped early, and say how it goes on."""
+    """Record that the run stopped early, and say how it continues."""
     if run.accelerator.is_main_process:
         run.record("event", event="interrupted")
         log_lost(run)
@@ -114,13 +114,13 @@ def interrupted(run: Run) -> int:
 
 
 def where_it_goes_on(run: Run) -> str:
-    """Whether the iteration at hand was saved, and where the same command goes on."""
+    """Whether the iteration at hand was saved, and where the same command continues."""
     saved = run.directory.resumable(run.schedule)
     if saved and saved[0].name == folder_name(run.iteration):
-        return "and saved; the same command again goes on from there"
+        return "and saved; the same command continues from there"
     if saved:
-        return f"and not saved; the same command again goes on from {saved[0]}"
-    return "with nothing saved; the same command again begins anew"
+        return f"and not saved; the same command continues from {saved[0]}"
+    return "with nothing saved; the same command starts from the beginning"
 
 
 def command(run: Run) -> str:
@@ -145,7 +145,7 @@ def finish(run: Run) -> int:
             if errno_of(error) is None:
                 raise
             mend = "make room" if no_room(error) else "mend that"
-            run.console.log(f"{folder} is not written: {error}; {mend}, and the same command again writes it")
+            run.console.log(f"{folder} is not written: {error}; {mend}, and the same command writes it")
             code = EXIT_INTERRUPTED
         else:
             finalize(run, folder, time.monotonic() - started)
@@ -174,11 +174,11 @@ def finalize(run: Run, folder: Path, export_seconds: float) -> None:
         begin_quick_eval(run, folder)
     if run.time_limit and run.iteration < run.recipe.schedule.max_iters:
         point = branch_point(run.schedule)
-        run.console.log(f"      the same command, another night: goes on from the trunk at iteration {point:,}")
+        run.console.log(f"      the same command, another night: continues from the trunk at iteration {point:,}")
     log_lost(run)
 
 
 @informs("benchmarks of a milestone")
 def begin_quick_eval(run: Run, folder: Path) -> None:
-    """Start scoring a finished model; the run goes on meanwhile."""
+    """Start scoring a finished model; the run continues meanwhile."""
     run.quick_evals.append(QuickEval(folder, run.recipe.evaluation.at_milestones))

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: lines on the screen, records in metrics.jsonl, numbers for the trackers.
+"""What a run reports while it trains: lines on the screen, records in metrics.jsonl, numbers for the trackers.
 
 Nothing here ends a run: one guard, `informs`, stands around all that only informs.
 """
@@ -56,7 +56,7 @@ def tell(run: Run, what: str, error: Exception) -> None:
     with contextlib.suppress(Exception):  # it may be the screen itself, or the log
         if run.accelerator.is_main_process:
             run.record("event", event="failed", what=what, problem=problem)
-        run.console.log(f"{what}: failed ({problem}); the run goes on without, and this is said once")
+        run.console.log(f"{what}: failed ({problem}); the run continues without it; this is said once")
 
 
 @informs("trackers")
@@ -163,7 +163,9 @@ def log_validation(run: Run, loss: float, samples: list[str], seconds: float) ->
 @informs("the line of a validation")
 def log_not_finite(run: Run, loss: float) -> None:
     """Say and record that a validation gave no number."""
-    run.console.log(f"validation loss {loss} at iteration {run.iteration}: not finite, and none to finish with")
+    run.console.log(
+        f"validation loss {loss} at iteration {run.iteration}: not finite, so the run cannot finish with it"
+    )
     if run.accelerator.is_main_process:
         run.record("event", event="validation not finite", loss=str(loss))
 
@@ -174,6 +176,7 @@ def log_baselines(run: Run) -> None:
     losses = ngram_losses(seen_tokens(run.batches, run.recipe.schedule.max_iters), run.shards.val.read_all())
     run.record_at(0, "event", event="ngram baselines", **losses)
     run.console.log(f"for scale, models of the same training tokens: {baseline_line(losses)} nats per token")
+    track(run, {f"baseline/{name}": loss for name, loss in losses.items()})
 
 
 @informs("trackers")
@@ -209,10 +212,10 @@ def log_saved(run: Run, saved: Saved | None) -> None:
         return
     values = {"checkpoint": saved.path.name, "held_seconds": saved.held, "seconds": saved.seconds}
     if saved.problem is None:
-        run.console.log(f"saved {saved.path} in {saved.seconds:.1f}s, {saved.held:.2f}s of it before going on")
+        run.console.log(f"saved {saved.path} in {saved.seconds:.1f}s, training waited {saved.held:.2f}s")
         run.record("event", event="saved", **values)
         return
-    run.console.log(f"{saved.path} {saved.problem}; older checkpoints stay, and the run goes on")
+    run.console.log(f"{saved.path} {saved.problem}; older checkpoints stay, and the run continues")
     run.record("event", event="not saved", **values, problem=saved.problem)
 
 
@@ -220,7 +223,7 @@ def log_trouble(run: Run) -> None:
     """Say when records can no longer be written, and when they can again."""
     trouble = run.directory.metrics.trouble
     if trouble and not run.cannot_log:
-        run.console.log(f"{trouble}: records wait in memory until it takes them; the run goes on")
+        run.console.log(f"{trouble}: records wait in memory until it takes them; the run continues")
     if run.cannot_log and not trouble:
         run.console.log(f"{run.directory.metrics.path} takes records again; none is lost")
     run.cannot_log = trouble is not None

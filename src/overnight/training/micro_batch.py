@@ -200,7 +200,7 @@ def tell_the_others(run: Run, *, synchronising: bool) -> None:
     if synchronising:
         print(
             f"process {run.accelerator.process_index} ran out of memory while the processes exchanged gradients;"
-            f" `--batch.micro_batch {max(1, next_size(run))}` would work, and goes on from the last checkpoint",
+            f" `--batch.micro_batch {max(1, next_size(run))}` would work, and continues from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -241,6 +241,6 @@ def too_small(run: Run) -> InputError:
     """That there is no smaller micro-batch, and what can be done."""
     return InputError(
         f"out of memory with a single row of `batch.sequence_length` {run.recipe.batch.sequence_length} tokens on"
-        f" {run.device.name}: `nvidia-smi` shows what else holds its memory. When that is gone the same command goes on"
-        " from the last checkpoint, if there is one; a smaller model or a shorter row is another run"
+        f" {run.device.name}: `nvidia-smi` shows what else holds its memory. When that is gone, the same command"
+        " continues from the last checkpoint, if there is one; a smaller model or a shorter row is another run"
     )

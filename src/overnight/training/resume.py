@@ -1,4 +1,4 @@
-"""The state of a run on its way to a checkpoint and back: what is saved, when, and how a run goes on from it."""
+"""The state of a run on its way to a checkpoint and back: what is saved, when, and how a run continues from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_due(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """Begin a checkpoint on the main process; it is written while training goes on."""
+    """Begin a checkpoint on the main process; it is written while training continues."""
     run.saved_at = time.monotonic()
     if run.accelerator.is_main_process:
         log_saved(run, run.saver.outcome(wait=True))
@@ -99,7 +99,7 @@ def resume(run: Run) -> None:
             f"this session computes with {threads} threads, the one before with {state['threads']}: losses agree to"
             " rounding, not to the bit"
         )
-    run.console.log(f"goes on at iteration {run.iteration} from {found}")
+    run.console.log(f"resumes at iteration {run.iteration} from {found}")
 
 
 def forget_after(run: Run, iteration: int) -> None:
@@ -119,7 +119,7 @@ def chosen(run: Run) -> tuple[Path | None, list[str]]:
     """
     directory = run.directory
     directory.clear_leftovers()
-    nothing = f"nothing is left to go on from. `--name NEW` begins anew, as does moving {directory.path} away"
+    nothing = f"no checkpoint is left to continue from: `--name NEW`, or moving {directory.path} away, starts a new run"
     try:
         found, said = checkpoint.newest_whole(directory.resumable(run.schedule))
     except DamagedData as error:

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from overnight.core.console import Console, estimated_end
-from overnight.core.extras import require
 from overnight.core.files import disk_full_error
 from overnight.core.published import redacted
 from overnight.data.batches import TrainingBatches
@@ -36,7 +35,7 @@ from overnight.planning.model_size import (
     padded_vocabulary,
 )
 from overnight.planning.scaling_law import MANY_EPOCHS, REPEATED
-from overnight.prepare.cost import expected_cost
+from overnight.prepare.cost import require_data
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.training import micro_batch
@@ -45,23 +44,17 @@ from overnight.training.state import Run, TimeLimit
 
 
 def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
-    """`--dry-run`: the resolved recipe and everything that follows from it; nothing is built or written."""
+    """`--dry-run`: everything that follows from the recipe, and then all of it; nothing is built or written."""
     recipe, unique_tokens = with_prepared_data(recipe)
     derived = derive(recipe, accelerator.device.type, accelerator.num_processes, unique_tokens)
-    console.log(yaml.safe_dump(redacted(recipe.model_dump()), sort_keys=False))
     console.table("derived", derived_rows(recipe, derived))
+    console.log("\n" + yaml.safe_dump(redacted(recipe.model_dump()), sort_keys=False))
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Shards:
     """The verified shards of the recipe; text that lies here is prepared on the way, any other must have been."""
     folder = Path(recipe.data.dir)
-    if recipe.data.local:
-        on_main(accelerator, lambda: prepare_local(recipe, console))
-    elif not is_prepared(folder):
-        raise InputError(
-            f"`data.dir`: {folder} holds no prepared data. `{recipe.command('prepare.py')}` makes it:"
-            f" {expected_cost(recipe.data)}"
-        )
+    on_main(accelerator, lambda: prepare_local(recipe, console))
     require_same_request(folder, recipe.data, recipe.model.vocab_size)
     shards = open_shards(folder, verify=accelerator.is_local_main_process)
     if not any(file.tokens > 1 for file in shards.val.files):
@@ -71,9 +64,9 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
 
 def prepare_local(recipe: Recipe, console: Console) -> None:
     """Make the shards where they are not made yet; only then are the packages needed that do it."""
+    require_data(recipe)
     if is_prepared(Path(recipe.data.dir)):
         return
-    require("prepare", f"`data.dir`: {recipe.data.dir} holds no prepared data; preparing it")
     from overnight.prepare.prepare import prepare
 
     prepare(recipe.data, recipe.model.vocab_size, report=console.log)

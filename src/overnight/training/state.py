@@ -50,8 +50,8 @@ RATE_FALL = 0.3  # of the warm rate: a fall that is worth a word
 class LossHistory:
     """The losses of a run so far. All of it is JSON, so that a resumed run sees what an undisturbed one would see."""
 
-    losses: list[float] = field(default_factory=list)  # of the last SPIKE_WINDOW finite iterations, in nats a token
-    validations: list[tuple[int, float]] = field(default_factory=list)  # (iteration, nats a token), all of them
+    losses: list[float] = field(default_factory=list)  # of the last SPIKE_WINDOW finite iterations, in nats per token
+    validations: list[tuple[int, float]] = field(default_factory=list)  # (iteration, nats per token), all of them
     spiking: bool = False  # the last iteration was part of a spike
     skipped: int = 0  # updates left out because they were not finite
     skipped_in_a_row: int = 0
@@ -78,7 +78,7 @@ class LossHistory:
 
     @property
     def last_val(self) -> tuple[int, float] | None:
-        """(iteration, nats a token) of the last validation."""
+        """(iteration, nats per token) of the last validation."""
         return self.validations[-1] if self.validations else None
 
     def rising_since(self) -> int | None:
@@ -90,7 +90,7 @@ class LossHistory:
 
     @property
     def best_val(self) -> float | None:
-        """The lowest validation loss so far, nats a token."""
+        """The lowest validation loss so far, nats per token."""
         return min((loss for _, loss in self.validations), default=None)
 
 
@@ -203,7 +203,7 @@ class TimeLimit:
     """A time limit in the session that it is in force in."""
 
     kept: KeptLimit
-    ends: float  # on the clock since the machine was started, which no one sets and which goes on while it sleeps
+    ends: float  # on the clock since the machine was started, which no one sets and which runs while it sleeps
     validation_seconds: float  # of an earlier session, until this one has had its own
     export_seconds: float
     marks: list[tuple[float, int]] = field(default_factory=list)  # (seconds without validations, iteration), recent
@@ -250,7 +250,7 @@ class Run:
     stopping: bool = False  # all processes know of it
     overdue: bool = False  # all processes know that `checkpoint.every_minutes` are over
     cannot_log: bool = False  # metrics.jsonl refuses records, which the user knows
-    failed: set[str] = field(default_factory=set)  # of what only informs: told, and gone on without
+    failed: set[str] = field(default_factory=set)  # of what only informs: reported, and left out since
 
     @property
     def schedule(self) -> Schedule:

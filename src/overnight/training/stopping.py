@@ -1,4 +1,4 @@
-"""After each validation of a run: what its budgets will reach, what going on costs, and whether the curve is flat."""
+"""After each validation of a run: what its budgets will reach, what more of it costs, and whether the curve is flat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from overnight.planning.scaling_law import INTERVAL, Expected
 from overnight.recipe.schedule import branch_point, ending_now, fits, goals, towards
 from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.layout import finished
-from overnight.training.log import informs, watts
+from overnight.training.log import informs, track, watts
 from overnight.training.state import Run
 
 
@@ -23,7 +23,7 @@ class Outlook:
     """Budgets that can still be had, ascending; the first begins to decay right now, where that is possible."""
 
     budgets: list[int]
-    ending_now: bool  # whether the first is the run that is not gone on with
+    ending_now: bool  # whether the first is the run that would end now
     forecast: Forecast
 
     def loss(self, budget: int) -> Expected:
@@ -35,7 +35,7 @@ class Outlook:
         return self.forecast.gain(self.budgets.index(shorter), self.budgets.index(longer))
 
     def flat(self, goals: list[int], least: float) -> int | None:
-        """The next goal, where going on to it is surely not worth it; None otherwise.
+        """The next goal, where training on to it is not worth it with 90 % certainty; None otherwise.
 
         `least` is what the way from one goal to the next has to gain, in nats, and a part of the way its part: just
         before a goal little is left to gain, and little to pay.
@@ -67,7 +67,7 @@ def target_of_flat_curve(run: Run) -> int | None:
 
 @informs("the forecast")
 def forecast_ends(run: Run) -> tuple[int, int] | None:
-    """Tell and record the forecast; of a flat curve, the budget to end with, and the one not worth going on to."""
+    """Tell and record the forecast; of a flat curve, the budget to end with, and the one that is not worth it."""
     started = time.monotonic()
     outlook = outlook_of(run)
     if outlook is None:
@@ -102,15 +102,15 @@ def to_come(recipe: Recipe, aimed: Schedule, iteration: int) -> set[int]:
 
 
 def tell_forecast(run: Run, outlook: Outlook, flat: int | None, started: float) -> None:
-    """One line on the screen, one record in metrics.jsonl."""
+    """A row for each budget on the screen, one record in metrics.jsonl, the losses to the trackers."""
     seconds, power = run.throughput.per_iteration(), watts(run)
-    told: list[str] = []
+    table: list[tuple[str, str]] = []
     record: list[dict[str, Any]] = []
     for at, budget in enumerate(outlook.budgets):
         loss = outlook.loss(budget)
         low, high = loss.interval()
         row = {"max_iters": budget, "loss": loss.loss, "loss_low": low, "loss_high": high}
-        words = f"{budget:,} {loss.loss:.3f} ± {(high - low) / 2:.3f}"
+        words = f"{loss.loss:.3f} ± {(high - low) / 2:.3f}"
         if at:
             before = outlook.budgets[at - 1]
             gain = outlook.gain(before, budget)
@@ -123,14 +123,15 @@ def tell_forecast(run: Run, outlook: Outlook, flat: int | None, started: float) 
             if seconds and power:
                 row["kwh"] = row["hours"] * power / 1000
                 price += f", {row['kwh']:.1f} kWh"
-            words += f" ({price})"
-        elif outlook.ending_now:
-            words = f"ending now {words}"
+            words += f"  ({price})"
         record.append(row)
-        told.append(words)
+        table.append((f"{'ending now, ' * (outlook.ending_now and not at)}{budget:,}", words))
     run.record("forecast", budgets=record, flat=flat is not None, seconds=time.monotonic() - started)
-    surely = f"; flat, {INTERVAL:.0%} sure: not worth going on to {flat:,}" if flat else ""
-    run.console.log(f"forecast {' | '.join(told)}{surely}")
+    run.console.table("forecast of the last validation loss, ± half of a 90 % interval (change, cost)", table)
+    if flat and not run.recipe.stop.when_flat:
+        run.console.log(f"flat, {INTERVAL:.0%} sure: training on to {flat:,} iterations is not worth it")
+    known = record[outlook.ending_now :]  # of the budget that would end now, each validation has another
+    track(run, {f"forecast/{row['max_iters']}": row["loss"] for row in known})
 
 
 def tell_flat(run: Run, target: int, longer: int) -> None:
@@ -139,7 +140,6 @@ def tell_flat(run: Run, target: int, longer: int) -> None:
         least = run.recipe.stop.min_gain_nats
         run.record("event", event="flat", budget=target, longer=longer, min_gain_nats=least)
         run.console.log(
-            f"flat: what is left of the way to {longer:,} iterations would gain less than its part of"
-            f" `stop.min_gain_nats` {least:g}, {INTERVAL:.0%} sure; the learning rate falls from here on, to end at"
-            f" {target:,}"
+            f"flat, {INTERVAL:.0%} sure: the rest of the way to {longer:,} iterations would gain less than its share of"
+            f" `stop.min_gain_nats` {least:g}; the learning rate falls from here to the end at iteration {target:,}"
         )

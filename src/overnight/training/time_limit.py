@@ -34,7 +34,7 @@ EXPORT_SECONDS = 30.0  # of writing a finished model and loading it in a fresh p
 
 
 def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> TimeLimit | None:
-    """The night that is still going on where this session continues one, a new one otherwise; None without hours.
+    """The night that is not over where this session continues one, a new one otherwise; None without hours.
 
     Raises `InputError` for a time of day that is none, and when both it and `schedule.hours` are given.
     """
@@ -104,7 +104,9 @@ def begin(run: Run) -> None:
         limit = run.time_limit
         keep(run, limit)
         chosen = (
-            f", {limit.target_iters:,} iterations" if limit.target_iters else "; what fits is chosen by the first ones"
+            f", {limit.target_iters:,} iterations"
+            if limit.target_iters
+            else "; the first iterations decide how many fit"
         )
         run.console.log(f"the night ends at {limit.kept.until}, in {duration(limit.left())}{chosen}")
 

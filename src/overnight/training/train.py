@@ -62,7 +62,7 @@ def train(
     0 done, or done before; 4 diverged; 75 interrupted by a signal or a fault of the device, and resumable. `allowed`
     are the keys that may mean something else than when the run began; `cooldown` is a milestone to finish from the
     trunk as it is, and nothing else; `until` is a time of day, HH:MM, in place of `schedule.hours`; `resume_from` is
-    hub:OWNER/NAME, whose state is gone on with.
+    hub:OWNER/NAME, whose state is continued.
     Raises `InputError` before anything is written when recipe, data and device do not fit.
     """
     accelerator, console = launch(recipe)
@@ -127,7 +127,7 @@ def fit(run: Run, targets: list[int], uploader: Uploader) -> int:
 
 
 def train_step(run: Run) -> tuple[float, float, bool]:
-    """One update on exactly `tokens_per_iter` tokens: (loss in nats a token, gradient norm, was the weight updated)."""
+    """One update on exactly `tokens_per_iter` tokens: (loss in nats per token, gradient norm, were weights updated)."""
     while (prepared := prepare_update(run)) is None:  # out of memory: the same tokens again, fewer of them at once
         micro_batch.halve(run)
     loss, grad_norm, changes = prepared
