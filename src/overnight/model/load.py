@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from overnight.core.files import errno_of
 from overnight.data.tokenizer import refuse_missing_folder
@@ -34,7 +37,14 @@ def load_model(name: str, **how: Any) -> tuple[Any, Any]:
                 f"{name}: no model can be loaded from there: its config.json names code that is never fetched or run"
                 f" ({', '.join(code)}); a model of an architecture that transformers has works"
             )
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **how)
+        refuse_foreign_shards(name)
+        how |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):
+            raise InputError(
+                f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more that its config.json names"
+            )
         return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except InputError:
         raise
@@ -42,6 +52,14 @@ def load_model(name: str, **how: Any) -> tuple[Any, Any]:
         if errno_of(error) is not None:
             raise
         raise InputError(f"{name}: no model can be loaded from there: {first_line(error)}") from error
+
+
+def refuse_foreign_shards(name: str) -> None:
+    """Raise `InputError` for an index that names anything but safetensors files beside it: transformers reads that."""
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    for shard in set(json.loads(Path(index).read_bytes())["weight_map"].values()) if index else ():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise InputError(f"{index} names {shard!r}, which is no safetensors file beside it")
 
 
 def code_in(config: dict[str, Any]) -> Iterator[str]:
