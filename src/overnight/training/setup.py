@@ -16,13 +16,13 @@ from overnight.core.extras import require
 from overnight.core.files import disk_full_error
 from overnight.core.published import redacted
 from overnight.data.batches import TrainingBatches
-from overnight.data.manifest import Manifest, is_prepared, require_same_request, with_prepared_data
+from overnight.data.manifest import Manifest, is_prepared, read_manifest, require_same_request, with_prepared_data
 from overnight.data.shards import Shards, open_shards
 from overnight.device.device import Device, allow_tf32
 from overnight.device.faults import until_memory_runs_out
 from overnight.device.launch import on_main
 from overnight.doctor.machine import environment
-from overnight.errors import InputError
+from overnight.errors import InputError, first_line
 from overnight.model import optim
 from overnight.model.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
 from overnight.model.checkpoint import Saver
@@ -36,7 +36,7 @@ from overnight.planning.model_size import (
     padded_vocabulary,
 )
 from overnight.planning.scaling_law import MANY_EPOCHS, REPEATED
-from overnight.prepare.cost import expected_cost
+from overnight.prepare.cost import expected_cost, require_same_text
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.training import micro_batch
@@ -70,8 +70,18 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
 
 
 def prepare_local(recipe: Recipe, console: Console) -> None:
-    """Make the shards where they are not made yet; only then are the packages needed that do it."""
-    if is_prepared(Path(recipe.data.dir)):
+    """Make the shards where they are not made yet; only then are the packages needed that do it.
+
+    A run that has begun goes on with its shards, whatever became of the text; a new one is not trained on what was.
+    """
+    folder = Path(recipe.data.dir)
+    if is_prepared(folder):
+        try:
+            require_same_text(recipe.data, read_manifest(folder).inputs)
+        except (InputError, OSError) as error:
+            if not RunDirectory(recipe).resumable(recipe.schedule):
+                raise
+            console.log(f"{first_line(error)}; this run goes on with {folder} as it is")
         return
     require("prepare", f"`data.dir`: {recipe.data.dir} holds no prepared data; preparing it")
     from overnight.prepare.prepare import prepare
