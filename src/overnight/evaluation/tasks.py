@@ -6,6 +6,7 @@ A task is a name that lm-eval knows, or a YAML file in its format in this packag
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import _make_loader, load_yaml
 
-from overnight.core.files import no_room, within
+from overnight.core.files import errno_of, within
 from overnight.errors import InputError, first_line
 from overnight.evaluation.statistics import metric_of
 
@@ -124,7 +125,7 @@ def _build(entry: Entry, data_dir: Path | None) -> Task:
     try:
         return ConfigurableTask(config=config)
     except Exception as error:  # the Hub client, its transport and the builders share no base class
-        if no_room(error):
+        if errno_of(error) not in (None, errno.ENOENT):
             raise
         said = f"{type(error).__name__}: {first_line(error)}"
         if not _of_the_hub(error) or data_dir or config.get("dataset_path") in BUILDERS.values():
