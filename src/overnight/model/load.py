@@ -19,8 +19,8 @@ from overnight.run_dir.layout import refuse_damaged_model
 BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # implementations for which nothing is fetched
 
 
-def load_model(name: str, **how: Any) -> tuple[Any, Any]:
-    """What transformers' `from_pretrained` gives for the model of a folder or a Hub name, and its tokenizer.
+def load_model(name: str, **how: Any) -> tuple[Any, dict[str, Any], Any]:
+    """The model of a folder or a Hub name as transformers gives it, which weights did not fit it, and its tokenizer.
 
     Raises `InputError` for what is none or would need code or a pickle, `DamagedData` for a folder that is not as it
     was written, and OSError where the system refuses a file.
@@ -40,12 +40,12 @@ def load_model(name: str, **how: Any) -> tuple[Any, Any]:
         refuse_foreign_shards(name)
         how |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
-        model, found = loaded
-        if missing := sorted(found["missing_keys"]):
+        model, misfits = loaded
+        if missing := sorted(misfits["missing_keys"]):
             raise InputError(
                 f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more that its config.json names"
             )
-        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return model, misfits, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # the Hub client, its transport and the parsers share no base class
