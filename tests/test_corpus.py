@@ -140,7 +140,7 @@ def test_absent_texts_are_no_damage_and_are_told_from_it(tmp_path):
     lines = ['{"id": 1}', "", '{"text": null}', "   ", '{"text": 5}', '{"text": "good"}', "[1]", "", ""]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     marked = [row.text or row.rejected for row in read(tmp_path / "a.jsonl")]
-    assert marked == [*[NO_TEXT] * 3, "good", NOT_JSON]
+    assert marked == [*[NO_TEXT] * 3, "good", NO_TEXT]
     with pytest.raises(InputError, match=r"`data\.text_column` is body, but a\.jsonl has id"):
         list(rows(tmp_path / "a.jsonl", ".jsonl", "body", "a.jsonl"))
 
@@ -203,7 +203,15 @@ def test_what_of_a_folder_is_not_read_is_said_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{} *a.jsonl", "{}  ./a.jsonl", "SHA256 (a.jsonl) = {}", "SHA2-256(a.jsonl)= {}", "\ufeff{}  a.jsonl\r"]
+    "line",
+    [
+        "{} *a.jsonl",
+        "{}  ./a.jsonl",
+        "SHA256 (a.jsonl) = {}",
+        "{}  a.jsonl\0",
+        "SHA2-256(a.jsonl)= {}",
+        "\ufeff{}  a.jsonl\r",
+    ],
 )
 def test_a_published_sum_is_read_in_every_form_that_sha256sum_writes(tmp_path, line):
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
@@ -216,6 +224,16 @@ def test_a_published_sum_that_cannot_be_read_is_refused_with_its_line(tmp_path, 
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "SHA256SUMS").write_text(line.format("ab" * 32, "cd" * 32))
     with pytest.raises(InputError, match=r"SHA256SUMS, line \d: "):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a comment", "a folder", "a link to nothing"])
+def test_a_published_sum_that_is_not_there_is_never_passed_over(tmp_path, instead):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    sums = tmp_path / "SHA256SUMS"
+    made = {"nothing": sums.touch, "a folder": sums.mkdir, "a link to nothing": lambda: sums.symlink_to("x")}
+    made.get(instead, lambda: sums.write_text("# sums\n"))()
+    with pytest.raises((InputError, OSError), match="SHA256SUMS"):
         found(tmp_path)
 
 

@@ -205,6 +205,30 @@ def test_a_folder_of_other_files_is_left_alone(data):
     assert os.listdir(data.dir) == ["thesis.jsonl"]
 
 
+def test_a_link_to_another_disk_is_filled_and_one_to_a_disk_that_is_not_there_refused(data, tmp_path):
+    (tmp_path / "disk").mkdir()
+    Path(data.dir).symlink_to("disk")
+    prepare(data, VOCAB, **SILENT)
+    assert (tmp_path / "disk" / "manifest.json").exists()
+    (tmp_path / "other").symlink_to("not-mounted")
+    with pytest.raises(Unreachable, match="mount that disk"):
+        prepare(data.model_copy(update={"dir": str(tmp_path / "other")}), VOCAB, **SILENT)
+
+
+@pytest.mark.parametrize("row", ['[{"text": "a"}]', '{"text": null}', "<html>", ""])
+def test_text_without_a_text_is_said_to_be_that_and_not_a_small_vocabulary(data, tmp_path, row):
+    for path in (tmp_path / "text").iterdir():
+        path.write_text(f"{row}\n" * 200)
+    with pytest.raises(InputError, match=r"no row has a text: (400 times|no row)"):
+        prepare(data, VOCAB, **SILENT)
+
+
+def test_a_file_whose_name_no_manifest_takes_is_refused_before_it_is_read(data, tmp_path):
+    (tmp_path / "text" / "a.jsonl").rename(os.fsdecode(os.fsencode(tmp_path / "text") + b"/\xff.jsonl"))
+    with pytest.raises(InputError, match="no name in UTF-8"):
+        prepare(data, VOCAB, **SILENT)
+
+
 def test_two_preparations_of_one_folder_are_not_mixed(data):
     partial = Path(data.dir + ".partial")
     partial.mkdir()

@@ -132,7 +132,7 @@ def key_help(path: Path | None) -> str:
     """Every key with its docstring, by section, and its value in the recipe that was named, or else its default."""
     try:
         recipe = load(path) if path else Recipe()
-    except InputError:  # which is told when the recipe is loaded for more than its help
+    except (InputError, OSError):  # which is told when the recipe is loaded for more than its help
         recipe = Recipe()
     values, lines, before = flat(recipe.model_dump()), [], None
     for key, field in leaves():

@@ -32,8 +32,6 @@ from overnight.training import train as train_module
 
 PARENT = """import time
 from overnight.core.processes import Helper
-from overnight.core.published import redacted
-from overnight.data.manifest import name_prepared, read_manifest, require_same_request
 print(Helper("-c", "import time; time.sleep(600)").process.pid, flush=True)
 time.sleep(600)"""
 
@@ -137,6 +135,24 @@ def test_h7_weights_are_never_read_from_a_pickle(model):
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no model can be loaded from there"):
+        Writer.load(str(model))
+
+
+@pytest.mark.parametrize("shard", ["shard.bin", "../shard.safetensors"])
+def test_h7_an_index_names_nothing_but_safetensors_files_beside_it(model, shard):
+    weights = load_file(model / "model.safetensors")
+    torch.save(weights, model / "shard.bin")
+    (model / "model.safetensors").rename(model / "../shard.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, shard)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="no safetensors file beside it"):
+        Writer.load(str(model))
+
+
+def test_h7_a_model_whose_weights_are_not_all_there_is_not_filled_up_by_chance(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    with pytest.raises(InputError, match=r"its weights lack transformer\.h\.2\..* and 11 more"):
         Writer.load(str(model))
 
 

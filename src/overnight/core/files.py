@@ -39,13 +39,14 @@ def sha256(path: Path) -> str:
 def read_sums(path: Path) -> dict[str, str]:
     """The SHA-256 of each name in a SHA256SUMS, whether sha256sum wrote it as text, binary or with `--tag`.
 
-    Raises InputError for a line that is none of these, or a name with two sums: what is published could not be checked.
+    Nothing where there is none. Raises InputError for one without a sum, a line that is none of these, or a name with
+    two sums: what is published could not be checked; and OSError where it cannot be read, as a link to nothing.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     found: dict[str, str] = {}
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").splitlines()
-    for number, line in enumerate(lines, start=1):
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    for number, line in enumerate(text.replace("\0", "\n").splitlines(), start=1):
         match = SUM_LINE.fullmatch(line.strip())
         if line.strip() and not line.startswith("#") and match is None:
             raise InputError(f"{path}, line {number}: no SHA-256 and name; `sha256sum FILE > {path.name}` writes one")
@@ -56,6 +57,8 @@ def read_sums(path: Path) -> dict[str, str]:
             sha256 = (match["sum"] or match["tagged_sum"]).lower()
             if found.setdefault(name, sha256) != sha256:
                 raise InputError(f"{path}, line {number}: {name} has two sums; leave the one that is right")
+    if not found:
+        raise InputError(f"{path} holds no sum; write it again, or remove it")
     return found
 
 
@@ -174,6 +177,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     return (float(value) if math.isfinite(value) else None) if isinstance(value, numbers.Real) else value
+
+
+def of_this_machine(error: Exception) -> bool:
+    """Whether a file of this machine, and no network, is behind an error: another try would meet the same."""
+    known = NO_ROOM | {errno.EMFILE, errno.ENFILE, errno.EROFS}
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in known)
 
 
 def no_room(error: Exception) -> bool:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
+from overnight.core.files import errno_of
 from overnight.data.encoder import json_fingerprint
 from overnight.errors import InputError, Unreachable, first_line
 from overnight.recipe.text import refuse_missing_folder
@@ -57,14 +58,16 @@ def _pieces(text: str) -> Iterator[str]:
 def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer by Hub name or from a folder, without running code from either.
 
-    Raises InputError naming `data.tokenizer` when it cannot be had, has no end-of-text token or ids with holes, and
-    Unreachable when the Hub stays away.
+    Raises InputError naming `data.tokenizer` when it cannot be had, has no end-of-text token or ids with holes,
+    Unreachable when the Hub stays away, and OSError where the system refuses a file.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(fetched(name_or_dir), trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # the Hub client, its transport and the parsers share no base class
+        if errno_of(error) is not None:
+            raise
         raise InputError(
             f"`data.tokenizer` is {name_or_dir}, which cannot be loaded: {first_line(error)} "
             "Check the name and the network, give a folder with a tokenizer.json, or use `trained`"

@@ -17,6 +17,7 @@ from overnight.evaluation.cache import ResponseCache, key_of
 from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
 from overnight.evaluation.scoring import Answer, Request, batches_of
+from overnight.recipe.text import shown
 
 SAME = 1e-6  # of a log-likelihood: equal sums of float32 in another order differ by less
 LM_EVAL_BATCH = 8  # rows, where a model reads no trees and lm-eval's own code serves
@@ -149,6 +150,8 @@ def ties_as_chance(
     }
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     right = {choices.index(g) if g in choices else g for g in (gold if isinstance(gold, list) else [gold])}
+    if right - {*range(len(choices))}:  # which lm-eval counts as wrong, whatever was answered
+        raise InputError(f"`--tasks`: {task.task_name}: {gold!r} is none of the {len(choices)} choices of {shown(doc)}")
     found = {}
     for metric in lengths.keys() & metrics.keys():
         scores = np.array(likelihoods[: len(choices)]) / np.maximum(lengths[metric], 1)

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
+from overnight.core.files import errno_of
 from overnight.data.batches import to_device, validation_batches
 from overnight.data.shards import Split
 from overnight.errors import InputError, first_line
@@ -159,6 +160,8 @@ def read_texts(spec: str) -> list[str]:
             documents = datasets.load_dataset(name, config or None, split=split or "test")[column or "text"]
             found = [document for document in documents if document.strip()]
         except Exception as error:  # the Hub client, its transport and the builders share no base class
+            if errno_of(error) is not None:
+                raise
             raise InputError(
                 f"`--texts`: {spec} is neither a {FORMATS} file nor a dataset that can be read "
                 f"({first_line(error)}); EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page is one, "

@@ -63,7 +63,7 @@ class EvalModel:
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
     """The model of a folder or a Hub name. Raises as `load.load_model` does, and for a slow tokenizer."""
-    model, tokenizer = load.load_model(name, dtype=dtype)
+    model, _, tokenizer = load.load_model(name, dtype=dtype)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no tokenizer.json, or no end-of-text token to begin a text with")
     embedding: Any = model.get_input_embeddings()

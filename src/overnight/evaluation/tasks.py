@@ -6,7 +6,9 @@ A task is a name that lm-eval knows, or a YAML file in its format in this packag
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import lm_eval.tasks
 import lm_eval.utils
 import numpy as np
 import yaml
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.registry import metric_registry
@@ -25,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import _make_loader, load_yaml
 
-from overnight.core.files import no_room, within
+from overnight.core.files import errno_of, within
 from overnight.errors import InputError, first_line
 from overnight.evaluation.statistics import metric_of
 
@@ -49,7 +52,8 @@ class Benchmark:
     @property
     def versions(self) -> list[str]:
         """The version of each task's definition, as lm-eval numbers them, without repetition."""
-        return sorted({str((task.config.metadata or {}).get("version", "-")) for task in self.tasks})
+        metadata = [task.config.metadata for task in self.tasks]
+        return sorted({str(each.get("version", "-")) if isinstance(each, dict) else "-" for each in metadata})
 
 
 def load_benchmarks(names: list[str], index: dict[str, Entry], data_dir: Path | None = None) -> list[Benchmark]:
@@ -58,7 +62,25 @@ def load_benchmarks(names: list[str], index: dict[str, Entry], data_dir: Path | 
     Raises InputError for a kind of task that is not scored by log-likelihoods, and for items that cannot be had.
     """
     render_in_sandbox()
-    return [Benchmark(name, [_build(index[leaf], data_dir) for leaf in leaves_of(name, index)]) for name in names]
+    found = []
+    for name in names:
+        with refusals(name):
+            found.append(Benchmark(name, [_build(index[leaf], data_dir) for leaf in leaves_of(name, index)]))
+        if not found[-1].tasks:
+            raise InputError(f"`--tasks`: {name} is a group without a task")
+    return found
+
+
+@contextmanager
+def refusals(names: str) -> Iterator[None]:
+    """Make an InputError of whatever lm-eval raises at the files of these tasks; what the system refuses stays that."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # KeyError, TypeError, RecursionError: what a file may lack, nobody has listed
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"`--tasks`: {names} cannot be used ({said})") from error
 
 
 def render_in_sandbox() -> None:
@@ -77,9 +99,10 @@ def index_of(names: list[str], tasks_dir: Path | None = None, *, trust: bool = F
         check_task_files(tasks_dir, trust=trust)
     own = [str(OWN_TASKS), *([str(tasks_dir)] if tasks_dir else [])]
     usual = [str(LM_EVAL_TASKS / folder) for folder in DEFAULT_FOLDERS]
-    index = TaskManager(include_path=[*usual, *own], include_defaults=False).task_index
-    if any(name not in index for name in names):
-        index = TaskManager(include_path=own).task_index
+    with refusals(", ".join([*names, *([f"with the files in {tasks_dir}"] if tasks_dir else [])])):
+        index = TaskManager(include_path=[*usual, *own], include_defaults=False).task_index
+        if any(name not in index for name in names):
+            index = TaskManager(include_path=own).task_index
     unknown = [name for name in names if name not in index]
     if unknown:
         raise InputError([f"`--tasks`: there is no task {name}{nearest(name, index)}" for name in unknown])
@@ -115,7 +138,7 @@ def _build(entry: Entry, data_dir: Path | None) -> Task:
             f"`--tasks`: {entry.name} is of the type {config.get('output_type')}; what is scored by log-likelihoods "
             f"({', '.join(SCORED)}) works"
         )
-    if config.get("dataset_path") in BUILDERS.values():
+    if config.get("dataset_path") in _PACKAGED_DATASETS_MODULES:
         files = config["dataset_kwargs"]["data_files"]  # they lie beside the task's file
         beside = {split: str(within(entry.yaml_path.parent, str(name))) for split, name in files.items()}
         config["dataset_kwargs"] = {"data_files": beside}
@@ -124,7 +147,7 @@ def _build(entry: Entry, data_dir: Path | None) -> Task:
     try:
         return ConfigurableTask(config=config)
     except Exception as error:  # the Hub client, its transport and the builders share no base class
-        if no_room(error):
+        if errno_of(error) not in (None, errno.ENOENT):
             raise
         said = f"{type(error).__name__}: {first_line(error)}"
         if not _of_the_hub(error) or data_dir or config.get("dataset_path") in BUILDERS.values():
@@ -224,7 +247,7 @@ def _code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[str]:
             reasons.append(f"`class: {value}` is code")
         elif key == "hf_evaluate" and value != "false":
             reasons.append("`hf_evaluate` fetches code")
-        elif key == "metric" and value not in metric_registry:
+        elif key == "metric" and isinstance(value, str) and value not in metric_registry:
             reasons.append(f"the metric `{value}` is not lm-eval's own, which would fetch code of that name")
         elif key == "include" and isinstance(value, str) and (included := path.parent / value) not in seen:
             reasons += _code_in(included, seen | {path}) if not _lm_eval_has(included) else []

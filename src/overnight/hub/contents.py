@@ -145,7 +145,12 @@ def exact_state(run: Path) -> Commit | None:
         there = staged / path.relative_to(run)
         there.mkdir(parents=True)
         for name, file in allowed_files(path, ANY).items():
-            os.link(file, there / name, follow_symlinks=False)
+            try:
+                os.link(file, there / name, follow_symlinks=False)
+            except FileNotFoundError:  # pruned by now
+                raise
+            except OSError:  # a file system without hard links
+                shutil.copyfile(file, there / name, follow_symlinks=False)
         refuse_damaged(there)
     for name in RUN_FILES:
         if (run / name).is_file() and not (run / name).is_symlink():

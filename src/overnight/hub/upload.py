@@ -31,7 +31,7 @@ from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
 from overnight.core.console import outlets
-from overnight.core.files import sha256
+from overnight.core.files import of_this_machine, sha256
 from overnight.errors import (
     EXIT_INPUT,
     EXIT_INTERRUPTED,
@@ -39,6 +39,7 @@ from overnight.errors import (
     InputError,
     Unreachable,
     first_line,
+    refused_by_system,
     script_command,
 )
 from overnight.hub.contents import Commit, commits, linked
@@ -151,6 +152,8 @@ def with_exponential_backoff(act: Callable[[], Result], *, patience: float, log:
         except Exception as error:  # httpx's transport errors are of neither huggingface_hub's classes nor OSError
             if (why := refusal(error)) is not None:
                 raise InputError(why) from None
+            if of_this_machine(error):
+                raise refused_by_system(error) from None
             last, problem = problem, f"{type(error).__name__}: {first_line(error)}"
         deadline = deadline or time.monotonic() + patience
         left = deadline - time.monotonic()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from overnight.core.files import remove
+from overnight.core.files import remove, strict_json
 from overnight.core.sums import damage, discard, put_in_place
 from overnight.errors import DamagedData, Unreachable
 from overnight.run_dir.layout import saved_iterations
@@ -59,7 +59,7 @@ class Saver:
         if self._underway:
             self._underway.exception()  # wait; its outcome has still to be asked for
         started = time.monotonic()
-        text = json.dumps(state, indent=1)
+        text = strict_json(state, indent=1)
         copies = self._copied(tensors)
         held = time.monotonic() - started
 

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -88,9 +87,7 @@ def verify_export(
 
 def export_faults(folder: str, probe: str) -> list[str]:
     """What a fresh reader of `folder` finds different from the logits stored in `probe`; empty when all is well."""
-    model: Any
-    info: dict
-    (model, info), tokenizer = load_model(folder, output_loading_info=True)
+    model, info, tokenizer = load_model(folder)
     stored = load_file(probe)
     found = [f"{kind}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
     if len(tokenizer) != model.config.vocab_size:

@@ -33,7 +33,7 @@ class Writer:
     def load(cls, name: str) -> Writer:
         """The model in a folder or on the Hub, on the best device; raises as `load_model` does."""
         disable_progress_bar()
-        model, tokenizer = load_model(name)
+        model, _, tokenizer = load_model(name)
         return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     @torch.no_grad()

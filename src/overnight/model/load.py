@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from overnight.core.files import errno_of
 from overnight.errors import InputError, first_line
@@ -16,8 +19,8 @@ from overnight.run_dir.layout import refuse_damaged_model
 BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # implementations for which nothing is fetched
 
 
-def load_model(name: str, **how: Any) -> tuple[Any, Any]:
-    """What transformers' `from_pretrained` gives for the model of a folder or a Hub name, and its tokenizer.
+def load_model(name: str, **how: Any) -> tuple[Any, dict[str, Any], Any]:
+    """The model of a folder or a Hub name as transformers gives it, which weights did not fit it, and its tokenizer.
 
     Raises `InputError` for what is none or would need code or a pickle, `DamagedData` for a folder that is not as it
     was written, and OSError where the system refuses a file.
@@ -34,14 +37,29 @@ def load_model(name: str, **how: Any) -> tuple[Any, Any]:
                 f"{name}: no model can be loaded from there: its config.json names code that is never fetched or run"
                 f" ({', '.join(code)}); a model of an architecture that transformers has works"
             )
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **how)
-        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        refuse_foreign_shards(name)
+        how |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
+        model, misfits = loaded
+        if missing := sorted(misfits["missing_keys"]):
+            raise InputError(
+                f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more that its config.json names"
+            )
+        return model, misfits, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # the Hub client, its transport and the parsers share no base class
         if errno_of(error) is not None:
             raise
         raise InputError(f"{name}: no model can be loaded from there: {first_line(error)}") from error
+
+
+def refuse_foreign_shards(name: str) -> None:
+    """Raise `InputError` for an index that names anything but safetensors files beside it: transformers reads that."""
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    for shard in set(json.loads(Path(index).read_bytes())["weight_map"].values()) if index else ():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise InputError(f"{index} names {shard!r}, which is no safetensors file beside it")
 
 
 def code_in(config: dict[str, Any]) -> Iterator[str]:

@@ -100,7 +100,7 @@ def _copy_one_by_one(stage: Stage, held: np.ndarray, job: Job, writer: SplitWrit
 
 
 def _require_enough(data: Data, val_tokens: int, train_tokens: int) -> None:
-    problems = []
+    problems = [] if val_tokens or train_tokens else [f"`data.path` is {data.path}, where no row has a text"]
     if val_tokens < data.val_tokens:
         problems.append(
             f"`data.val_tokens` is {data.val_tokens:,}, but the reserved documents hold {val_tokens:,} tokens, "

@@ -1,4 +1,4 @@
-"""What preparing takes: download, disk and minutes, said beforehand, and the disk that has to be free."""
+"""Whether, and at what cost, text is prepared: is it what it was, what disk is free, download, disk and minutes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from overnight.core.extras import require
+from overnight.core.files import sha256
 from overnight.data.encoder import FastTokenizer
-from overnight.data.manifest import dtype_for, is_prepared
+from overnight.data.manifest import InputRecord, dtype_for, is_prepared
 from overnight.errors import InputError
 from overnight.prepare.sources import SourceFile, find
 from overnight.recipe.schema import Data, Recipe
@@ -91,4 +92,27 @@ def require_room(partial: Path, data: Data, vocab_size: int, files: list[SourceF
         raise InputError(
             f"`data.dir`: {partial.parent} has {free / 1e9:,.1f} GB free, and preparing needs about "
             f"{needed / 1e9:,.1f} GB more ({listed}): make room, name a folder on another disk, or take fewer files"
+        )
+
+
+def require_same_text(data: Data, inputs: list[InputRecord]) -> None:
+    """Raise InputError when files on this machine are not those that were prepared, by name, size and SHA-256.
+
+    Files that are gone altogether are not missed: shards are trained on where their text is not.
+    """
+    before = {record.name: record for record in inputs if "://" not in record.name}
+    if data.source != "files" or not any(os.path.exists(name) for name in before):
+        return
+    now = {file.name: file for file in find(data, None) if not file.remote}
+    last = max(before)
+    problems = [f"{name} is gone" for name in before if name not in now]
+    problems += [f"{name} is new" for name in now if name not in before and (data.train_tokens is None or name < last)]
+    for name in before.keys() & now.keys():
+        sizes = before[name].bytes, now[name].size
+        if sizes[0] != sizes[1] or before[name].sha256 != sha256(Path(name)):
+            problems.append(f"{name} has changed (it had {sizes[0]:,} bytes and has {sizes[1]:,})")
+    if problems:
+        raise InputError(
+            [f"`data.path`: {each} since the data in {data.dir} was prepared" for each in sorted(problems)]
+            + ["name a new `data.dir` to prepare the text as it is now, or go back to the text as it was"]
         )

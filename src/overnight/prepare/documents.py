@@ -29,7 +29,7 @@ ASCII_SPACES = bytes(SPACE if chr(code).isspace() and code < 128 else code for c
 """For bytes.translate: makes a space of what str.split takes for one."""
 NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG = (
     "no UTF-8 text",
-    "no JSON object",
+    "no JSON",
     "no text there",
     f"over {LONGEST_ROW >> 20} MiB",
 )
@@ -204,7 +204,7 @@ def _json_rows(file: BinaryIO, column: str, name: str) -> Iterator[Raw]:
             yield NOT_UTF8 if isinstance(error, UnicodeDecodeError) else NOT_JSON
             continue
         if not isinstance(record, dict):
-            yield NOT_JSON
+            yield NO_TEXT
             continue
         if column in record:
             other = set()

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,13 +25,12 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 from transformers import PreTrainedTokenizerFast
 
-from overnight.core.files import atomic_write, disk_full_error, sha256
+from overnight.core.files import atomic_write, disk_full_error, refuse_dangling
 from overnight.core.lock import hold, kernel_lock
 from overnight.core.scripts import no_command
 from overnight.data.manifest import (
     MANIFEST,
     Counts,
-    InputRecord,
     Manifest,
     dtype_for,
     is_prepared,
@@ -43,8 +42,8 @@ from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenize
 from overnight.errors import InputError
 from overnight.prepare import sources
 from overnight.prepare.build_shards import build_shards
-from overnight.prepare.cost import require_room
-from overnight.prepare.documents import is_reserved, rows, text_hash
+from overnight.prepare.cost import require_room, require_same_text
+from overnight.prepare.documents import FORMATS, is_reserved, rows, text_hash
 from overnight.prepare.progress import watched
 from overnight.prepare.sources import SourceFile
 from overnight.prepare.tokenize_files import Job, pipeline
@@ -76,7 +75,7 @@ def prepare(
     folder = Path(data.dir)
     if is_prepared(folder):
         require_same_request(folder, data, vocab_size)
-        _require_same_text(data, read_manifest(folder).inputs)
+        require_same_text(data, read_manifest(folder).inputs)
         report(f"{folder}: already prepared; verifying it")
         if _partial(folder).exists():  # killed after the folder had its name
             with _claimed(folder) as partial:
@@ -84,6 +83,9 @@ def prepare(
         return verify(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"`data.dir` is {folder}, which holds other files and no {MANIFEST}: name a new folder")
+    refuse_dangling(folder)
+    if folder.is_symlink() or not folder.name:  # the folder behind a link is what gets its name at the end
+        folder = folder.resolve()
     workers = workers or Workers()
     with _claimed(folder) as partial, disk_full_error(partial, "data.dir"):
         commit = sources.pinned_commit(data)
@@ -100,29 +102,6 @@ def prepare(
     train, val = (sum(record.tokens for record in side) for side in (manifest.train, manifest.val))
     report(f"{folder}: {train:,} training and {val:,} validation tokens{_left_out(manifest.counts)}")
     return manifest
-
-
-def _require_same_text(data: Data, inputs: list[InputRecord]) -> None:
-    """Raise InputError when files on this machine are not those that were prepared, by name, size and SHA-256.
-
-    Files that are gone altogether are not missed: shards are trained on where their text is not.
-    """
-    before = {record.name: record for record in inputs if "://" not in record.name}
-    if data.source != "files" or not any(os.path.exists(name) for name in before):
-        return
-    now = {file.name: file for file in sources.find(data, None) if not file.remote}
-    last = max(before)
-    problems = [f"{name} is gone" for name in before if name not in now]
-    problems += [f"{name} is new" for name in now if name not in before and (data.train_tokens is None or name < last)]
-    for name in before.keys() & now.keys():
-        sizes = before[name].bytes, now[name].size
-        if sizes[0] != sizes[1] or before[name].sha256 != sha256(Path(name)):
-            problems.append(f"{name} has changed (it had {sizes[0]:,} bytes and has {sizes[1]:,})")
-    if problems:
-        raise InputError(
-            [f"`data.path`: {each} since the data in {data.dir} was prepared" for each in sorted(problems)]
-            + ["name a new `data.dir` to prepare the text as it is now, or go back to the text as it was"]
-        )
 
 
 def _left_out(counts: Counts) -> str:
@@ -206,11 +185,13 @@ def _tokenizer(
 def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Iterator[str]:
     """The first training documents, as the shards will have them."""
     seen: set[bytes] = set()
+    found: Counter[str] = Counter()
     left = TOKENIZER_CHARACTERS
     for file in files:
         path, _ = sources.fetch(file, inputs)
         for row in rows(path, file.form, data.text_column, file.name):
             if not row.text or not row.text.strip() or (key := text_hash(row.text)) in seen:
+                found[row.rejected] += 1
                 continue
             seen.add(key)
             if not is_reserved(key, data.reserved_fraction):
@@ -218,6 +199,9 @@ def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Itera
                 left -= len(row.text)
                 if left <= 0:
                     return
+    if not seen:
+        why = ", ".join(f"{number:,} times {reason or 'empty'}" for reason, number in found.items()) or "no row at all"
+        raise InputError(f"`data.path` is {data.path}, where no row has a text: {why}; {FORMATS} files with one work")
 
 
 def _stage(job: Job, workers: Workers) -> None:

@@ -119,7 +119,7 @@ def _local(place: str, report: Callable[[str], None]) -> Iterator[SourceFile]:
         about = path.stat()
         if path.parent not in sums:
             sums[path.parent] = files.read_sums(path.with_name(SHA256SUMS))
-        published = sums[path.parent].get(path.name)
+        published = sums[path.parent].get(path.name) or sums[path.parent].get(os.path.abspath(path))
         if sums[path.parent] and published is None:
             report(f"{path} has no sum in the {SHA256SUMS} beside it, and is not checked")
         yield SourceFile(str(path), about.st_size, str(about.st_mtime_ns), published)
@@ -171,6 +171,8 @@ def _remote(pattern: str, report: Callable[[str], None]) -> Iterator[SourceFile]
 def _require_format(name: str, place: str) -> None:
     if format_of(name) is None:
         raise InputError(f"`data.path` is {place}: cannot read {name}; files end in {FORMATS}")
+    if not name.encode(errors="replace") == os.fsencode(name):
+        raise InputError(f"`data.path` is {place}: {name!r} is no name in UTF-8, so no manifest takes it; rename it")
 
 
 def with_retries(action: Callable[[], T], name: str) -> T:
@@ -182,6 +184,8 @@ def with_retries(action: Callable[[], T], name: str) -> T:
         try:
             return action()
         except Exception as error:  # the clients of fsspec's file systems and of the Hub share no base class
+            if files.of_this_machine(error):
+                raise
             said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             if _is_refusal(error):
                 raise InputError(

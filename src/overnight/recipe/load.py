@@ -82,6 +82,7 @@ DIALECTS = {
 
 
 CREDENTIALS = re.compile(r"://[^/\s@]*@")
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no file of UTF-8, and in no name of a file
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,7 +101,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     data.setdefault("name", path.stem)
     for key, value in pairs(overrides, problems):
         _place(data, key.split("."), value, problems)
-    _refuse_credentials(path, data)
+    _refuse_unwritable(path, data)
     recipe, broken = _validate(data, problems)
     problems += [text for keys, text in conflicts(recipe) if not broken.intersection(keys)]
     if problems:
@@ -109,14 +110,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _refuse_credentials(path: Path, data: Any, key: str = "") -> None:
-    """Raise `InputError`, which does not repeat them: a recipe is copied into run, model card and manifest."""
+def _refuse_unwritable(path: Path, data: Any, key: str = "") -> None:
+    """Raise `InputError` for what no file takes, and credentials: a recipe is copied into run, card and manifest."""
     if isinstance(data, dict):
         for name, value in data.items():
-            _refuse_credentials(path, value, f"{key}.{name}".removeprefix("."))
+            _refuse_unwritable(path, value, f"{key}.{name}".removeprefix("."))
     if isinstance(data, list):
         for value in data:
-            _refuse_credentials(path, value, key)
+            _refuse_unwritable(path, value, key)
+    if isinstance(data, str) and UNWRITABLE.search(data):
+        raise InputError(f"{path}: `{key}` is {_quoted(data)}, which is no text in UTF-8; letters would work")
     if isinstance(data, str) and CREDENTIALS.search(data):
         raise InputError(
             f"{path}: `{key}`: a name and password in a URL would be written into everything that is made of it;"
@@ -219,7 +222,9 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
             f"`schedule.milestones` holds {wrong[0]}; one below `schedule.max_iters` {schedule.max_iters}, whose decay"
             " begins after the warmup, would work",
         )
-    if data.source != "adopted" and (data.source == "embedded") == (data.path is not None):
+    if not re.fullmatch("[a-z0-9][a-z0-9.-]*", recipe.hub.license):  # as the Hub's identifiers are
+        yield {"hub.license"}, f"`hub.license` is {recipe.hub.license!r}: an identifier such as apache-2.0 would work"
+    if data.source != "adopted" and (data.source == "embedded") == bool(data.path):
         needed = "has no use with" if data.path else "is needed with"
         yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
 
@@ -249,6 +254,8 @@ def _works(field: Any, value: Any, wanted: str) -> str:
     """What could stand in place of a value that was refused."""
     kinds = kinds_of(field) if field else set()
     if list in kinds and str not in kinds and isinstance(value, str):
+        if value.startswith("["):
+            return "quotes around the whole list would work"
         return f"`[{shown(value)}]` would work"
     if value is not None and "valid string" in wanted and not isinstance(value, dict):
         return "what looks like something else is text in quotes"

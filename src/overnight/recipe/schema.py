@@ -15,10 +15,10 @@ from overnight.errors import script_command
 LARGEST = 2**48  # of a count: what is computed from one still fits 64 bits
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30)]  # which a float32 still holds
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
-PathText = Annotated[str, AfterValidator(expanduser)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expanduser)]
 """Text that may be a path; `~` is the home folder wherever one is written."""
 
 

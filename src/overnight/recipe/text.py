@@ -16,10 +16,11 @@ from overnight.recipe.schema import leaves, repository
 
 UNREADABLE = (yaml.YAMLError, UnicodeDecodeError)
 DEEPEST = 10
+_BASE_60_OR_8 = re.compile(r"[-+]?(0[\d_]+|[\d_]+:[\d_:.]+)")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with `1e-3` as a number, as YAML 1.2 has it, and dates as text: no key is a date.
+    """YAML with numbers as YAML 1.2 has them, `1e-3` one, `7:30` and `010` none, and dates as text: no key is a date.
 
     Duplicate keys, which PyYAML drops in silence, are refused, and so are keys that are no names, and aliases: a few
     lines of these can stand for more values than a memory holds.
@@ -29,7 +30,8 @@ class _Loader(yaml.SafeLoader):
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)
-        return "tag:yaml.org,2002:str" if tag == "tag:yaml.org,2002:timestamp" else tag
+        text = tag == "tag:yaml.org,2002:timestamp" or (isinstance(value, str) and _BASE_60_OR_8.fullmatch(value))
+        return "tag:yaml.org,2002:str" if text else tag
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -56,7 +58,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, IndexError, AttributeError) as error:
             raise _refusal(node.start_mark, f"`{shown(node.value)}` cannot be read ({first_line(error)})") from None
 
 
@@ -70,14 +72,14 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a file. Raises `InputError` for what is none, and what no recipe can hold."""
+    """The mapping in a file. Raises `InputError` for what is none, or no recipe can hold, and OSError as it comes."""
     try:
         with path.open(encoding="utf-8") as file:
             data = yaml.load(file, Loader=_Loader)
     except FileNotFoundError:
         known = sorted(str(other) for other in path.parent.glob("*.yaml")) or ["recipes/quickstart.yaml"]
         raise InputError(f"{path}: there is no such recipe; there are {', '.join(known)}") from None
-    except (OSError, *UNREADABLE) as error:
+    except (IsADirectoryError, NotADirectoryError, *UNREADABLE) as error:
         raise InputError(f"{path}: not a readable YAML file: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds {type(data).__name__}, where a recipe is `key: value` lines")

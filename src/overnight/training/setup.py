@@ -15,13 +15,13 @@ from overnight.core.console import Console, estimated_end
 from overnight.core.files import disk_full_error
 from overnight.core.published import redacted
 from overnight.data.batches import TrainingBatches
-from overnight.data.manifest import Manifest, is_prepared, require_same_request, with_prepared_data
+from overnight.data.manifest import Manifest, is_prepared, read_manifest, require_same_request, with_prepared_data
 from overnight.data.shards import Shards, open_shards
 from overnight.device.device import Device, allow_tf32
 from overnight.device.faults import until_memory_runs_out
 from overnight.device.launch import on_main
 from overnight.doctor.machine import environment
-from overnight.errors import InputError
+from overnight.errors import InputError, first_line
 from overnight.model import optim
 from overnight.model.attention import AttentionReport, attention_report, kernel_of_device, refuse_another
 from overnight.model.checkpoint import Saver
@@ -35,7 +35,7 @@ from overnight.planning.model_size import (
     padded_vocabulary,
 )
 from overnight.planning.scaling_law import MANY_EPOCHS, REPEATED
-from overnight.prepare.cost import require_data
+from overnight.prepare.cost import require_data, require_same_text
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.training import micro_batch
@@ -63,9 +63,19 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
 
 
 def prepare_local(recipe: Recipe, console: Console) -> None:
-    """Make the shards where they are not made yet; only then are the packages needed that do it."""
+    """Make the shards where they are not made yet; only then are the packages needed that do it.
+
+    A run that has begun continues with its shards, whatever became of the text; a new one is not trained on what was.
+    """
     require_data(recipe)
-    if is_prepared(Path(recipe.data.dir)):
+    folder = Path(recipe.data.dir)
+    if is_prepared(folder):
+        try:
+            require_same_text(recipe.data, read_manifest(folder).inputs)
+        except (InputError, OSError) as error:
+            if not RunDirectory(recipe).resumable(recipe.schedule):
+                raise
+            console.log(f"{first_line(error)}; this run continues with {folder} as it is")
         return
     from overnight.prepare.prepare import prepare
 

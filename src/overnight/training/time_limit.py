@@ -7,7 +7,6 @@ and may be changed as long as nothing has been decayed.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
@@ -17,7 +16,7 @@ import psutil
 from accelerate.utils import broadcast_object_list
 
 from overnight.core.console import duration
-from overnight.core.files import atomic_write
+from overnight.core.files import atomic_write, strict_json
 from overnight.errors import InputError
 from overnight.recipe.schedule import branch_point, ending_now, towards
 from overnight.recipe.schema import Recipe
@@ -113,7 +112,7 @@ def begin(run: Run) -> None:
 
 def keep(run: Run, limit: TimeLimit) -> None:
     """Write `night.json`."""
-    atomic_write(run.directory.path / FILE, json.dumps(asdict(limit.kept), indent=1))
+    atomic_write(run.directory.path / FILE, strict_json(asdict(limit.kept), indent=1))
 
 
 def target_in_time(run: Run) -> int | None:
