@@ -45,24 +45,26 @@ VARIANTS = (
     PLAIN,
     Variant("bf16-residuals", True, True),
     Variant("no-biases", False, False),
-    Variant("both", True, False),
 )
 
 
 def train_in_bf16(variant: Variant, arguments: list[str]) -> None:
     """recipes/train.py in this process with a variant's model, in the precision that a GPU takes."""
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
     from overnight.device import launch
     from overnight.model import gpt2
 
     build = gpt2.LanguageModel.__init__
 
+    def in_bf16(embeddings: nn.Module, _: tuple[Tensor], embedded: Tensor) -> Tensor:
+        return embedded.to(torch.bfloat16) if embeddings.training else embedded
+
     def varied(self: gpt2.LanguageModel, *args, **options) -> None:
         build(self, *args, **options)
-        embeddings: nn.Module = self.gpt2.transformer.drop
-        if variant.bf16_residuals:  # as compiled code has them
-            embeddings.register_forward_hook(gpt2.in_products_type)
+        if variant.bf16_residuals:  # all residuals have the type of the embeddings
+            self.gpt2.transformer.drop.register_forward_hook(in_bf16)
 
     gpt2.LanguageModel.__init__ = varied  # type: ignore[method-assign]
     launch.resolve_precision = lambda *_, **__: "bf16"  # type: ignore[assignment]

@@ -100,20 +100,6 @@ def test_a_second_size_is_compiled_for_itself_and_stays_one_graph(graphs):
     assert problems(bodies[1:]) == []
 
 
-@pytest.mark.parametrize(
-    ("compile", "train", "expected"),
-    [(True, True, torch.bfloat16), (True, False, torch.float32), (False, True, torch.float32)],
-)
-def test_compiled_code_has_the_residual_stream_in_the_type_of_the_products_while_training(compile, train, expected):
-    model = LanguageModel(SHAPE, 0, compile=compile).train(train)
-    seen = []
-    for block in model.gpt2.transformer.h:
-        block.register_forward_hook(lambda _, args, out: seen.extend([args[0].dtype, out.dtype]))
-    with torch.autocast("cpu", torch.bfloat16):
-        model.body(torch.zeros(1, 32, dtype=torch.int64))
-    assert seen == [expected] * 2 * SHAPE.n_layer
-
-
 def test_a_graph_break_in_the_body_ends_the_start_instead_of_slowing_the_night(monkeypatch):
     def broken(model, ids):
         hidden = model.gpt2.transformer(ids, use_cache=False).last_hidden_state

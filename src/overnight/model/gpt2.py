@@ -37,17 +37,6 @@ def causal_only(
     return out.transpose(1, 2), None  # (batch, time, heads, head_dim)
 
 
-def in_products_type(module: nn.Module, _: tuple[Tensor], embedded: Tensor) -> Tensor:
-    """The embeddings (batch, time, n_embd), while training in the type of autocast's products, and so all residuals.
-
-    A forward hook of what makes the embeddings, for compiled code: its kernels take norms of them in float32 inside.
-    """
-    device = embedded.device.type
-    if not (module.training and torch.is_autocast_enabled(device)):
-        return embedded
-    return embedded.to(torch.get_autocast_dtype(device))
-
-
 def gpt2_config(model: Model, eos_token_id: int, *, training: bool) -> GPT2Config:
     """The GPT2Config of a recipe: padded and mask-free while training, plain when published."""
     config = GPT2Config(
@@ -76,8 +65,6 @@ class LanguageModel(nn.Module):
     def __init__(self, model: Model, eos_token_id: int, *, compile: bool):
         super().__init__()
         self.gpt2 = GPT2LMHeadModel(gpt2_config(model, eos_token_id, training=True))
-        if compile:  # eager norms would make copies in float32, and move more
-            self.gpt2.transformer.drop.register_forward_hook(in_products_type)
         if not model.bias:
             for name, parameter in self.gpt2.named_parameters():
                 parameter.requires_grad_(".ln_" in name or not name.endswith(".bias"))

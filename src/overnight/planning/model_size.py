@@ -56,20 +56,20 @@ def peak_memory(
 ) -> int:
     """Bytes of all tensors at the peak of an iteration, which is inside of a chunk of the loss.
 
-    Under `bf16` autocast or in float32, `compiled` or not; `chunk` is the rows of logits at once, CUDA's by default.
-    benchmarks/memory.py holds it against a traced step and CUDA's allocator; what is no tensor of the step's own,
-    `beside_the_tensors` has.
+    Under `bf16` autocast or in float32. The body takes the same compiled or not: Inductor keeps as much for the
+    backward as eager operators do. The loss is `compiled` or not, and `chunk` is the rows of logits at once, CUDA's by
+    default. benchmarks/memory.py holds it against a traced step and CUDA's allocator; what is no tensor of the step's
+    own, `beside_the_tensors` has.
     """
     width, vocabulary, tokens = model.n_embd, padded_vocabulary(model.vocab_size), micro_batch * sequence_length
     hidden = 12 * model.n_layer * width**2  # elements of the blocks' matrices
     parameters = parameter_count(model, vocabulary)
     state = 8 * parameters - (4 * hidden if optimizer == "muon" else 0)  # two moments each, or Muon's one
     kept = 8 * parameters + state + bf16 * 2 * hidden  # in float32 with gradients, and the blocks' matrices in bf16
-    # A token and layer: in the products' type two norms, q, k, v, attention, both sides of gelu, and two residuals, of
-    # which eager norms keep copies in float32. Then the norms' mean and deviation, attention's log-sum-exp.
+    # A token and layer: two residuals in float32; in the products' type two norms, q, k, v, attention, both sides of
+    # gelu. Then the norms' mean and deviation, attention's log-sum-exp.
     size = 2 if bf16 else 4
-    residuals = 2 * (size if compiled else 4)
-    activations = tokens * model.n_layer * ((residuals + 14 * size) * width + 16 + 4 * model.n_head)
+    activations = tokens * model.n_layer * ((8 + 14 * size) * width + 16 + 4 * model.n_head)
     if model.dropout:
         activations += tokens * (2 * model.n_layer + 1) * width  # masks: two of a layer, one of the embeddings
     # Around the loss: the last residual, its norm in float32 (and in bf16), the norm's gradient.
