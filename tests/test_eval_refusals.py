@@ -11,7 +11,7 @@ from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel
 from overnight.data.tokenizer import train_tokenizer
 from overnight.errors import InputError
 from overnight.evaluation import tasks
-from overnight.evaluation.lm import SharedContextLM, failing_item
+from overnight.evaluation.lm import SharedContextLM, failing_item, ties_as_chance
 from overnight.evaluation.loss import text_rows
 from overnight.evaluation.models import load_model
 from overnight.model.generate import NO_LIMIT, context_of
@@ -77,3 +77,27 @@ def test_a_mistake_in_a_task_of_ones_own_is_said_of_its_file_and_not_of_the_hub(
     with pytest.raises(InputError, match=r"`--tasks`: own, .*own\.yaml, cannot be used") as caught:
         own_task(tmp_path, doc_to_target="{{b}}")
     assert "Hub" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset_kwargs": {}},
+        {"dataset_kwargs": {"data_files": "items.jsonl"}},
+        {"dataset_path": "text", "dataset_kwargs": {"data_files": {"test": "/etc/hostname"}}},
+        {"metric_list": [{"metric": ["acc"]}]},
+        {"task": 5},
+        {"task": ["gone"], "group": "own"},
+        {"task": ["own"], "group": "own"},
+        {"task": [], "group": "own"},
+    ],
+)
+def test_whatever_a_task_file_lacks_is_a_refusal_that_names_the_task(tmp_path, changes):
+    with pytest.raises(InputError, match=r"own|which is not in it"):
+        own_task(tmp_path, **changes)
+
+
+def test_a_target_that_is_no_choice_is_refused_and_not_counted_as_wrong(tmp_path):
+    task = own_task(tmp_path, doc_to_target="{{a * 5}}")
+    with pytest.raises(InputError, match=r"own: 5 is none of the 2 choices of .*train"):
+        ties_as_chance(task, task.eval_docs[1], [-1.0, -2.0], {"acc": 0.0})

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,8 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from overnight.core import files, lock
 from overnight.core.files import strict_json, sync
 from overnight.data.tokenizer import load_tokenizer, train_tokenizer
-from overnight.errors import InputError
+from overnight.errors import InputError, Unreachable
+from overnight.hub.upload import with_exponential_backoff
 from overnight.model.export import configure_for_readers
+from overnight.prepare.sources import with_retries
 
 TEXTS = ["a few words to train on " * 20]
 
@@ -75,3 +78,15 @@ def test_a_published_tokenizer_gives_the_ids_of_training(tmp_path):
     tokenizer.save_pretrained(tmp_path / "after")
     again = AutoTokenizer.from_pretrained(tmp_path / "after")
     assert again("words").input_ids == backend.encode("words", add_special_tokens=False).ids
+
+
+def test_an_error_of_this_machine_is_not_tried_again_as_one_of_the_network_nor_called_bad_input(monkeypatch):
+    full = raises(errno.ENOSPC)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    with pytest.raises(Unreachable, match="No space left on device: mend that"):
+        with_exponential_backoff(full, patience=60.0, log=pytest.fail)
+    with pytest.raises(OSError, match="No space left"):
+        with_retries(full, "https://example.com/a.jsonl")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_tokenizer(".")

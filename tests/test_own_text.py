@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import environment, train_in_a_fresh_process
+from runs import environment, tiny, train_in_a_fresh_process
+
+from overnight.errors import InputError
+from overnight.training.train import train
 
 SMALL = {
     "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 64, "model.n_positions": 128, "model.vocab_size": 384,
@@ -47,3 +50,17 @@ def test_a_folder_of_spanish_becomes_a_model_that_beats_the_frequencies_of_its_t
     assert not any(each["tasks"] for each in results["models"])
     ours, untrained, unigram = (each["validation"]["loss"] for each in results["models"])
     assert ours < unigram - 1 and unigram < untrained
+
+
+def test_text_that_has_changed_is_not_trained_on_and_a_run_that_has_begun_goes_on(in_process, undisturbed, capsys):
+    text = in_process / "text.jsonl"
+    before = text.read_bytes()
+    try:
+        text.write_bytes(before.replace(b"the", b"tha", 1))
+        with pytest.raises(InputError, match=r"text\.jsonl has changed"):
+            train(tiny(in_process, "--name", "new"))
+        assert train(tiny(in_process)) == 0
+    finally:
+        text.write_bytes(before)
+    assert "text.jsonl has changed" in capsys.readouterr().out
+    assert not (in_process / "runs" / "new").exists()

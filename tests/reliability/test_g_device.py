@@ -289,6 +289,14 @@ def test_g3_a_script_whose_reader_has_left_ends_with_its_own_code(workplace):
         assert int((workplace / "code").read_text()) == code
 
 
+OPENS = "import os, sys; from overnight.core.console import outlets; outlets(); os._exit(open('x', 'w').fileno() <= 2)"
+
+
+def test_g3_a_closed_output_is_no_number_for_a_file_of_the_run(tmp_path):
+    command = f"{shlex.join([sys.executable, '-c', OPENS])} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False).returncode == 0
+
+
 ASCII = Path(__file__).with_name("ascii_screen.py")
 
 

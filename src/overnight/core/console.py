@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,15 @@ class Outlet(io.TextIOWrapper):
 
 
 def outlets() -> None:
-    """Make outlets of this process's output and errors, for a script whose work does not end with its readers."""
+    """Make outlets of this process's output and errors, for a script whose work does not end with its readers.
+
+    One that was closed leads nowhere: the next file would get its number, and what libraries say would go into it.
+    """
+    with suppress(OSError):
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest that is free
+            pass
+        os.close(number)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # as long as the process
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:  # not what a test reads

@@ -62,12 +62,10 @@ def load_benchmarks(names: list[str], index: dict[str, Entry], data_dir: Path | 
     Raises InputError for a kind of task that is not scored by log-likelihoods, and for items that cannot be had.
     """
     render_in_sandbox()
-    found = []
-    for name in names:
-        with refusals(name):
-            found.append(Benchmark(name, [_build(index[leaf], data_dir) for leaf in leaves_of(name, index)]))
-        if not found[-1].tasks:
-            raise InputError(f"`--tasks`: {name} is a group without a task")
+    with refusals(", ".join(names)):
+        found = [Benchmark(name, [_build(index[leaf], data_dir) for leaf in leaves_of(name, index)]) for name in names]
+    if empty := [each.name for each in found if not each.tasks]:
+        raise InputError(f"`--tasks`: {empty[0]} is a group without a task")
     return found
 
 
@@ -79,8 +77,7 @@ def refusals(names: str) -> Iterator[None]:
     except (InputError, OSError):
         raise
     except Exception as error:  # KeyError, TypeError, RecursionError: what a file may lack, nobody has listed
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"`--tasks`: {names} cannot be used ({said})") from error
+        raise InputError(f"`--tasks`: {names} cannot be used ({type(error).__name__}: {first_line(error)})") from error
 
 
 def render_in_sandbox() -> None:

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 FORECAST = ("max_iters", "loss", "loss_low", "loss_high")  # of each budget
 TAKEN = {
     "train": ("loss",),
-    "val": ("loss", "seconds"),
+    "val": ("loss",),
     "finished": ("val_loss", "best_val_loss", "tokens_per_second", "kwh", "mean_watts", "export_seconds"),
     "flat": ("budget", "longer", "min_gain_nats"),
     "ngram baselines": ("unigram", "bigram"),

@@ -58,7 +58,7 @@ def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> TimeL
     return TimeLimit(
         kept,
         ends=time.clock_gettime(time.CLOCK_BOOTTIME) + left,
-        validation_seconds=validations[-1]["seconds"] if validations else 0.0,
+        validation_seconds=validations[-1].get("seconds", 0.0) if validations else 0.0,
         export_seconds=ends[-1]["export_seconds"] if ends else EXPORT_SECONDS,
     )
 
