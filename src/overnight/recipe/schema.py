@@ -131,7 +131,7 @@ class Schedule(Section):
     branches: list[PositiveInt] = []
     """For `wsd`: budgets whose branch point is kept, where the run gets there, so that `--cooldown N` finishes them."""
     hours: Annotated[float, Field(gt=0, le=10_000)] | None = None
-    """For `wsd`: hours to train. The longest budget that fits is finished; the same command continues the next night."""
+    """For `wsd`: hours. The longest budget that fits is finished; the next night the same command continues."""
 
 
 class Stop(Section):
