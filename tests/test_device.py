@@ -53,7 +53,7 @@ def test_a_rank_that_was_left_in_a_shell_makes_no_group_and_silences_nothing(mon
     assert cli.exit_code(work) == 2
     assert capsys.readouterr().err == "refused\n"
     told = {"RANK": "1", "LOCAL_RANK": "0"}
-    assert "RANK, LOCAL_RANK of the environment" in launch.take_over_environment(told)[0]
+    assert "RANK, LOCAL_RANK in the environment is ignored" in launch.take_over_environment(told)[0]
     assert not told
 
 

@@ -86,7 +86,7 @@ def test_fastokens_and_tokenizers_that_differ_stop_the_run_and_either_alone_give
     monkeypatch.undo()
     encoder.encoder_of.cache_clear()
     monkeypatch.setattr(encoder.Encoder, "reference_ids", lambda self, texts: (self(texts)[0] + 1, self(texts)[1]))
-    with pytest.raises(InputError, match=r"000_00000\.parquet: fastokens and tokenizers give other ids"):
+    with pytest.raises(InputError, match=r"000_00000\.parquet: fastokens and tokenizers give different ids"):
         prepare(data.model_copy(update={"dir": str(tmp_path / "other")}), GPT2_VOCABULARY, **SILENT)
 
 

@@ -184,7 +184,7 @@ def test_a_new_count_replaces_the_rows_of_its_code_and_no_others(benchmarks, tmp
 
 def test_a_plan_says_that_its_hours_are_an_estimate(tmp_path):
     command = [sys.executable, str(ROOT / "recipes" / "plan.py"), str(ROOT / "recipes" / "fineweb_edu_40m.yaml")]
-    for card, said in (("rtx-4090", "an estimate from the parts"), ("t4", "not known: the estimate is of bf16")):
+    for card, said in (("rtx-4090", "an estimate from the parts"), ("t4", "not known: the estimate is for bf16")):
         done = subprocess.run([*command, "--gpu", card], capture_output=True, text=True, check=True)
         assert said in next(line for line in done.stdout.splitlines() if line.startswith("hours "))
     done = subprocess.run([*command, "--gpu", "t4", "--json"], capture_output=True, text=True, check=True)

@@ -133,7 +133,7 @@ class Schedule(Section):
     branches: list[PositiveInt] = []
     """For `wsd`: budgets whose branch point is kept, where the run gets there, so that `--cooldown N` finishes them."""
     hours: Annotated[float, Field(gt=0, le=10_000)] | None = None
-    """For `wsd`: of this night. The longest budget that fits is finished; the next night the same command continues."""
+    """For `wsd`: hours. The longest budget that fits is finished; the next night the same command continues."""
 
 
 class Stop(Section):

@@ -139,7 +139,7 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "from_where": f'{json.dumps(repo_id)}, revision="{model}"' if repo_id else json.dumps(folder),
         "revision": model,
         "folder": shlex.quote(folder),
-        "samples": samples(recipe, records, end),
+        "samples": last_samples(recipe, records, end),
         "price": Prices().per_kwh,
         "prompt": json.dumps(next((each for each in recipe.validation.prompts if len(each) <= context // 2), "The")),
         "new_tokens": min(40, context // 2),
@@ -164,7 +164,7 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
     return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values)) + "\n"
 
 
-def samples(recipe: Recipe, records: list[Record], end: Record) -> list[tuple[str, str]]:
+def last_samples(recipe: Recipe, records: list[Record], end: Record) -> list[tuple[str, str]]:
     """The recipe's prompts, and what the finished model wrote after each."""
     at = end["iteration"]
     last = [r for r in records if r["kind"] == "val" and r["iteration"] == at and r.get("cooldown", at) == at]
