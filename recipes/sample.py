@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("model", help="a model folder, as runs/NAME/models/iter-020000, or a Hub name")
+    parser.add_argument("model", help="a run, a model folder or checkpoint of it, or a Hub name")
     parser.add_argument("--prompt", help="text to continue; without it, each line is a prompt, until an empty one")
     parser.add_argument("--tokens", type=int, default=128, help="the most tokens to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
