@@ -112,10 +112,10 @@ TUNED = (
     Shape("changed-rate", 2, 48, 1024, 4096, (120, 240, 360), "muon", 8e-3, 0.2, then_lr=2e-3, seeds=(11, 12)),
 )
 HELD_OUT = (
-    Shape("deep", 6, 48, 1536, 2048, (100, 200, 300), "muon", 6e-3, 0.3, seeds=(21, 22)),
-    Shape("large-vocab", 1, 48, 12_288, 2048, (120, 240, 360), "adamw", 5e-3, 0.35, seeds=(21, 22)),
-    Shape("few-entries", 2, 64, 320, 4096, (120, 220, 330), "adamw", 6e-3, 0.25, seeds=(21, 22)),
-    Shape("lowered-rate", 2, 64, 2048, 2048, (120, 240, 360), "muon", 6e-3, 0.3, then_lr=3e-3, seeds=(21, 22)),
+    Shape("deep", 6, 48, 1536, 2048, (100, 200, 300), "muon", 6e-3, 0.3, seeds=(21,)),
+    Shape("large-vocab", 1, 48, 12_288, 2048, (120, 240, 360), "adamw", 5e-3, 0.35, seeds=(21,)),
+    Shape("few-entries", 2, 64, 320, 4096, (120, 220, 330), "adamw", 6e-3, 0.25, seeds=(21,)),
+    Shape("lowered-rate", 2, 64, 2048, 2048, (120, 240, 360), "muon", 6e-3, 0.3, then_lr=3e-3, seeds=(21,)),
 )
 
 
