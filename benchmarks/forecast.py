@@ -8,7 +8,8 @@ The grid are small models on the embedded corpus that finish several budgets fro
 shapes, vocabularies, optimizers and schedules outside of what the scaling law was fitted to. What a forecast takes for
 granted there was chosen on the first part of the grid; the second was looked at afterwards. Forecasts are made anew
 from each run's validations as they came, on the trunk and inside of decays, for every budget that was still to come;
-those of one run depend on each other. A run that finished before is not trained again; --runs says where they are.
+those of one run depend on each other, and none is of a budget that a learning rate which was changed later has reached.
+A run that finished before is not trained again; --runs says where they are.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Shape:
     lr: float
     decay: float  # fraction of each budget
     overrides: dict[str, object] = field(default_factory=dict)
-    changed: tuple[str, object] | None = None  # a key that is changed when the first budget is finished
+    then_lr: float | None = None  # the learning rate when the first budget is finished
+    seeds: tuple[int, ...] = (1, 2)
 
     def chosen(self, seed: int) -> dict[str, object]:
         """The overrides of the quickstart that make a run of it."""
@@ -102,14 +104,18 @@ TUNED = (
     Shape("dropout", 3, 64, 512, 2048, (150, 270, 400), "muon", 6e-3, 0.2, {"model.dropout": 0.1}),
     Shape("wide", 1, 128, 4096, 4096, (120, 220, 320), "muon", 5e-3, 0.4),
     Shape("cosine", 2, 64, 1024, 4096, (300,), "adamw", 3e-3, 0.4, {"schedule.kind": "cosine"}),
+    Shape("small-ladder", 2, 64, 1024, 8192, (300, 500, 750, 1000), "muon", 4e-3, 0.2, seeds=(11, 12)),
+    Shape("quickstart", 4, 128, 4096, 4096, (80, 160, 240, 320), "muon", 8e-3, 0.4, seeds=(11, 12)),
+    Shape("vocabulary", 2, 32, 16_384, 2048, (80, 160, 240), "muon", 8e-3, 0.3, seeds=(11, 12)),
+    Shape("one-layer", 1, 64, 512, 2048, (200, 350, 500), "adamw", 5e-3, 0.15, seeds=(11, 12)),
+    Shape("half-decay", 4, 64, 2048, 2048, (120, 240, 360), "muon", 1e-2, 0.5, seeds=(11, 12)),
+    Shape("changed-rate", 2, 48, 1024, 4096, (120, 240, 360), "muon", 8e-3, 0.2, then_lr=2e-3, seeds=(11, 12)),
 )
 HELD_OUT = (
-    Shape("small-ladder", 2, 64, 1024, 8192, (300, 500, 750, 1000), "muon", 4e-3, 0.2),
-    Shape("quickstart", 4, 128, 4096, 4096, (80, 160, 240, 320), "muon", 8e-3, 0.4),
-    Shape("vocabulary", 2, 32, 16_384, 2048, (80, 160, 240), "muon", 8e-3, 0.3),
-    Shape("one-layer", 1, 64, 512, 2048, (200, 350, 500), "adamw", 5e-3, 0.15),
-    Shape("half-decay", 4, 64, 2048, 2048, (120, 240, 360), "muon", 1e-2, 0.5),
-    Shape("changed-rate", 2, 48, 1024, 4096, (120, 240, 360), "muon", 8e-3, 0.2, changed=("optim.lr", 2e-3)),
+    Shape("deep", 6, 48, 1536, 2048, (100, 200, 300), "muon", 6e-3, 0.3, seeds=(21,)),
+    Shape("large-vocab", 1, 48, 12_288, 2048, (120, 240, 360), "adamw", 5e-3, 0.35, seeds=(21,)),
+    Shape("few-entries", 2, 64, 320, 4096, (120, 220, 330), "adamw", 6e-3, 0.25, seeds=(21,)),
+    Shape("lowered-rate", 2, 64, 2048, 2048, (120, 240, 360), "muon", 6e-3, 0.3, then_lr=3e-3, seeds=(21,)),
 )
 
 
@@ -160,17 +166,16 @@ def train(runs: Path, shape: Shape, seed: int) -> Path:
     """Train a run of the grid unless it is there; returns its run directory."""
     chosen = shape.chosen(seed)
     sessions = [chosen]
-    if shape.changed:
-        key, value = shape.changed
+    if shape.then_lr:
         first = {"schedule.max_iters": shape.budgets[0], "schedule.milestones": []}
-        sessions = [chosen | first, chosen | {key: value}]
+        sessions = [chosen | first, chosen | {"optim.lr": shape.then_lr}]
     runs.mkdir(parents=True, exist_ok=True)
     folder = runs / "runs" / str(chosen["name"])
     if finished_in(Metrics(folder / "metrics.jsonl").records()).keys() >= set(shape.budgets):
         return folder
     for number, overrides in enumerate(sessions):
         words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
-        allowed = ["--allow-change", shape.changed[0]] if shape.changed and number else []
+        allowed = ["--allow-change", "optim.lr"] if number else []
         command = [sys.executable, str(ROOT / "recipes" / "train.py"), str(ROOT / "recipes" / "quickstart.yaml")]
         with (runs / f"{chosen['name']}.log").open("a") as log:
             subprocess.run([*command, *words, *allowed], cwd=runs, stdout=log, stderr=log, check=True)
@@ -182,11 +187,13 @@ def forecasts_of(folder: Path) -> Iterator[tuple[bool, scaling_law.Expected, flo
     recipe, records = read_run(folder)
     schedule, unique = recipe.schedule, json.loads((folder / "environment.json").read_text())["unique_tokens"]
     came = {budget: end["val_loss"] for budget, end in finished_in(records).items()}
+    change = max((at for at, record in enumerate(records) if record.get("key") == "optim.lr"), default=0)
     for at, record in enumerate(records):
         if record["kind"] != "val":
             continue
         decay, seen = record.get("cooldown"), validations(schedule, records[: at + 1])
-        ahead = [budget for budget in came if record["iteration"] < budget and decay in (None, budget)]
+        own = came if at > change else finished_in(records[:change])
+        ahead = [budget for budget in own if record["iteration"] < budget and decay in (None, budget)]
         if schedule.kind == "wsd" and decay is None:
             ahead = [each for each in ahead if branch_point(towards(schedule, each)) >= record["iteration"]]
         if ahead and len(usable(recipe, seen)) >= FEWEST:
@@ -194,7 +201,7 @@ def forecasts_of(folder: Path) -> Iterator[tuple[bool, scaling_law.Expected, flo
             yield from ((decay is not None, found.at(number), came[each]) for number, each in enumerate(ahead))
 
 
-def print_grid(runs: Path, title: str, shapes: Sequence[Shape], seeds: Sequence[int]) -> None:
+def print_grid(runs: Path, title: str, shapes: Sequence[Shape]) -> None:
     """Print how many of the forecasts of each shape have what came in their 90 % interval."""
     print(f"\n{title}")
     print(
@@ -203,11 +210,11 @@ def print_grid(runs: Path, title: str, shapes: Sequence[Shape], seeds: Sequence[
     sums: dict[bool, list[tuple[scaling_law.Expected, float]]] = {False: [], True: []}
     for shape in shapes:
         made: dict[bool, list[tuple[scaling_law.Expected, float]]] = {False: [], True: []}
-        for seed in seeds:
+        for seed in shape.seeds:
             for inside_decay, found, came in forecasts_of(train(runs, shape, seed)):
                 made[inside_decay].append((found, came))
         print(
-            f"{shape.name:14}{f'{shape.layers} x {shape.width}':>8}{shape.vocabulary:>12,}{len(seeds):>7}"
+            f"{shape.name:14}{f'{shape.layers} x {shape.width}':>8}{shape.vocabulary:>12,}{len(shape.seeds):>7}"
             + coverage(made)
         )
         for side in sums:
@@ -242,10 +249,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "forecast", help="where the ladders are trained")
     runs = parser.parse_args().runs.resolve()
     forecast_public_run()
-    print_grid(runs, "the part that the priors were chosen on, nats per token", TUNED, seeds=(1, 2))
-    print_grid(runs, "the part that was looked at afterwards", HELD_OUT, seeds=(11, 12))
-    folder = train(runs, HELD_OUT[0], 11)
-    print(f"\na forecast from a whole curve, its file read: {cost(folder, HELD_OUT[0].budgets):.0f} ms")
+    print_grid(runs, "the part that the priors were chosen on, nats per token", TUNED)
+    print_grid(runs, "the part that was looked at afterwards", HELD_OUT)
+    ladder = next(shape for shape in TUNED if shape.name == "small-ladder")
+    folder = train(runs, ladder, ladder.seeds[0])
+    print(f"\na forecast from a whole curve, its file read: {cost(folder, ladder.budgets):.0f} ms")
 
 
 if __name__ == "__main__":

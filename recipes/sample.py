@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("model", help="a model folder, as runs/NAME/models/iter-020000, or a Hub name")
+    parser.add_argument("model", help="a run, a model folder or checkpoint of it, or a Hub name")
     parser.add_argument(
         "--prompt", help="text to continue; without it, each line that you type is a prompt, and an empty one ends"
     )

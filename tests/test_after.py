@@ -2,11 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from command_lines import ROOT, blocks, of_documents
+from runs import checkpoint_of
+
+from overnight.errors import InputError
+from overnight.model.generate import Writer
 
 PAGE = ROOT / "docs" / "after.md"
 FOLDER = '"runs/fineweb_edu_40m/models/iter-020000"'
@@ -18,6 +23,16 @@ def test_the_model_loads_and_writes_in_plain_transformers(workplace, undisturbed
     code = code.replace(FOLDER, '"runs/tiny/models/iter-000040"')
     written = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False)
     assert written.returncode == 0 and written.stdout.startswith("The mitochondria"), written.stderr
+
+
+def test_sampling_takes_a_runs_newest_model_or_the_weights_of_a_checkpoint(in_process, undisturbed, tmp_path):
+    checkpoint = checkpoint_of(in_process, "tiny", 40).relative_to(in_process)
+    how = {"tokens": 6, "temperature": 0.0, "top_k": 50, "seed": 1}
+    wanted = Writer.load("runs/tiny/models/iter-000040").after("The", **how)
+    assert Writer.load("runs/tiny").after("The", **how) == Writer.load(str(checkpoint)).after("The", **how) == wanted
+    shutil.copytree("runs/tiny", tmp_path / "begun", ignore=shutil.ignore_patterns("models"))
+    with pytest.raises(InputError, match=r"begun has no finished model yet; .*checkpoints/iter-\.\.\. would"):
+        Writer.load(str(tmp_path / "begun"))
 
 
 def test_the_configuration_has_what_llama_cpps_converter_reads(workplace, undisturbed):

@@ -93,14 +93,35 @@ def test_a_curve_that_becomes_steeper_before_it_is_a_power_law_ends_inside_the_i
         first = budget - 10 * (len(losses) - 1)
         seen += [(Point(first + 10 * i, towards(recipe.schedule, budget)), loss) for i, loss in enumerate(losses)]
     low, high = forecast(recipe, 2_922_822, seen, ends(recipe, 320)).at(0).interval()
-    assert low < 3.992 < high < low + 0.8
+    assert low < 3.992 < high < low + 1.0
 
 
 def test_a_changed_rate_begins_another_curve_and_a_longer_run_does_not(night):
-    val = [{"kind": "val", "iteration": i, "loss": 4.0} for i in (500, 1_000, 1_500)]
-    for key, left in (("optim.lr", [1_500]), ("schedule.max_iters", [500, 1_000, 1_500])):
+    before = [{"kind": "val", "iteration": i, "loss": 4.0} for i in (500, 1_000)]
+    before.append({"kind": "val", "iteration": 1_200, "loss": 3.9, "cooldown": 1_200})  # its decay went on further
+    after = {"kind": "val", "iteration": 1_500, "loss": 4.0}
+    for key, left in (("optim.lr", [1_500]), ("schedule.max_iters", [500, 1_000, 1_200, 1_500])):
         changed = {"kind": "event", "event": "changed", "key": key, "iteration": 1_000}
-        assert [point.iteration for point, _ in validations(night.schedule, [*val, changed])] == left
+        told = validations(night.schedule, [*before, changed, after])
+        assert [point.iteration for point, _ in told] == left
+
+
+# Two runs of benchmarks/forecast.py, a validation each ten iterations: they rest at the loss of the word frequencies.
+RESTED = {
+    "embedding": ([6.877, 6.865, 6.834, 6.811, 6.774, 6.597], 160, 5.494),
+    "vocabulary": ([7.031, 6.992, 6.955, 6.911, 6.847, 6.693], 160, 5.577),
+}
+
+
+@pytest.mark.parametrize("name", RESTED)
+def test_a_curve_that_has_rested_may_fall_again(root, name):
+    losses, budget, came = RESTED[name]
+    options = ["--batch.tokens_per_iter", "2048", "--batch.sequence_length", "128", "--schedule.warmup_iters", "8"]
+    options += ["--model.n_layer", "2", "--model.n_embd", "32", "--schedule.max_iters", "240"]
+    recipe = load(root / "recipes" / "quickstart.yaml", [*options, "--schedule.decay_fraction", "0.3"])
+    seen = [(Point(10 * i, recipe.schedule), loss) for i, loss in enumerate(losses, 2)]
+    low, high = forecast(recipe, 2_922_822, seen, ends(recipe, budget)).at(0).interval()
+    assert low < came < high < low + 1.3
 
 
 def test_a_slope_that_wanders_is_a_brownian_motion_integrated():

@@ -1,5 +1,6 @@
 """Finished models reach the Hub whole, whatever it does meanwhile; a run continues from there on another machine."""
 
+import json
 import re
 import shutil
 import signal
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from hub_server import OTHER, READ, WRITE, Hub
 from runs import ROOT, final_sums, start, tiny, train, train_in_a_fresh_process
 
 from overnight.core.console import Console
 from overnight.hub.background import Uploader
-from overnight.hub.contents import MODEL_FILES, allowed_files
+from overnight.hub.contents import MODEL_FILES, allowed_files, commits
 from overnight.run_dir.directory import RunDirectory
+from overnight.run_dir.layout import recipe_of
 
 PUBLISH = [sys.executable, str(ROOT / "recipes" / "publish.py")]
 LADDER = ("--schedule.milestones", "[20, 30]", "--validation.prompts", "[]")
@@ -226,6 +229,35 @@ def test_e5_e6_only_what_is_allowed_is_sent_and_no_secret_is_anywhere(workplace,
     for path in copy.rglob("*"):
         if path.is_file() and not path.is_symlink():
             assert WRITE.encode() not in path.read_bytes()
+
+
+def test_e6_nothing_that_is_sent_has_a_path_or_a_home_of_this_machine(workplace, copy, monkeypatch):
+    home = "/home/Juan Pérez"
+    monkeypatch.setenv("HOME", home)
+    (copy / "recipe.yaml").write_text(
+        (copy / "recipe.yaml").read_text().replace("push_state: false", "push_state: true")
+    )
+    recipe = recipe_of(copy)  # before its files say that its data lies in that home
+    scored = copy / "evaluation" / "iter-000020"
+    scored.mkdir(parents=True)
+    facts = {"name": f"{home}/models/mine", "note": "texts\nof ~juan/a.txt, file:///home/juan/b.txt (/home/juan/c.txt)"}
+    results = {"settings": {"limit": None}, "models": [{"tasks": {}, "facts": facts}], "comparisons": []}
+    (scored / "results.json").write_text(json.dumps(results, ensure_ascii=False))
+    (scored / "comparison.md").write_text(f"# {home}/models/mine\n\n`/home/juan/x y`, https://hub.example/home/page\n")
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl"):
+        (copy / name).write_text((copy / name).read_text().replace(str(workplace), f"{home}/texts"))
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "sample", "iteration": 20, "text": "so\n/home/juan/a"}) + "\n")
+    sent = commits(copy, recipe, "alice/clean", checkpoints=True)
+    assert {commit.branch for commit in sent} == {"iter-000020", "main", "checkpoints", "state"}
+    for commit in sent:
+        for name, path in (commit.files | commit.report()).items():
+            content = path.read_bytes()
+            assert not re.search(rb"(?i)/home/(?!page)|juan|rez/|file:/", content), name
+            assert str(workplace).encode() not in content, name
+    (main,) = (commit for commit in sent if commit.branch == "main")
+    assert main.files["evaluation/comparison.md"].read_text() == "# mine\n\n`x y`, https://hub.example/home/page\n"
+    assert yaml.safe_load(main.report()["recipe.yaml"].read_text())["data"]["path"] == ["text.jsonl"]
 
 
 def test_e1_an_upload_that_a_signal_ends_is_reported_with_what_sends_the_rest(

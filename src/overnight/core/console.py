@@ -60,6 +60,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def byte_count(size: float) -> str:
+    """`12_900_000_000` as `12.9 GB`, and what is less than a tenth of one in MB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def step_line(record: dict, max_iters: int) -> str:
     """One training record as a line of columns; what a device does not tell is left out, what is not yet is a dash."""
     val = f"{record['val'][1]:.4f}@{record['val'][0]}" if record.get("val") else "-"

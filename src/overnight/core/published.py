@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from overnight.core.console import plain
+from overnight.core.files import atomic_write
 
 # Names of parameters, in URLs that are signed or carry a token: those of AWS, Google and Azure among them.
 _SECRET = (
@@ -13,6 +16,11 @@ _SECRET = (
     r"|x-amz-[\w-]+|x-goog-[\w-]+|sig|key|pwd|code|sas|policy|expires"
 )
 _PARAMETER = re.compile(rf"([?&;#](?:{_SECRET})=)[^&;#\s\"']+", re.IGNORECASE)
+# Up to the last part of a path: from its slash, a home folder or `..` on; of no URL, and of no name with a slash in it.
+_FOLDERS = (
+    r"(?:(?<=\\n)|(?<![\w.~/<>-]))(?!//)(?:file:/*|{home}|~[\w.-]*|(?:\.\./)*\.\.)?/"
+    r"(?:[^\s/\"'`()\[\]{{}}<>|]+/)*(?=[^\s/])"
+)
 _LOGIN = re.compile(r"(://)[^/\s@\"']+@")
 
 
@@ -23,6 +31,26 @@ def redacted(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [redacted(value) for value in content]
     return _LOGIN.sub(r"\1***@", _PARAMETER.sub(r"\1***", content)) if isinstance(content, str) else content
+
+
+def for_others(content: Any) -> Any:
+    """What leaves this machine: `redacted`, and of each absolute path in it the last part alone."""
+    if isinstance(content, dict):
+        return {key: for_others(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [for_others(value) for value in content]
+    if not isinstance(content, str):
+        return content
+    home = re.escape(os.path.expanduser("~").rstrip("/"))  # which may have a space in it
+    return re.sub(_FOLDERS.format(home=home), "", redacted(content))
+
+
+def copy_for_others(path: Path, there: Path) -> Path:
+    """Write a file of text as `for_others` has it, and a figure as it is; returns the copy."""
+    there.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes()
+    atomic_write(there, content if path.suffix == ".png" else for_others(content.decode("utf-8")))
+    return there
 
 
 def text(value: object) -> str:

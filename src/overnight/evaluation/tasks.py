@@ -246,8 +246,10 @@ def _code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[str]:
             reasons.append("`hf_evaluate` fetches code")
         elif key == "metric" and isinstance(value, str) and value not in metric_registry:
             reasons.append(f"the metric `{value}` is not lm-eval's own, which would fetch code of that name")
-        elif key == "include" and isinstance(value, str) and (included := path.parent / value) not in seen:
-            reasons += _code_in(included, seen | {path}) if not _lm_eval_has(included) else []
+        elif key == "include" and isinstance(value, str):
+            included = path.parent / value
+            of_lm_eval = included.resolve().is_relative_to(LM_EVAL_TASKS)
+            reasons += [] if included in seen or of_lm_eval else _code_in(included, seen | {path})
     return reasons
 
 
@@ -263,10 +265,6 @@ def _entries(node: yaml.Node | None, key: str = "") -> Iterator[tuple[str, yaml.
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             yield from _entries(value, key)
-
-
-def _lm_eval_has(path: Path) -> bool:
-    return path.resolve().is_relative_to(LM_EVAL_TASKS)
 
 
 def tokens_of(benchmark: Benchmark, limit: int | None) -> float:

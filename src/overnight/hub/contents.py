@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from overnight.core.files import atomic_write, entries, remove
+from overnight.core.published import copy_for_others
 from overnight.core.sums import damage
 from overnight.errors import DamagedData
 from overnight.recipe.schema import Recipe
@@ -105,11 +106,12 @@ def finished_model(run: Path, recipe: Recipe, repo_id: str, target: int, loss: f
     name, last = folder_name(target), recipe.schedule.max_iters
     refuse_damaged_model(run / "models" / name)
     scored = allowed_files(evaluation_of(run / "models" / name), EVALUATION_FILES)
+    staged = staging(run) / name
     return Commit(
         branch=name,
         message=f"{target:,} iterations, validation loss {loss:.4f}",
         files=allowed_files(run / "models" / name, MODEL_FILES)
-        | {f"evaluation/{path}": file for path, file in scored.items()},
+        | {f"evaluation/{path}": copy_for_others(file, staged / path) for path, file in scored.items()},
         report=lambda: allowed_files(report(run, target, repo_id), REPORT_FILES),
         tag=f"final-{last:06d}" if target == last else None,
     )
@@ -154,7 +156,7 @@ def exact_state(run: Path) -> Commit | None:
         refuse_damaged(there)
     for name in RUN_FILES:
         if (run / name).is_file() and not (run / name).is_symlink():
-            shutil.copyfile(run / name, staged / name)
+            copy_for_others(run / name, staged / name)
     message = f"the state after {max(map(iteration_of, chosen)):,} iterations"
     return Commit(STATE, message, allowed_files(staged, STATE_FILES), replaces=STATE_FILES)
 

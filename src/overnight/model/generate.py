@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import plain
+from overnight.core.sums import damage
+from overnight.errors import DamagedData, InputError
 from overnight.model.load import load_model
+from overnight.model.unannealed import write_model
+from overnight.run_dir.layout import RECIPE, finished, folder_name, recipe_of
 
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 NO_LIMIT = 2048  # tokens, for a model that has none (ALiBi, a state-space model): lm-eval's
@@ -23,6 +30,25 @@ def context_of(model: Any, tokenizer: Any) -> int:
     return limits[0] if limits else NO_LIMIT
 
 
+def model_of(name: str, scratch: Path) -> str:
+    """The model folder or Hub name that is meant: of a run its newest finished model, of its checkpoint the weights.
+
+    A checkpoint's are written into `scratch`. Raises `InputError` for a run that has finished none, and `DamagedData`.
+    """
+    folder = Path(os.path.abspath(name))
+    run = next((place for place in (folder, *folder.parents[:3]) if (place / RECIPE).is_file()), None)
+    if run == folder and not (folder / "config.json").is_file():
+        if not finished(folder):
+            raise InputError(f"{name} has no finished model yet; {name}/checkpoints/iter-... would work")
+        return str(Path(name, "models", folder_name(max(finished(folder)))))
+    if run is None or not (folder / "state.json").is_file():
+        return name
+    if reason := damage(folder):
+        raise DamagedData(f"{name} is damaged: {reason}")
+    write_model(folder, recipe_of(run), scratch)
+    return str(scratch)
+
+
 class Writer:
     """A stock causal language model and its tokenizer, continuing prompts."""
 
@@ -31,9 +57,10 @@ class Writer:
 
     @classmethod
     def load(cls, name: str) -> Writer:
-        """The model in a folder or on the Hub, on the best device; raises as `load_model` does."""
+        """What `model_of` finds, on the best device; raises as it and `load_model` do."""
         disable_progress_bar()
-        model, _, tokenizer = load_model(name)
+        with TemporaryDirectory() as scratch:
+            model, _, tokenizer = load_model(model_of(name, Path(scratch)))
         return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     @torch.no_grad()

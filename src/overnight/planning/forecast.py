@@ -7,12 +7,11 @@ The curve is taken for
 where x are the tokens over those of the last validation, level is what the model would have now if it were annealed,
 slope its fall for each e-fold of tokens, gain what the run's longest decay takes off, and lack the share of it that is
 still to come: 1 on a trunk, 0 at the end. Drift is a Brownian motion in log x and stands for all that no power law is.
-Level, slope and gain have normal priors: from the scaling law where the run is inside of what that was fitted to, wide
-ones elsewhere. There nobody knows how a curve bends either: it may still become steeper, as it does while a model has
-seen few tokens for each of its parameters, or flatten early. So it may be straight in log x or a power law, and its
-slope is a Brownian motion itself, slow or fast. For given beta, drifts, noise, and the iterations that a decay needs
-for its gain, the forecast is a Gaussian conditional (Rasmussen & Williams 2006, section 2.7), and over a grid of these
-it is averaged by their evidence.
+Level, slope and gain have normal priors: from the scaling law where the run is inside of what that was fitted to.
+Elsewhere they are what small models had, and the slope is a Brownian motion itself. It wanders the more the higher the
+curve stands: one that rests at the loss of the word frequencies has its steepest fall before it. For given beta, drift,
+noise, and the iterations that a decay needs for its gain, the forecast is a Gaussian conditional (Rasmussen & Williams
+2006, section 2.7), and over a grid of these it is averaged by their evidence.
 """
 
 from __future__ import annotations
@@ -37,10 +36,15 @@ MOST = 48  # validations that are looked at, the newest
 OLDEST = 1 / 8  # of the last validation's iteration: what came before tells little of what comes
 BENDING = ("optim.", "model.", "batch.", "schedule.kind")  # keys that make another curve
 WARM = 2  # warmups before a curve begins
-DRIFTS = (0.003, 0.01, 0.03, 0.1)  # nats an e-fold of tokens
+DRIFTS = (0.003, 0.01, 0.03, 0.1)  # nats an e-fold of tokens, where the law says the rest
 NOISES = (0.002, 0.005, 0.012, 0.03)  # nats
-BETAS = (1e-6, 0.4, 0.8)  # where no law says how a curve bends; the first bends nothing
-SLOPE_DRIFTS = (0.1, 0.4)  # nats an e-fold, over one e-fold of tokens: how far its slope wanders there
+# Where no law says how a curve falls, chosen on the first part of the grid of benchmarks/forecast.py:
+BETAS = (0.2, 0.6, 1.0)
+DRIFT = 0.04  # nats an e-fold of tokens
+SLOPE, SLOPE_SIGMA = 0.15, 0.08  # of the loss, an e-fold
+SLOPE_DRIFT = 0.0028  # of the loss cubed, an e-fold, over one e-fold of tokens: a slope wanders less as a curve settles
+GAIN = 0.03  # of the loss, and its standard deviation
+MEMORIES = (10, 30, 100, 300)  # iterations
 LOSS_AT_124M = 3.28  # nats on FineWeb, of the runs whose gain facts/scaling_law.json has
 BEND = 0.3  # of the gain: how far a loss in the middle of a decay may be from its rate's share
 
@@ -190,18 +194,20 @@ class Prior:
     sigma: np.ndarray  # (3,)
     betas: np.ndarray
     log_weight: np.ndarray  # of each beta
-    slope_drifts: tuple[float, ...]  # of the slope, nats an e-fold, over one e-fold of tokens
+    drifts: tuple[float, ...]  # nats an e-fold
+    slope_drift: float  # of the slope, nats an e-fold, over one e-fold of tokens
     memories: tuple[float, ...]  # iterations
 
 
 def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
-    """What is known before the first validation: the law's, or little, where `loss` only sets a scale.
+    """What is known before the first validation: the law's, or what small models had, where `loss` sets the scale.
 
     The gain inside of the law's range is what facts/scaling_law.json says of 124M, as a share of the loss.
     """
     if not scaling_law.in_fit_range(recipe):
-        mean, sigma = np.array([loss, 0.5, 0.03 * loss]), np.array([2.0, 2.0, 0.03 * loss])
-        return Prior(mean, sigma, np.array(BETAS), np.zeros(len(BETAS)), SLOPE_DRIFTS, memories=(30, 100, 300, 1000))
+        mean = np.array([loss, SLOPE * loss, GAIN * loss])
+        sigma = np.array([2.0, SLOPE_SIGMA * loss, GAIN * loss])
+        return Prior(mean, sigma, np.array(BETAS), np.zeros(len(BETAS)), (DRIFT,), SLOPE_DRIFT * loss**3, MEMORIES)
     decay = recipe.schedule.decay_fraction if recipe.schedule.kind == "wsd" else 0.0
     counted = 1 - decay * (1 - decay_area(1.0))
     level, slope = scaling_law.level_and_slope(recipe, tokens / counted)  # the law counts all tokens of an annealed run
@@ -209,7 +215,7 @@ def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
     sigma = np.array([scaling_law.constants()["sigma_nats"]["uncalibrated"], 0.2 * slope, 0.2 * gain])
     z = np.linspace(-2, 2, 9)  # standard deviations of the logarithm of beta, a tenth each
     betas = scaling_law.constants()["beta"] * np.exp(0.1 * z)
-    return Prior(np.array([level, slope, gain]), sigma, betas, -(z**2) / 2, slope_drifts=(0.0,), memories=(1, 1000))
+    return Prior(np.array([level, slope, gain]), sigma, betas, -(z**2) / 2, DRIFTS, 0.0, memories=(1, 1000))
 
 
 def curves(prior: Prior, points: Sequence[Point], time: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -226,10 +232,10 @@ def curves(prior: Prior, points: Sequence[Point], time: np.ndarray, longest: int
 
 def scatter(prior: Prior, points: Sequence[Point], time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The covariance of what no curve is, (scatters, points, points), and the noise of a validation, (scatters,)."""
-    drift, noise, slope_drift = np.array(list(itertools.product(DRIFTS, NOISES, prior.slope_drifts))).T
+    drift, noise = np.array(list(itertools.product(prior.drifts, NOISES))).T
     left = np.array([point.to_come for point in points])
     bend = BEND * prior.mean[2] * 4 * left * (1 - left)
-    wandering = slope_drift[:, None, None] ** 2 * twice_brownian(time)
+    wandering = prior.slope_drift**2 * twice_brownian(time)
     return drift[:, None, None] ** 2 * brownian(time) + wandering + np.diag(bend**2), noise
 
 
@@ -265,13 +271,14 @@ def twice_brownian(time: np.ndarray) -> np.ndarray:
 def validations(schedule: Schedule, records: list[Record]) -> list[tuple[Point, float]]:
     """The curve that the validations among a run's records are, of its trunk and of its decays.
 
-    Where the learning rate, or another key that bends the curve, was changed on the way, another curve begins.
+    Where the learning rate, or another key that bends the curve, was changed on the way, another curve begins. Decays
+    that were trained before belong to the one before, and may have gone further than the change.
     """
-    changes = [r["iteration"] for r in records if r.get("event") == "changed" and r["key"].startswith(BENDING)]
+    changes = [at for at, r in enumerate(records) if r.get("event") == "changed" and r["key"].startswith(BENDING)]
     return [
         (Point(r["iteration"], towards(schedule, r["cooldown"]) if "cooldown" in r else schedule), r["loss"])
-        for r in records
-        if r["kind"] == "val" and r["iteration"] > max(changes, default=-1)
+        for r in records[max(changes, default=-1) + 1 :]
+        if r["kind"] == "val"
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from overnight.core.console import count, duration
+from overnight.core.console import byte_count, count, duration
 from overnight.core.files import atomic_write, strict_json, write_figure
 from overnight.core.scripts import no_command
 from overnight.data.manifest import with_prepared_data
@@ -232,8 +232,8 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
     if budget.memory:
         rows = f"{budget.memory.micro_batch} rows at once"
         out.append(f"memory    {budget.memory.peak_gib:.1f} GiB with {rows}, {budget.memory.source}")
-    data = f", and at most {budget.data_gb:.1f} GB more while the data is prepared" if budget.data_gb else ""
-    out.append(f"disk      {budget.disk_gb:.1f} GB for the run{data}")
+    data = f", and at most {byte_count(1e9 * budget.data_gb)} more while the data is prepared" if budget.data_gb else ""
+    out.append(f"disk      {byte_count(1e9 * budget.disk_gb)} for the run{data}")
     out.append(f"loss      {budget.losses}")
     return out + [f"WARNING   {doubt}" for doubt in budget.caveats]
 

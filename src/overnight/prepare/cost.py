@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from overnight.core.console import byte_count
 from overnight.core.extras import require
 from overnight.core.files import sha256
 from overnight.data.encoder import FastTokenizer
@@ -31,10 +32,10 @@ def cost_of(files: list[SourceFile], data: Data, vocab_size: int) -> str:
     size = sum(file.size for file in files)
     shards = staged_bytes(files, vocab_size)
     tool = "fastokens" if FastTokenizer else "tokenizers"
-    minutes = max(1.0, size / BYTES_PER_SECOND[tool] / (os.cpu_count() or 1) / 60)
+    minutes = size / BYTES_PER_SECOND[tool] / (os.cpu_count() or 1) / 60
     return (
-        f"{len(files)} files of {size / 1e9:,.2f} GB, nothing to download, up to {2 * shards / 1e9:,.2f} GB of disk"
-        f" while they are prepared, about {minutes:,.0f} minutes with {tool}"
+        f"{len(files)} files of {byte_count(size)}, nothing to download, up to {byte_count(2 * shards)} of disk"
+        f" while they are prepared, {f'about {minutes:,.0f} minutes' if minutes >= 1.5 else 'a minute'} with {tool}"
     )
 
 

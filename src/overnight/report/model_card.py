@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from overnight.core.console import count, duration, plain
 from overnight.core.files import atomic_write, strict_json
-from overnight.core.published import fenced, redacted, text
+from overnight.core.published import copy_for_others, fenced, for_others, redacted, text
 from overnight.core.sums import SUMS, damage
 from overnight.errors import DamagedData, InputError, script_command
 from overnight.planning import scaling_law
@@ -56,13 +56,12 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     draw_curve([run], folder / CURVE)
     atomic_write(folder / RECIPE, yaml.safe_dump(shown(recipe), sort_keys=False))
     path_there = [r for r in records if r["iteration"] <= budget and r.get("cooldown", budget) == budget]
-    atomic_write(folder / METRICS, "".join(strict_json(record) + "\n" for record in path_there))
+    atomic_write(folder / METRICS, "".join(strict_json(for_others(record)) + "\n" for record in path_there))
     scored = evaluation_of(run / "models" / folder_name(budget))
     shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an evaluation that there was before
     if (scored / RESULTS).is_file():
-        (folder / "evaluation").mkdir(exist_ok=True)
         for path in [scored / RESULTS, scored / "comparison.md", *scored.glob("against-*.png")]:
-            atomic_write(folder / "evaluation" / path.name, path.read_bytes())
+            copy_for_others(path, folder / "evaluation" / path.name)
     atomic_write(folder / CARD, card(run, recipe, records, end, repo_id))
     return folder
 
@@ -84,27 +83,17 @@ def unfinished_card(recipe: Recipe, iteration: int, repo_id: str) -> str:
 
 def shown(recipe: Recipe) -> dict[str, Any]:
     """A recipe for others: without what is of this machine alone."""
-    whole = redacted(recipe.model_dump())
+    whole = for_others(recipe.model_dump())
     whole["data"]["path"] = paths_of(recipe)
-    whole["data"]["tokenizer"] = local_name(recipe.data.tokenizer)
-    for section in ("data", "evaluation"):
-        for key in ("dir", "tasks_dir"):
-            if Path(whole[section].get(key) or "").is_absolute():
-                whole[section][key] = Path(whole[section][key]).name
     return whole
 
 
 def paths_of(recipe: Recipe) -> str | list[str] | None:
     """`data.path` without the folders of this machine."""
     if recipe.data.source != "files" or recipe.data.path is None:
-        return recipe.data.path
+        return for_others(recipe.data.path)
     several = [recipe.data.path] if isinstance(recipe.data.path, str) else recipe.data.path
     return [redacted(path) if "://" in path else Path(path).name for path in several]
-
-
-def local_name(path: str) -> str:
-    """The last part of a path that is of this machine alone."""
-    return Path(path).name if Path(path).is_absolute() or path.startswith(("~", ".")) else path
 
 
 def license_of(recipe: Recipe) -> str | None:
@@ -125,7 +114,9 @@ def corpus(recipe: Recipe) -> str:
 def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id: str | None) -> str:
     """The whole README.md: the template with the values of the run."""
     model, context = folder_name(end["iteration"]), recipe.model.n_positions
-    facts = read_file(run / ENVIRONMENT, checked_facts, "remove it, and the run's training command writes it anew")
+    facts = for_others(
+        read_file(run / ENVIRONMENT, checked_facts, "remove it, and the run's training command writes it anew")
+    )
     scores = scores_of(run, model)
     dataset = scaling_law.gpt2_dataset(recipe)
     folder = str(run / "models" / model)
@@ -186,7 +177,7 @@ def scores_of(run: Path, model: str) -> dict[str, Any] | None:
     again = f"`{script_command('eval.py', run / 'models' / model)}` measures it again"
     if (folder / SUMS).exists() and (reason := damage(folder, [RESULTS])):  # an older version wrote none
         raise DamagedData(f"{folder} is damaged: {reason}; {again}")
-    return read_file(folder / RESULTS, dict, again)
+    return for_others(read_file(folder / RESULTS, dict, again))
 
 
 def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> ModelCardData:
@@ -201,7 +192,9 @@ def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> Mode
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "overnight"],
-        datasets=[recipe.data.path] if recipe.data.source != "files" and isinstance(recipe.data.path, str) else None,
+        datasets=[for_others(recipe.data.path)]
+        if recipe.data.source != "files" and isinstance(recipe.data.path, str)
+        else None,
         model_name=recipe.name,
         widget=[{"text": " ".join(plain(prompt).split())} for prompt in recipe.validation.prompts] or None,
         eval_results=[
