@@ -231,8 +231,7 @@ def _code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[str]:
     """Why a task file, or one that it includes, would run code; what cannot be read may be code, too."""
     try:
         loader = _make_loader(path.parent, resolve_funcs=False)(path.read_bytes())  # lm-eval's own, of the same bytes
-        root = loader.get_single_node()
-        nodes = list(_entries(root))
+        nodes = list(_entries(loader.get_single_node()))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
         return [f"it cannot be read ({first_line(error)})"]
     reasons = []
