@@ -6,7 +6,13 @@ import pytest
 from ghost import ROOT, USUAL, run_on
 from runs import slow
 
-CASES = ["40M, muon, compiled", "40M, muon, eager", slow("40M, muon, compiled, float32"), slow("124M, adamw, compiled")]
+CASES = [
+    "40M, muon, compiled",
+    "quickstart, muon, eager",
+    slow("40M, muon, eager"),
+    slow("40M, muon, compiled, float32"),
+    slow("124M, adamw, compiled"),
+]
 
 
 @pytest.mark.parametrize("case", CASES)
