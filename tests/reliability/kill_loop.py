@@ -65,7 +65,8 @@ def trained(folder: Path) -> list[dict]:
 
 def unfinished_saves(run: Path) -> list[str]:
     """The names of the checkpoints that are being written, or were when the trainer was killed."""
-    return [path.name for path in run.glob("checkpoints/**/.iter-*.partial")]
+    folders = (name for _, names, _ in os.walk(run / "checkpoints") for name in names)  # which may vanish meanwhile
+    return [name for name in folders if name.startswith(".iter-") and name.endswith(".partial")]
 
 
 def stop_inside_a_save(process: Started, run: Path, draw: random.Random) -> None:

@@ -102,9 +102,10 @@ def require_same_text(data: Data, inputs: list[InputRecord]) -> None:
     Files that are gone altogether are not missed: shards are trained on where their text is not.
     """
     before = {record.name: record for record in inputs if "://" not in record.name}
-    if data.source != "files" or not any(os.path.exists(name) for name in before):
+    here = [place for place in ([data.path] if isinstance(data.path, str) else data.path or []) if "://" not in place]
+    if data.source != "files" or not here or not any(os.path.exists(name) for name in before):
         return
-    now = {file.name: file for file in find(data, None) if not file.remote}
+    now = {file.name: file for file in find(data.model_copy(update={"path": here}), None)}
     last = max(before)
     problems = [f"{name} is gone" for name in before if name not in now]
     problems += [f"{name} is new" for name in now if name not in before and (data.train_tokens is None or name < last)]

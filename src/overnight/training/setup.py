@@ -55,7 +55,6 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
     """The verified shards of the recipe; text that lies here is prepared on the way, any other must have been."""
     folder = Path(recipe.data.dir)
     on_main(accelerator, lambda: prepare_local(recipe, console))
-    require_same_request(folder, recipe.data, recipe.model.vocab_size)
     shards = open_shards(folder, verify=accelerator.is_local_main_process)
     if not any(file.tokens > 1 for file in shards.val.files):
         raise InputError(f"`data.dir`: the validation set in {folder} has no token after another: prepare more of it")
@@ -70,6 +69,7 @@ def prepare_local(recipe: Recipe, console: Console) -> None:
     require_data(recipe)
     folder = Path(recipe.data.dir)
     if is_prepared(folder):
+        require_same_request(folder, recipe.data, recipe.model.vocab_size)
         try:
             require_same_text(recipe.data, read_manifest(folder).inputs)
         except (InputError, OSError) as error:
