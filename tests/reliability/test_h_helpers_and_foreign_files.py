@@ -258,7 +258,7 @@ def test_h9_what_other_settings_gave_lies_beside_the_answer(workplace, undisturb
 )
 def test_h9_a_disk_that_takes_nothing_is_one_message_and_75(workplace, undisturbed, script, options):
     run = workplace / "runs" / "unwritable"
-    shutil.copytree(workplace / "runs" / "tiny", run)
+    shutil.copytree(workplace / "runs" / "tiny", run, ignore=shutil.ignore_patterns("report"))
     (run / "report").touch()  # what a folder that cannot be made gives
     place = {"eval.py": ["--out", "runs/unwritable/report/x"], "plan.py": ["--plot", "runs/unwritable/report/x.png"]}
     done = train(workplace, *options, *place.get(script, []), script=str(ROOT / "recipes" / script))
