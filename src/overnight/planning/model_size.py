@@ -92,8 +92,8 @@ def beside_the_tensors(tensors: int, *, compiled: bool) -> dict[str, int]:
     again; what Inductor plans has larger ones.
     """
     segment = 20 * 2**20
-    holes = segment + tensors // 25 if compiled else min(tensors * 7 // 50, 6 * segment)
-    by_what = "a segment of 20 MiB, and 4 % of the tensors" if compiled else "14 % of the tensors, 120 MiB at most"
+    holes = segment + tensors // 25 if compiled else min(tensors * 27 // 200, 6 * segment)
+    by_what = "a segment of 20 MiB, and 4 % of the tensors" if compiled else "13.5 % of the tensors, 120 MiB at most"
     return {
         "CUDA context and kernels (assumed)": 450 * 2**20,
         "cuBLAS workspace (PyTorch's default :4096:2:16:8, of cards before Hopper)": 8320 * 2**10,
