@@ -8,8 +8,8 @@ from runs import slow
 
 CASES = [
     "40M, muon, compiled",
-    "quickstart, muon, eager",
-    slow("40M, muon, eager"),
+    "40M, muon, eager",
+    slow("quickstart, muon, compiled"),
     slow("40M, muon, compiled, float32"),
     slow("124M, adamw, compiled"),
 ]
