@@ -9,7 +9,6 @@ in --runs is not trained again. benchmarks/traffic.py counts the bytes.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import runpy
 import statistics
@@ -17,6 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from overnight.run_dir.layout import finished_in
+from overnight.run_dir.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {
@@ -75,9 +77,7 @@ def train_in_bf16(variant: Variant, arguments: list[str]) -> None:
 
 def finished_loss(run: Path) -> float | None:
     """The validation loss at the end of a run; None where it has not ended."""
-    metrics = run / "metrics.jsonl"
-    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    return next((record["val_loss"] for record in records if record.get("event") == "finished"), None)
+    return next((end["val_loss"] for end in finished_in(Metrics(run / "metrics.jsonl").records()).values()), None)
 
 
 def loss_of(shape: str, variant: Variant, seed: int, folder: Path) -> float:

@@ -38,9 +38,9 @@ def model_of(name: str, scratch: Path) -> str:
     folder = Path(os.path.abspath(name))
     run = next((place for place in (folder, *folder.parents[:3]) if (place / RECIPE).is_file()), None)
     if run == folder and not (folder / "config.json").is_file():
-        if not finished(folder):
+        if not (there := finished(folder)):
             raise InputError(f"{name} has no finished model yet; {name}/checkpoints/iter-... would work")
-        return str(Path(name, "models", folder_name(max(finished(folder)))))
+        return str(Path(name, "models", folder_name(max(there))))
     if run is None or not (folder / "state.json").is_file():
         return name
     if reason := damage(folder):

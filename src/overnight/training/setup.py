@@ -55,6 +55,8 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
     """The verified shards of the recipe; text that lies here is prepared on the way, any other must have been."""
     folder = Path(recipe.data.dir)
     on_main(accelerator, lambda: prepare_local(recipe, console))
+    require_same_request(folder, recipe.data, recipe.model.vocab_size)  # by each process, which may have another disk
+    on_main(accelerator, lambda: compare_text(recipe, console))
     shards = open_shards(folder, verify=accelerator.is_local_main_process)
     if not any(file.tokens > 1 for file in shards.val.files):
         raise InputError(f"`data.dir`: the validation set in {folder} has no token after another: prepare more of it")
@@ -62,24 +64,24 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
 
 
 def prepare_local(recipe: Recipe, console: Console) -> None:
-    """Make the shards where they are not made yet; only then are the packages needed that do it.
-
-    A run that has begun continues with its shards, whatever became of the text; a new one is not trained on what was.
-    """
+    """Make the shards where they are not made yet; only then are the packages needed that do it."""
     require_data(recipe)
-    folder = Path(recipe.data.dir)
-    if is_prepared(folder):
-        require_same_request(folder, recipe.data, recipe.model.vocab_size)
-        try:
-            require_same_text(recipe.data, read_manifest(folder).inputs)
-        except (InputError, OSError) as error:
-            if not RunDirectory(recipe).resumable(recipe.schedule):
-                raise
-            console.log(f"{first_line(error)}; this run continues with {folder} as it is")
+    if is_prepared(Path(recipe.data.dir)):
         return
     from overnight.prepare.prepare import prepare
 
     prepare(recipe.data, recipe.model.vocab_size, report=console.log)
+
+
+def compare_text(recipe: Recipe, console: Console) -> None:
+    """Refuse a new run on shards whose text has changed since; one that has begun says so, and continues with them."""
+    folder = Path(recipe.data.dir)
+    try:
+        require_same_text(recipe.data, read_manifest(folder).inputs)
+    except (InputError, OSError) as error:
+        if not RunDirectory(recipe).resumable(recipe.schedule):
+            raise
+        console.log(f"{first_line(error)}; this run continues with {folder} as it is")
 
 
 def found_identity(accelerator: Accelerator, shards: Shards) -> dict[str, str]:
