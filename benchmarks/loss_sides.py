@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overnight.model.loss import summed_loss
-from overnight.planning.model_size import loss_chunk
+from overnight.planning import model_size
 
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 OURS, EAGER, WHOLE, COMPILED = "ours", "chunked, eager", "whole logits", "whole logits, compiled"
@@ -42,7 +42,7 @@ class ChunkedEager(torch.autograd.Function):
         dtype = in_type(hidden)
         rows, matrix = hidden.to(dtype), weight.to(dtype)
         loss, grad_hidden, grad_weight = hidden.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(weight)
-        size = loss_chunk(hidden.device.type, compiled=False)
+        size = model_size.LOSS_CHUNK[hidden.device.type, False]
         buffer = rows.new_empty(min(size, len(rows)), len(matrix))
         in_float32 = torch.empty_like(buffer, dtype=torch.float32)
         for start in range(0, len(rows), size):
@@ -77,7 +77,7 @@ def in_type(tensor: Tensor) -> torch.dtype:
 
 def torch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """PyTorch's own chunked loss, new in 2.13. It does not know of autocast."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=loss_chunk(hidden.device.type, compiled=False))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=model_size.LOSS_CHUNK[hidden.device.type, False])
     hidden, weight = hidden.to(in_type(hidden)), weight.to(in_type(weight))
     return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options).float()
 

@@ -115,7 +115,7 @@ def traced_peak(
     length: int,
     *,
     precision: torch.dtype = torch.bfloat16,
-    chunk: int = LOSS_CHUNK["cuda, eager"],
+    chunk: int = LOSS_CHUNK["cuda", False],
 ) -> int:
     """Bytes of all tensors at the peak of an iteration, the optimizers' state being there before it."""
     with FakeTensorMode(), loss_chunk(chunk):
@@ -131,12 +131,12 @@ def traced_peak(
 @contextlib.contextmanager
 def loss_chunk(rows: int) -> Iterator[None]:
     """The chunk of another device on this one."""
-    before = LOSS_CHUNK["cpu"]
-    LOSS_CHUNK["cpu"] = rows
+    before = LOSS_CHUNK["cpu", False]
+    LOSS_CHUNK["cpu", False] = rows
     try:
         yield
     finally:
-        LOSS_CHUNK["cpu"] = before
+        LOSS_CHUNK["cpu", False] = before
 
 
 def allocated_peak(run: Callable[[], object]) -> int:

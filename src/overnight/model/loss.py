@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from overnight.planning.model_size import loss_chunk
+from overnight.planning import model_size
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, compile: bool = False) -> Tensor:
@@ -51,7 +51,7 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, compile, *, gradien
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden if gradients else hidden[:0])
     grad_weight = torch.zeros_like(weight if gradients else weight[:0])
-    size = loss_chunk(device, compiled=compile)
+    size = model_size.LOSS_CHUNK[device, compile]
     buffer = rows.new_empty(min(size, len(rows)), len(matrix))  # for all chunks: fresh memory costs a CPU page faults
     to_softmax = compiled_softmax() if compile else softmax_
     for start in range(0, len(rows), size):

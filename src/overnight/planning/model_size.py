@@ -10,13 +10,9 @@ from overnight.recipe.schedule import branch_points, decay_iters, goals, towards
 from overnight.recipe.schema import Model, Recipe, Schedule
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
-LOSS_CHUNK = {"cpu": 384, "cuda": 8192, "cuda, eager": 2048}  # rows of logits that exist at once; see `loss_chunk`
+# Rows of logits at once, by device and whether the loss is compiled: few for a CPU's cache, many for a GEMM's.
+LOSS_CHUNK = {("cpu", False): 384, ("cpu", True): 384, ("cuda", False): 2048, ("cuda", True): 8192}
 AUTO_MICRO_BATCH = {"cpu": 8, "cuda": 64}  # rows of 1,024 tokens: on a CPU taken as they are, on CUDA the most to try
-
-
-def loss_chunk(device: str, *, compiled: bool) -> int:
-    """Rows of logits that exist at once on "cpu" or "cuda": few for a CPU's cache, many for a GEMM's."""
-    return LOSS_CHUNK["cuda, eager" if device == "cuda" and not compiled else device]
 
 
 def logit_bytes(*, bf16: bool, compiled: bool) -> int:
@@ -74,7 +70,7 @@ def peak_memory(
         activations += tokens * (2 * model.n_layer + 1) * width  # masks: two of a layer, one of the embeddings
     # Around the loss: the last residual, its norm in float32 (and in bf16), the norm's gradient.
     activations += tokens * ((12 + bf16 * 2) * width + 8)
-    chunk = min(chunk or loss_chunk("cuda", compiled=compiled), tokens)
+    chunk = min(chunk or LOSS_CHUNK["cuda", compiled], tokens)
     return kept + activations + loss_memory(width, vocabulary, chunk, compiled=compiled, bf16=bf16)
 
 

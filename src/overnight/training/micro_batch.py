@@ -183,11 +183,8 @@ def seconds_per_step(run: Run, rows: int) -> float:
 
 
 def another_ran_out(run: Run) -> bool:
-    """Asked before the one micro-batch in which processes wait for each other: did one of the others run out of memory?
-
-    With one process there is nothing to ask, and nothing to wait for.
-    """
-    return run.accelerator.num_processes > 1 and ran_out_anywhere(run, False)
+    """Asked before the micro-batch in which processes wait for each other: whether memory ran out on one of them."""
+    return ran_out_anywhere(run, False)
 
 
 def tell_the_others(run: Run, *, synchronising: bool) -> None:
@@ -195,8 +192,6 @@ def tell_the_others(run: Run, *, synchronising: bool) -> None:
 
     Once gradients are being exchanged the others wait for this process's, and nothing but its end releases them.
     """
-    if run.accelerator.num_processes == 1:
-        return
     if synchronising:
         print(
             f"process {run.accelerator.process_index} ran out of memory while the processes exchanged gradients;"

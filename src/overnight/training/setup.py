@@ -27,11 +27,11 @@ from overnight.model.attention import AttentionReport, attention_report, kernel_
 from overnight.model.checkpoint import Saver
 from overnight.model.gpt2 import LanguageModel
 from overnight.planning.model_size import (
+    LOSS_CHUNK,
     derive,
     derived_rows,
     iterations_in_all,
     logit_bytes,
-    loss_chunk,
     padded_vocabulary,
 )
 from overnight.planning.scaling_law import MANY_EPOCHS, REPEATED
@@ -195,7 +195,7 @@ def device_facts(run: Run) -> tuple[dict[str, str], float]:
     kernel, seconds = check_attention(run, of_device)
     precision = "bf16 autocast" if bf16 else "float32"
     how = "compiled" if run.compiled else "eager"
-    chunk = loss_chunk(run.accelerator.device.type, compiled=run.compiled)
+    chunk = LOSS_CHUNK[run.device.torch.type, run.compiled]
     logits = min(chunk, run.micro_batch * run.recipe.batch.sequence_length)
     logits *= padded_vocabulary(run.recipe.model.vocab_size)
     facts = {

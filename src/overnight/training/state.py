@@ -263,12 +263,6 @@ class Run:
         return decaying(self.schedule, self.iteration)
 
     @property
-    def save_overdue(self) -> bool:
-        """Whether the main process has not saved for `checkpoint.every_minutes`."""
-        since = time.monotonic() - self.saved_at
-        return self.accelerator.is_main_process and since > 60 * self.recipe.checkpoint.every_minutes
-
-    @property
     def grad_accum(self) -> int:
         """Gradient accumulation: micro-batches of one iteration on each process."""
         return self.derived.rows_per_process // self.micro_batch

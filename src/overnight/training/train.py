@@ -21,7 +21,7 @@ from torch import nn
 from overnight.core.files import disk_full_error
 from overnight.core.scripts import no_command
 from overnight.data.manifest import as_prepared
-from overnight.device.faults import until_memory_runs_out
+from overnight.device.faults import out_of_memory
 from overnight.device.launch import launch, on_main
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
 from overnight.hub.background import Uploader, uploading
@@ -147,11 +147,15 @@ def prepare_update(run: Run) -> tuple[float, float, list[Callable[[], None]]] | 
     loss = accumulate(run)
     if loss is None:
         return None
-    asked, values = [float(run.signalled), float(run.save_overdue)], None
-    with until_memory_runs_out():
+    overdue = time.monotonic() - run.saved_at > 60 * run.recipe.checkpoint.every_minutes
+    asked, values = [float(run.signalled), float(overdue)], None
+    try:
         grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optim.grad_clip)
         changes = optim.prepared(run.optimizers)
         values = torch.cat([torch.stack([loss, grad_norm]), loss.new_tensor([*asked, False])])
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
     if values is None:
         run.model.zero_grad(set_to_none=True)  # so that there is room to tell the others
         values = loss.new_tensor([0.0, 0.0, *asked, True])
@@ -167,22 +171,27 @@ def accumulate(run: Run) -> torch.Tensor | None:
     The loss of a micro-batch is its sum over tokens times processes / tokens_per_iter: accumulating adds these up, DDP
     averages over processes, and what remains is the mean over every token of the iteration.
     """
-    share = run.accelerator.num_processes / run.recipe.batch.tokens_per_iter
+    processes, micro_batches = run.accelerator.num_processes, run.derived.rows_per_process // run.micro_batch
+    share = processes / run.recipe.batch.tokens_per_iter
     torch.manual_seed(dropout_seed(run.recipe.seed, run.iteration, run.accelerator.process_index))
     last = False
-    with until_memory_runs_out():
+    try:
         loss = torch.zeros((), device=run.device.torch)
         batches = run.batches.micro_batches(run.iteration, run.micro_batch, run.device.torch)
         for number, (ids, targets) in enumerate(batches, start=1):
-            last = number == run.grad_accum
-            if last and micro_batch.another_ran_out(run):
+            last = number == micro_batches
+            if last and processes > 1 and micro_batch.another_ran_out(run):
                 return None
             with contextlib.nullcontext() if last else run.accelerator.no_sync(run.prepared):
                 micro_loss = run.prepared(ids, targets) * share
                 run.accelerator.backward(micro_loss)
             loss += micro_loss.detach()
         return loss
-    micro_batch.tell_the_others(run, synchronising=last)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    if processes > 1:
+        micro_batch.tell_the_others(run, synchronising=last)
     return None
 
 
