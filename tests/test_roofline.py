@@ -12,8 +12,10 @@ from runs import ROOT
 from overnight.planning.gpus import facts, gpu_named, known_gpus, match_gpu
 from overnight.planning.roofline import (
     Work,
+    moved,
     power_bound,
     public_runs,
+    seconds,
     speed_of,
     training,
     validation,
@@ -66,12 +68,15 @@ def test_every_row_of_the_table_is_one_card_and_says_where_its_figures_are_from(
 
 
 def test_public_runs_are_met():
-    """A10: 150 W hold a chip of 8 nm farther below its peak than the constant, set by chips of 4 and 7 nm, says."""
+    """Eager code at 2 and 4 rows lies between the estimate and the same with its body in the cache."""
     runs = public_runs()
     assert len(runs) >= 12 and {"rtx-4070", "rtx-4090", "a100-80gb", "h100-sxm"} <= {run.gpu.name for run in runs}
     for run in runs:
-        within = 0.45 if run.gpu.name == "a10" else 0.12 if run.compiled != "no" else 0.21
-        assert abs(run.off) < within, (run.gpu.name, run.code, run.off)
+        parts = training(run.work, run.gpu)
+        if run.compiled == "no":
+            parts = parts._replace(memory=parts.memory - seconds(moved(run.work, "body"), run.gpu))
+            assert run.off < 0
+        assert abs(parts.tokens_per_second / run.tokens_per_second - 1) < 0.12, (run.gpu.name, run.code, run.off)
 
 
 def test_nanogpt_on_the_usual_card_is_within_a_tenth_of_what_it_was_measured_to_reach():
@@ -128,11 +133,12 @@ def test_the_facts_have_every_part_that_the_roofline_asks_for():
         assert training(work, CARD).memory > validation(work, CARD).memory > 0
 
 
-def test_the_benchmark_prints_the_parts_beside_every_public_run():
+def test_the_benchmark_prints_the_parts_beside_every_public_run_as_the_page_has_them():
     command = [sys.executable, str(ROOT / "benchmarks" / "roofline.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 + len(public_runs())
+    assert len([line for line in lines[3:] if not line.startswith(" ")]) == len(public_runs())
+    assert done.stdout in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     [night] = [line for line in lines if line.startswith("rtx-4070: nanoGPT 12 x 384")]
     products, attention, memory, estimate, public = (float(word.replace(",", "")) for word in night.split()[5:10])
     assert public == 119_500 and 1e6 / estimate == pytest.approx(products + attention + memory, rel=0.01)
@@ -159,10 +165,10 @@ def test_the_traffic_of_operators_is_what_they_read_and_write(benchmarks):
         (lambda: a.to(torch.bfloat16), "eager", 4000 + 2000),
         (lambda: a @ b.t(), "GEMM", 2 * 4000 + 40_000),
     ]
-    for act, kind, moved in cases:
+    for act, kind, expected in cases:
         with Traffic() as traffic:
             act()
-        assert traffic.bytes[kind] == sum(traffic.bytes.values()) == moved
+        assert traffic.bytes[kind] == sum(traffic.bytes.values()) == expected
 
 
 def test_a_new_count_replaces_the_rows_of_its_code_and_no_others(benchmarks, tmp_path, monkeypatch):

@@ -21,6 +21,9 @@ PRODUCT_SHARE = 0.80
 # What the board takes for one of their FLOPs where its power and not its clock is the limit: a board of 300 W cannot
 # hold 400 TFLOP/s. Set by llm.c's runs on A100 PCIe (250 W) and H100 (700 W), where it comes out between -8 and +5 %.
 JOULES_PER_FLOP = 1.45e-12
+# The same of Samsung's 8 nm, in which NVIDIA makes the chips of capability 8.6. An A10 (150 W) reaches 35.3 TFLOP/s in
+# tf32 with cuBLAS, by a public table of matmul kernels, and bf16 is twice as fast; llm.c's run on it comes out at +7 %.
+JOULES_PER_FLOP_8_NM = 2.1e-12
 # Of the memory's bandwidth: what a long copy reaches.
 BANDWIDTH_SHARE = 0.90
 # Instructions of the vector units for a query and a key, in attention's forward and backward: with them an A100 reaches
@@ -52,14 +55,19 @@ class Parts(NamedTuple):
         return 1 / sum(self)
 
 
+def power_rate(gpu: Gpu) -> float:
+    """FLOP/s that the board's power is enough for."""
+    return gpu.tdp_watts / (JOULES_PER_FLOP_8_NM if gpu.compute_capability == 8.6 else JOULES_PER_FLOP)
+
+
 def power_bound(gpu: Gpu) -> bool:
     """Whether the board's power keeps its matrix units from their usual share of the peak, or nearly does."""
-    return gpu.tdp_watts / JOULES_PER_FLOP < 1.05 * PRODUCT_SHARE * gpu.tflops * 1e12
+    return power_rate(gpu) < 1.05 * PRODUCT_SHARE * gpu.tflops * 1e12
 
 
 def product_rate(gpu: Gpu) -> float:
     """FLOP/s of large matrix products."""
-    return min(PRODUCT_SHARE * gpu.tflops * 1e12, gpu.tdp_watts / JOULES_PER_FLOP)
+    return min(PRODUCT_SHARE * gpu.tflops * 1e12, power_rate(gpu))
 
 
 def training(work: Work, gpu: Gpu) -> Parts:
