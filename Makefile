@@ -27,6 +27,8 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar off --co
 LOG := $(VENV)/install.log
 SHOW := awk '/^ *Downloading .*[0-9][0-9] MB\)/ {print "  " $$1, $$2, $$3, $$4} /^Installing collected/ {print "  unpacking " NF - 3 " packages"} {fflush()}'
 install = $(PIP) $(1) 2>&1 | tee $(LOG) | $(SHOW) || { tail -n 25 $(LOG) >&2; exit 1; }
+# Whole files of tests in two processes, which keep two cores busy; with ARGS in one, so that what they name is not split.
+PYTEST = -m pytest -q $(if $(ARGS),,--numprocesses 2 --dist loadfile)
 HOW_TO_ACTIVATE = @echo; echo "The environment stands in $(VENV); to type commands in it yourself:  source $(VENV)/bin/activate"
 
 help: ## this list
@@ -55,11 +57,11 @@ quickstart overnight: $(BASE)
 	$(HOW_TO_ACTIVATE)
 
 test: $(VENV)/.installed-test ## one test of each promise; one file of them: ARGS=tests/test_budget.py
-	@$(RUN) -m pytest -q -m "not slow" $(ARGS)
+	@$(RUN) $(PYTEST) -m "not slow" $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
 test-all: $(VENV)/.installed-test ## every test
-	@$(RUN) -m pytest -q $(ARGS)
+	@$(RUN) $(PYTEST) $(ARGS)
 	$(HOW_TO_ACTIVATE)
 
 # In an environment of their own: make TORCH=cpu takes the CPU build there as well, PYTHON picks the interpreter.
@@ -67,14 +69,14 @@ FLOORS := .venv-floors
 test-floors: ## make test with the oldest versions that pyproject.toml admits, which it installs apart and prints
 	@$(MAKE) --no-print-directory VENV=$(FLOORS) CONSTRAINTS=$(FLOORS)/constraints.txt $(FLOORS)/.installed-test
 	@$(FLOORS)/bin/python tests/floors.py --installed
-	@$(FLOORS)/bin/python -m pytest -q -m "not slow" $(ARGS)
+	@$(FLOORS)/bin/python $(PYTEST) -m "not slow" $(ARGS)
 	@$(FLOORS)/bin/python tests/floors.py --installed
 
 # A simulated NVIDIA card under PyTorch's CUDA build, in an environment of its own; docs/gpu.md says what it shows.
 ghost: build/ghost/libghost.so ## build a simulated NVIDIA card (1 minute, 6.5 GB, gcc), on which every CUDA path runs on this machine
 
 test-ghost: build/ghost/libghost.so ## the CUDA paths on that card; all cards and tests: ARGS="-m ''"
-	@$(GHOST)/bin/python -m pytest -q -m "not slow" $(if $(findstring tests/,$(ARGS)),,tests/ghost_card) $(ARGS)
+	@$(GHOST)/bin/python $(PYTEST) -m "not slow" $(if $(findstring tests/,$(ARGS)),,tests/ghost_card) $(ARGS)
 
 build/ghost/libghost.so: $(wildcard tests/ghost_card/*.c tests/ghost_card/*.h) tests/ghost_card/build.py pyproject.toml constraints.txt
 	@! command -v nvidia-smi > /dev/null || { echo "This machine has an NVIDIA driver: its own card runs the CUDA paths (make gpu-check). The ghost card is for machines without one." >&2; exit 1; }
