@@ -10,7 +10,6 @@ import pytest
 from command_lines import blocks
 from runs import ROOT
 
-from overnight.errors import InputError
 from overnight.planning import scaling_law
 from overnight.planning.model_size import iterations_in_all
 from overnight.planning.table import by_law
@@ -120,8 +119,6 @@ def test_nothing_is_expected_of_what_the_law_does_not_know():
     for other in (["--data.path", "someone/else"], ["--model.vocab_size", "4096"], ["--model.n_embd", "96"]):
         recipe = load(NIGHT, other)
         assert scaling_law.unknown(recipe) and not by_law(recipe, [10_000], None).of
-    with pytest.raises(InputError, match="no column"):
-        scaling_law.offset_of([], "x.csv", recipe)
 
 
 def test_repeated_text_is_warned_of_from_four_epochs_and_nothing_is_expected_beyond_forty():

@@ -114,14 +114,13 @@ def test_the_allocator_cuts_no_large_block_unless_the_user_has_set_it_up_otherwi
 
 
 def test_power_and_energy_are_nvmls_and_without_it_or_its_counter_are_not_measured(card, monkeypatch):
-    assert Device(torch.device("cuda")).watts() == 168
-    assert Device(torch.device("cuda")).joules() == 0
+    assert (Device(torch.device("cuda")).power.watts(), Device(torch.device("cuda")).power.joules()) == (168, 0)
     old = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: raised(old))
-    before_volta = Device(torch.device("cuda"))
+    before_volta = Device(torch.device("cuda")).power
     assert (before_volta.watts(), before_volta.joules(), before_volta.mean_watts()) == (168, None, None)
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: raised(pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)))
-    none = Device(torch.device("cuda"))
+    none = Device(torch.device("cuda")).power
     assert (none.watts(), none.joules(), none.mean_watts()) == (None, None, None)
 
 

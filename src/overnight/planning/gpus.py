@@ -52,9 +52,13 @@ def known_gpus() -> dict[str, Gpu]:
 
 @cache
 def facts(name: str) -> list[dict[str, str]]:
-    """The rows of a CSV file of the package; lines that begin with `#` are its provenance."""
-    with (resources.files("overnight") / "facts" / name).open(encoding="utf-8") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+    """The rows of a CSV file of the package."""
+    return rows_of((resources.files("overnight") / "facts" / name).read_text(encoding="utf-8"))
+
+
+def rows_of(table: str) -> list[dict[str, str]]:
+    """The rows of a CSV file's text; lines that begin with `#` are its provenance."""
+    return list(csv.DictReader(line for line in table.splitlines() if not line.startswith("#")))
 
 
 def gpu_named(name: str) -> Gpu:

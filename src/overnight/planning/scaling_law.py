@@ -8,16 +8,19 @@ less (Muennighoff et al. 2023, arXiv 2305.16264). The factor is the training rec
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
 from overnight.errors import InputError
+from overnight.planning.gpus import rows_of
 from overnight.recipe.schema import Model, Recipe
 
 REUSE = 15.387756  # R of Muennighoff et al.: passes after which a repeated token has lost most of its worth
@@ -89,14 +92,9 @@ def level_and_slope(recipe: Recipe, tokens: float) -> tuple[float, float]:
 
 def cosine_offset(progress: float) -> float:
     """Nats that a cosine run at a share of its schedule lies above an annealed one of the same tokens, at 124M."""
-    points = constants()["cosine_offset_nats"]
-    (x0, y0), (x1, y1) = points[:2]
-    if progress < x0:  # as the first segment goes
-        return y0 + (x0 - progress) * (y0 - y1) / (x1 - x0)
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if progress <= x1:
-            return y0 + (progress - x0) * (y1 - y0) / (x1 - x0)
-    return 0.0
+    shares, offsets = zip(*constants()["cosine_offset_nats"], strict=True)
+    slope = (offsets[1] - offsets[0]) / (shares[1] - shares[0])  # before the first point as behind it
+    return float(np.interp(progress, [0, *shares], [offsets[0] - slope * shares[0], *offsets]))
 
 
 def wsd_offset() -> float:
@@ -182,24 +180,28 @@ NUMBERS = ("params_nonembedding_millions", "unique_tokens_billions", "tokens_bil
 CALIBRATION = ("dataset", "annealed", *NUMBERS)
 
 
-def offset_of(runs: list[dict[str, str]], name: str, recipe: Recipe) -> float:
-    """Nats by which measured runs on the recipe's dataset lie above the law, their mean; annealed rows alone.
+def offset_of(file: Path, recipe: Recipe) -> float:
+    """Nats by which the measured runs of a CSV on the recipe's dataset lie above the law, their mean.
 
-    `runs` are rows with the columns CALIBRATION, as facts/measured_runs.csv has them, all trained as `recipe` trains.
+    The file has the columns CALIBRATION, as facts/measured_runs.csv; annealed rows count, trained as `recipe` trains.
     Raises `InputError` for missing columns, values that are no numbers, and when no row fits.
     """
+    name, dataset, factor = f"`--calibrate {file}`", dataset_of(recipe), factor_of(recipe)
+    try:
+        runs = rows_of(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
     if missing := set(CALIBRATION) - set(runs[0] if runs else {}):
         needed = ", ".join(CALIBRATION)
-        raise InputError(f"`--calibrate {name}`: no column {', '.join(sorted(missing))}; {needed} are needed")
-    dataset, factor, above = dataset_of(recipe), factor_of(recipe), []
+        raise InputError(f"{name}: no column {', '.join(sorted(missing))}; {needed} are needed")
+    above = []
     for row in runs:
-        if row["dataset"] != dataset or row["annealed"] != "yes":
-            continue
-        try:
-            parameters, unique, tokens, loss = (float(row[key]) for key in NUMBERS)
-        except ValueError as error:
-            raise InputError(f"`--calibrate {name}`: {error}") from None
-        above.append(loss - annealed_loss(1e6 * parameters, 1e9 * tokens, 1e9 * unique, dataset, factor))
+        if row["dataset"] == dataset and row["annealed"] == "yes":
+            try:
+                parameters, unique, tokens, loss = (float(row[key]) for key in NUMBERS)
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from None
+            above.append(loss - annealed_loss(1e6 * parameters, 1e9 * tokens, 1e9 * unique, dataset, factor))
     if not above:
-        raise InputError(f"`--calibrate {name}`: no row with `dataset` {dataset} and `annealed` yes")
+        raise InputError(f"{name}: no row with `dataset` {dataset} and `annealed` yes")
     return sum(above) / len(above)
