@@ -8,6 +8,7 @@ passing it on. And the trainer gets a process group of its own, so that Ctrl-C r
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import subprocess
@@ -92,7 +93,8 @@ def steps(recipe: Recipe, time: str | None = None) -> list[str]:
     else:
         size = f", {recipe.data.download_gb:g} GB to download" if recipe.data.download_gb else ""
         prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"
-    done, finished = newest_checkpoint(recipe), target_model(recipe)
+    done = max(map(iteration_of, RunDirectory(recipe).resumable(recipe.schedule)), default=None)
+    finished = target_model(recipe)
     if time:
         train = f"recipes/train.py, continues at iteration {done or 0:,} to the budget that can be finished {time}"
     elif finished.exists():
@@ -125,21 +127,20 @@ def target_model(recipe: Recipe, *, timed: bool = False) -> Path:
     return directory.models / folder_name(max(finished(directory.path) if timed else [], default=last))
 
 
-def newest_checkpoint(recipe: Recipe) -> int | None:
-    """The iteration of the newest checkpoint that the run can continue from, None without one."""
-    return max(map(iteration_of, RunDirectory(recipe).resumable(recipe.schedule)), default=None)
-
-
 def checkpoints(recipe: Recipe) -> set[Path]:
     """All there are, on the trunk and of every decay: another set is progress."""
     return set(RunDirectory(recipe).checkpoints.glob("**/iter-*"))
 
 
+def script(name: str, *arguments: str) -> list[str]:
+    """The command of a script in recipes/."""
+    return [sys.executable, str(ROOT / "recipes" / name), *arguments]
+
+
 def run_prepare(arguments: list[str], child: Child) -> int:
     """Prepare the shards, again when the network stayed away for a minute; returns the last exit code."""
-    command = [sys.executable, str(ROOT / "recipes" / "prepare.py"), *arguments]
     for restart in range(MAX_RESTARTS + 1):
-        code = child.run(command, dict(os.environ))
+        code = child.run(script("prepare.py", *arguments), dict(os.environ))
         if code != EXIT_INTERRUPTED or child.stopped_by:
             break
         print(f"Preparing was interrupted: restart {restart + 1} of {MAX_RESTARTS}", flush=True)
@@ -149,24 +150,19 @@ def run_prepare(arguments: list[str], child: Child) -> int:
 def run_train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child) -> int:
     """Run the trainer until it ends, starting it again where `goes_on` says so; returns its last exit code."""
     command, environment, one_process = launched(config_file, "train.py", arguments)
-    restarts = 0
-    while True:
+    for restarts in itertools.count():
         before = checkpoints(recipe)
         code = child.run(command, environment)
         if child.stopped_by:
             print(f"{child.stopped_by.name}: the trainer ended with code {code}; the same command continues from there")
             return EXIT_INTERRUPTED if code else 0
         if not goes_on(code, one_process, checkpoints(recipe) != before, restarts):
-            if code == EXIT_INTERRUPTED or code < 0:
-                print(
-                    f"The trainer was interrupted (code {code}) and is not started again: no new progress, or too often"
-                )
-            return code if code >= 0 else 128 - code
-        restarts += 1
-        print(
-            f"The trainer was interrupted (code {code}) after new progress: restart {restarts} of {MAX_RESTARTS}",
-            flush=True,
-        )
+            break
+        again = f"restart {restarts + 1} of {MAX_RESTARTS}"
+        print(f"The trainer was interrupted (code {code}) after new progress: {again}", flush=True)
+    if code == EXIT_INTERRUPTED or code < 0:
+        print(f"The trainer was interrupted (code {code}) and is not started again: no new progress, or too often")
+    return code if code >= 0 else 128 - code
 
 
 def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bool:
@@ -194,27 +190,24 @@ def run_publish(recipe: Recipe, child: Child) -> int:
     """Send what the evaluation added, and what the trainer may have left; returns the exit code."""
     if not recipe.hub.repo_id:
         return 0
-    return child.run(
-        [sys.executable, str(ROOT / "recipes" / "publish.py"), str(RunDirectory(recipe).path)], dict(os.environ)
-    )
+    return child.run(script("publish.py", str(RunDirectory(recipe).path)), dict(os.environ))
 
 
-def launched(config_file: Path, script: str, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
+def launched(config_file: Path, name: str, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
     """A script's command and environment under an accelerate configuration, and whether it is one process.
 
     What it says beside devices and processes is overruled: neither DeepSpeed, FSDP and Megatron nor fp8 is asked for.
     """
     from accelerate.utils import DistributedType
 
-    config = read_config(config_file)
-    command = [str(ROOT / "recipes" / script), *arguments]
+    config, command = read_config(config_file), script(name, *arguments)
     sharded = config.distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM")
     alone = config.distributed_type in (DistributedType.NO, DistributedType.XLA)
     if alone or (sharded and config.num_processes == 1):
-        return [sys.executable, *command], dict(os.environ) | environment_of(config), True
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-    launcher += ["--mixed_precision", "no", *(["--multi_gpu"] if sharded else [])]
-    return [*launcher, *command], dict(os.environ), False
+        return command, dict(os.environ) | environment_of(config), True
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config_file), "--mixed_precision", "no"]
+    launcher += ["--multi_gpu"] if sharded else []
+    return [command[0], *launcher, *command[1:]], dict(os.environ), False
 
 
 def read_config(path: Path) -> ClusterConfig:
