@@ -28,7 +28,6 @@ GOOD = Machine(
     kernel="6.8.0-51-generic",
     hub_token=True,
     threads=16,
-    omp_threads=None,
 )
 WSL = "5.15.167.4-microsoft-standard-WSL2"
 OLD_DRIVER = Driver("550.54", (12, 4), (RTX_4070,))

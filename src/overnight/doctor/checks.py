@@ -51,8 +51,7 @@ def checks(machine: Machine) -> list[Check]:
     login = "a Hub token is set"
     if not machine.hub_token:  # it is looked for on this machine; nothing is sent
         login = "not logged in to the Hub; training needs no login, uploads do: hf auth login"
-    note = f"; OMP_NUM_THREADS={machine.omp_threads} is set, the recipe's `threads` wins" if machine.omp_threads else ""
-    return [*found, Check("hub", "ok", login), Check("threads", "ok", f"{machine.threads} CPU threads{note}")]
+    return [*found, Check("hub", "ok", login), Check("threads", "ok", f"{machine.threads} CPU threads")]
 
 
 def check_python(version: tuple[int, int]) -> Check:

@@ -93,7 +93,6 @@ class Machine:
     kernel: str = field(default_factory=platform.release)
     hub_token: bool = field(default_factory=lambda: get_token() is not None)
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    omp_threads: str | None = field(default_factory=lambda: os.environ.get("OMP_NUM_THREADS"))
 
 
 def survey(recipe: Recipe | None = None) -> Machine:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+
+from pydantic import BaseModel
 
 from overnight.core.nvml import driver
 from overnight.errors import InputError
@@ -14,8 +16,7 @@ from overnight.errors import InputError
 USUAL = "rtx-4070"  # the card that the recipes are written for
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(BaseModel, frozen=True):
     """A row of facts/gpus.csv: vendor figures, with their provenance in the file."""
 
     name: str
@@ -43,11 +44,7 @@ class Speed:
 
 def known_gpus() -> dict[str, Gpu]:
     """The GPUs of facts/gpus.csv by name."""
-    numbers = [field.name for field in fields(Gpu)][2:]
-    return {
-        row["name"]: Gpu(row["name"], row["cuda_name"], *(float(row[number]) for number in numbers))
-        for row in facts("gpus.csv")
-    }
+    return {row["name"]: Gpu.model_validate(row) for row in facts("gpus.csv")}
 
 
 @cache

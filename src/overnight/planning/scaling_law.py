@@ -144,11 +144,6 @@ def unknown(recipe: Recipe) -> str | None:
     return None
 
 
-def in_fit_range(recipe: Recipe) -> bool:
-    """Whether the law was fitted to models and text like these."""
-    return unknown(recipe) is None
-
-
 def epochs(recipe: Recipe, max_iters: int, unique: int | None) -> float | None:
     """How often a run of `max_iters` reads each of its unique tokens."""
     return max_iters * recipe.batch.tokens_per_iter / unique if unique else None
@@ -159,7 +154,7 @@ def caveats(recipe: Recipe, iterations: list[int], unique: int | None = None) ->
     found = []
     if (most := epochs(recipe, max(iterations), unique) or 0) >= MANY_EPOCHS:
         found.append(f"{max(iterations):,} iterations are {most:,.1f} epochs: {REPEATED}")
-    if not in_fit_range(recipe):
+    if unknown(recipe):
         return found
     low, high = constants()["valid_range"]["D"]
     tokens = [iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations))]
