@@ -84,13 +84,6 @@ def test_the_law_is_the_one_that_its_authors_wrote():
     assert scaling_law.effective_tokens(100e9, 1e9) < 16.5e9
 
 
-def test_the_table_says_what_it_stands_on_and_warns_where_it_is_outside_the_data():
-    said = plan("--gpu", "rtx-4070").stdout
-    assert "pass GPT-2 124M's published 3.2924 (fineweb-edu, another validation split)" in said and "sweet spot" in said
-    assert "an estimate from the parts, at most" in said and re.search(r"20,000 +10.5B", said)
-    assert "WARNING   the factor of Muon was measured at 124M" in said
-
-
 def test_nothing_is_expected_of_what_the_law_does_not_know():
     quickstart = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "quickstart.yaml")).stdout
     assert "loss      nothing is expected: the scaling law covers FineWeb-Edu and FineWeb alone" in quickstart

@@ -76,11 +76,8 @@ def sync(path: Path) -> None:
 
 def forget_cached(path: Path) -> None:
     """Drop a synced file from the system's memory, so that whoever reads it next reads what the disk holds."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

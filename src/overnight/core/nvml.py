@@ -44,14 +44,15 @@ def nvml() -> Any | None:
 
 
 def driver() -> Driver | None:
-    """The driver and its GPUs; None where there is none, as in some containers, or no answer."""
+    """The driver and its GPUs, at least one; None where there is none, as in some containers, or no answer."""
     pynvml = nvml()
     if pynvml is None:
         return None
     try:
         cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
         gpus = tuple(_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
-        return Driver(pynvml.nvmlSystemGetDriverVersion(), (cuda // 1000, cuda % 1000 // 10), gpus)
+        version = pynvml.nvmlSystemGetDriverVersion()
+        return Driver(version, (cuda // 1000, cuda % 1000 // 10), gpus) if gpus else None
     except pynvml.NVMLError:
         return None
 

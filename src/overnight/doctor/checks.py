@@ -89,7 +89,7 @@ def check_torch(torch: TorchBuild | None, driver: Driver | None, wsl: bool, *, h
     install = "install NVIDIA's driver in Windows, not in WSL" if wsl else "sudo ubuntu-drivers install"
     if hidden:
         return Check("torch", "warn", f"{build}; CUDA_VISIBLE_DEVICES hides every GPU: the CPU trains")
-    if driver is None or not driver.gpus:
+    if driver is None:
         text = f"{build}; no CUDA device: the quickstart runs on the CPU"
         return Check("torch", "warn", text, install if torch.cuda else "")
     if torch.cuda is None:

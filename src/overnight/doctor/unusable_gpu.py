@@ -45,7 +45,7 @@ def refuse_without_kernels() -> None:
 def mind_unseen_gpu(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
     """Say that there is a GPU which PyTorch does not see, and why."""
     found = driver()
-    if found is None or not found.gpus:
+    if found is None:
         return
     check = check_torch(torch_build(), found, is_wsl(platform.release()), hidden=False)
     why = f"PyTorch does not see the {found.gpus[0].name} of this machine: {check.text}"

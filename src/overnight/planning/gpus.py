@@ -10,7 +10,6 @@ from importlib import resources
 
 from pydantic import BaseModel
 
-from overnight.core.nvml import driver
 from overnight.errors import InputError
 
 USUAL = "rtx-4070"  # the card that the recipes are written for
@@ -76,12 +75,3 @@ def match_gpu(cuda_name: str, total_gib: float) -> Gpu | None:
     """
     same_name = [gpu for gpu in known_gpus().values() if gpu.cuda_name == cuda_name.removeprefix("NVIDIA ")]
     return next((gpu for gpu in same_name if abs(gpu.vram_gib - total_gib) < 0.1 * gpu.vram_gib), None)
-
-
-def present() -> tuple[str, Gpu | None] | None:
-    """The CUDA name of the first card here, from NVML, and the known card that it is; None without one."""
-    found = driver()
-    if found is None or not found.gpus:
-        return None
-    gpu = found.gpus[0]
-    return gpu.name, match_gpu(gpu.name, gpu.total_gib)

@@ -16,12 +16,13 @@ from pydantic import BaseModel
 
 from overnight.core.console import byte_count, count, duration
 from overnight.core.files import atomic_write, strict_json, write_figure
+from overnight.core.nvml import driver
 from overnight.core.scripts import no_command
 from overnight.data.manifest import with_prepared_data
 from overnight.errors import InputError, first_line
 from overnight.planning.figure import draw_gpt2, new_axes
 from overnight.planning.forecast import forecast_of_run
-from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
+from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, match_gpu
 from overnight.planning.memory import Memory, by_formula
 from overnight.planning.model_size import derive, derived_rows
 from overnight.planning.roofline import speed_of
@@ -84,8 +85,9 @@ def _cards(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe],
     """The cards to plan for."""
     if chosen.gpu == "all":
         return [_estimated(recipe, gpu) for gpu in known_gpus().values()]
-    here = present()
-    gpu = gpu_named(chosen.gpu) if chosen.gpu else here[1] if here else None
+    detected = driver()
+    here = detected.gpus[0] if detected else None
+    gpu = gpu_named(chosen.gpu) if chosen.gpu else match_gpu(here.name, here.total_gib) if here else None
     if chosen.throughput is not None:
         if not 0 < chosen.throughput < math.inf:
             raise InputError(f"`--throughput {chosen.throughput:g}`: tokens a second; 119500 would work")
