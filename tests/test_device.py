@@ -164,8 +164,7 @@ def beside_a_gpu(monkeypatch):
     return make
 
 
-def mind(recipe):
-    unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / recipe), Accelerator(cpu=True), Console())
+NIGHT, QUICKSTART = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("fineweb_edu_40m", "quickstart"))
 
 
 def test_weeks_on_the_cpu_beside_a_gpu_whose_driver_is_too_old_are_refused_with_the_driver_that_is_needed(
@@ -174,13 +173,35 @@ def test_weeks_on_the_cpu_beside_a_gpu_whose_driver_is_too_old_are_refused_with_
     beside_a_gpu(OLD)
     monkeypatch.setattr(train_module, "open_data", lost)  # before anything else is looked at
     with pytest.raises(InputError) as caught:
-        train_module.train(load(ROOT / "recipes" / "fineweb_edu_40m.yaml"))
+        train_module.train(NIGHT)
     for part in ("NVIDIA GeForce RTX 4070", "driver 550.54", "needs driver 580 or newer", "days", "ubuntu-drivers"):
         assert part in str(caught.value)
     assert "`CUDA_VISIBLE_DEVICES=` before the command" in str(caught.value)
     beside_a_gpu(NEW)  # whatever the reason
     with pytest.raises(InputError, match="does not see the NVIDIA GeForce RTX 4070"):
-        mind("fineweb_edu_40m.yaml")
+        unusable_gpu.mind_unusable_gpu(NIGHT, Accelerator(cpu=True), Console())
+    assert train_module.train(NIGHT, dry_run=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "driver", "cuda", "asked", "said"),
+    [
+        (QUICKSTART, OLD, "13.0", {}, "needs driver 580 or newer; this trains on the CPU"),  # minutes
+        (NIGHT, OLD, "13.0", {"CUDA_VISIBLE_DEVICES": ""}, ""),
+        (NIGHT, OLD, "13.0", {"ACCELERATE_USE_CPU": "true"}, ""),
+        (NIGHT, OLD, None, {}, "built for CPUs, but here is a GPU (NVIDIA GeForce RTX 4070)"),  # not by mistake
+        (NIGHT, None, "13.0", {}, ""),
+    ],
+)
+def test_a_cpu_that_is_fast_enough_asked_for_or_all_there_is_trains_and_the_gpu_is_named(
+    beside_a_gpu, monkeypatch, capsys, recipe, driver, cuda, asked, said
+):
+    beside_a_gpu(driver, cuda)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    unusable_gpu.mind_unusable_gpu(recipe, Accelerator(cpu=True), Console())
+    out = capsys.readouterr().out
+    assert said in out and bool(said) == bool(out)
 
 
 def test_a_card_that_is_older_than_the_kernels_of_pytorch_is_refused_before_anything_is_computed(card, monkeypatch):
@@ -190,35 +211,9 @@ def test_a_card_that_is_older_than_the_kernels_of_pytorch_is_refused_before_anyt
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
     accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     with pytest.raises(InputError, match=r"GTX 1080, .*compute capability 6\.1; this PyTorch begins at 7\.5"):
-        unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / "quickstart.yaml"), accelerator, Console())
+        unusable_gpu.mind_unusable_gpu(QUICKSTART, accelerator, Console())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / "quickstart.yaml"), accelerator, Console())
-
-
-def test_minutes_on_the_cpu_beside_a_gpu_are_trained_and_the_gpu_is_named(beside_a_gpu, capsys):
-    beside_a_gpu(OLD)
-    mind("quickstart.yaml")
-    assert "needs driver 580 or newer; this trains on the CPU" in capsys.readouterr().out
-
-
-def test_a_cpu_that_was_asked_for_trains_whatever_it_takes(beside_a_gpu, monkeypatch, capsys):
-    beside_a_gpu(OLD)
-    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("ACCELERATE_USE_CPU", "true")):
-        with monkeypatch.context() as asked:
-            asked.setenv(name, value)
-            mind("fineweb_edu_40m.yaml")
-    assert capsys.readouterr().out == ""
-    beside_a_gpu(OLD, cuda=None)  # nor is PyTorch's CPU build there by mistake
-    mind("fineweb_edu_40m.yaml")
-    assert "built for CPUs, but here is a GPU (NVIDIA GeForce RTX 4070)" in capsys.readouterr().out
-    beside_a_gpu(None)
-    mind("fineweb_edu_40m.yaml")
-    assert capsys.readouterr().out == ""
-
-
-def test_a_dry_run_needs_no_driver(beside_a_gpu, capsys):
-    beside_a_gpu(OLD)
-    assert train_module.train(load(ROOT / "recipes" / "fineweb_edu_40m.yaml"), dry_run=True) == 0
+    unusable_gpu.mind_unusable_gpu(QUICKSTART, accelerator, Console())
 
 
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlSystemGetCudaDriverVersion_v2", "nvmlDeviceGetMemoryInfo"])
