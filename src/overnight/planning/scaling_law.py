@@ -151,24 +151,19 @@ def epochs(recipe: Recipe, max_iters: int, unique: int | None) -> float | None:
 
 def caveats(recipe: Recipe, iterations: list[int], unique: int | None = None) -> list[str]:
     """What to mind of a plan: repeated text, and where a forecast is outside the data that the law was fitted to."""
-    found = []
-    if (most := epochs(recipe, max(iterations), unique) or 0) >= MANY_EPOCHS:
-        found.append(f"{max(iterations):,} iterations are {most:,.1f} epochs: {REPEATED}")
-    if unknown(recipe):
-        return found
+    most, known = epochs(recipe, max(iterations), unique) or 0, unknown(recipe) is None
     low, high = constants()["valid_range"]["D"]
-    tokens = [iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations))]
-    if not low <= tokens[0] <= tokens[1] <= high:
-        found.append(
-            f"the law was fitted to {low:.0e} to {high:.1e} tokens; here are {tokens[0]:.1e} to {tokens[1]:.1e}"
-        )
-    if recipe.optim.name == "muon":
-        found.append("the factor of Muon was measured at 124M parameters on FineWeb and is carried over")
-    if (recipe.optim.name, recipe.schedule.kind) == ("muon", "cosine"):
-        found.append("Muon under a cosine was not measured; the factor is the one of a linear decay")
-    if recipe.model.dropout:
-        found.append("no run behind the law had dropout, which costs a model that sees few epochs")
-    return found
+    least, longest = (iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations)))
+    muon, cosine = recipe.optim.name == "muon", recipe.schedule.kind == "cosine"
+    holds = {
+        f"{max(iterations):,} iterations are {most:,.1f} epochs: {REPEATED}": most >= MANY_EPOCHS,
+        f"the law was fitted to {low:.0e} to {high:.1e} tokens; here are {least:.1e} to {longest:.1e}": known
+        and not low <= least <= longest <= high,
+        "the factor of Muon was measured at 124M parameters on FineWeb and is carried over": known and muon,
+        "Muon under a cosine was not measured; the factor is the one of a linear decay": known and muon and cosine,
+        "no run behind the law had dropout, which costs a model that sees few epochs": known and recipe.model.dropout,
+    }
+    return [caveat for caveat, true in holds.items() if true]
 
 
 NUMBERS = ("params_nonembedding_millions", "unique_tokens_billions", "tokens_billions", "val_loss")

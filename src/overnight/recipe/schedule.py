@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from overnight.recipe.schema import Schedule
+from overnight.recipe.schema import Schedule
 
 CELLS = 128  # of the trapezoidal rule, which is exact for a linear decay
 
