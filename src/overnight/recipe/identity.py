@@ -47,13 +47,21 @@ def flat(nested: dict, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
+    out: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *sections, name = key.split(".")
+        inner = out
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return out
+
+
 def stored_recipe(stored: dict[str, Any]) -> Recipe:
     """The recipe that a run directory has stored, whatever version wrote it; pydantic's error where it is none."""
-    sections: dict[str, Any] = {}
-    for dotted, value in _migrated(flat(stored)).items():
-        section, _, key = dotted.rpartition(".")
-        (sections.setdefault(section, {}) if section else sections)[key] = value
-    return Recipe.model_validate(sections)
+    return Recipe.model_validate(nested(_migrated(flat(stored))))
 
 
 def stored_identity(stored: dict[str, Any]) -> dict[str, Any]:

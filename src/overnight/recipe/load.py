@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from overnight.errors import InputError
+from overnight.recipe.identity import flat, nested
 from overnight.recipe.schedule import decay_iters, fits
 from overnight.recipe.schema import Recipe, leaves
 from overnight.recipe.text import kinds_of, pairs, read_yaml, shown
@@ -79,76 +80,47 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f" `accelerate launch --config_file {shlex.quote(str(path))} recipes/train.py RECIPE` would work"
         )
     problems: list[str] = []
-    data.setdefault("name", path.stem)
-    for key, value in pairs(overrides, problems):
-        _place(data, key.split("."), value, problems)
-    _refuse_unwritable(path, data)
-    recipe, broken = _validate(data, problems)
-    problems += [problem for problem in conflicts(recipe) if not broken.intersection(re.findall(r"`([\w.]+)", problem))]
+    given = {"name": path.stem} | flat(data) | flat(dict(pairs(overrides, problems)))
+    for key, value in given.items():
+        _refuse_unwritable(f"{path}: `{key}`", value)
+    refused = {key: problem for key, value in given.items() if (problem := _problem(key, value))}
+    recipe = Recipe.model_validate(nested({key: value for key, value in given.items() if key not in refused}))
+    problems += refused.values()
+    problems += [text for text in conflicts(recipe) if refused.keys().isdisjoint(re.findall(r"`([\w.]+)", text))]
     if problems:
         raise InputError([f"{path}: {problem}" for problem in problems])
     recipe._file, recipe._overrides = path, tuple(overrides)
     return recipe
 
 
-def _refuse_unwritable(path: Path, data: Any, key: str = "") -> None:
+def _refuse_unwritable(place: str, value: Any) -> None:
     """Raise `InputError` for what no file takes, and credentials: a recipe is copied into run, card and manifest."""
-    if isinstance(data, dict):
-        for name, value in data.items():
-            _refuse_unwritable(path, value, f"{key}.{name}".removeprefix("."))
-    if isinstance(data, list):
-        for value in data:
-            _refuse_unwritable(path, value, key)
-    if isinstance(data, str) and UNWRITABLE.search(data):
-        raise InputError(f"{path}: `{key}` is {_quoted(data)}, which is no text in UTF-8; letters would work")
-    if isinstance(data, str) and CREDENTIALS.search(data):
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _refuse_unwritable(place, each)
+    elif isinstance(value, str) and UNWRITABLE.search(value):
+        raise InputError(f"{place} is {_quoted(value)}, which is no text in UTF-8; letters would work")
+    elif isinstance(value, str) and CREDENTIALS.search(value):
         raise InputError(
-            f"{path}: `{key}`: a name and password in a URL would be written into everything that is made of it;"
+            f"{place}: a name and password in a URL would be written into everything that is made of it;"
             " fetch the file yourself and give its path"
         )
 
 
-def _place(data: dict, keys: list[str], value: Any, problems: list[str]) -> None:
-    for key in keys[:-1]:
-        inner = data.setdefault(key, {})
-        if not isinstance(inner, dict):
-            problems.append(f"`{'.'.join(keys)}`: `{key}` holds {inner!r}, where a section is needed")
-            return
-        data = inner
-    data[keys[-1]] = value
-
-
-def _validate(data: dict, problems: list[str]) -> tuple[Recipe, set[str]]:
-    """The recipe, with defaults where a value was refused, and the keys that were; adds to `problems`."""
-    broken: set[str] = set()
-    while True:
-        try:
-            return Recipe.model_validate(data), broken
-        except ValidationError as error:
-            refused: dict[str, list[Any]] = {}
-            for item in error.errors(include_url=False):
-                refused.setdefault(".".join(_path_in_recipe(data, item["loc"])), []).append(item)
-            for key, items in refused.items():
-                problems += _problems(key, items)
-                _drop(data, key.split("."))
-            broken |= refused.keys()
-
-
-def _path_in_recipe(data: Any, location: tuple) -> list[str]:
-    """The part of pydantic's location that names keys of the file (a union adds the names of its branches)."""
-    keys: list[str] = []
-    for part in location:
-        if not isinstance(data, dict) or part not in data:
-            break
-        keys.append(str(part))
-        data = data[part]
-    return keys
-
-
-def _drop(data: dict, keys: list[str]) -> None:
-    for key in keys[:-1]:
-        data = data[key]
-    del data[keys[-1]]
+def _problem(key: str, value: Any) -> str | None:
+    """What is wrong with a dotted key or its value by itself, and what would work; None where nothing is."""
+    known = dict(leaves())
+    try:
+        Recipe.model_validate(nested({key: value}))
+        return None
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+    if items[0]["type"] == "extra_forbidden":
+        meant = _meant(key, list(known))
+        return f"`{key}` is not a key of a recipe; {f'here that is `{meant}`' if meant else '--help lists them'}"
+    wanted = " or ".join(dict.fromkeys(item["msg"][0].lower() + item["msg"][1:] for item in items))
+    found = items[0]["input"]  # the value, or what is wrong in a list
+    return f"`{key}` is {_quoted(found)}: {wanted}; {_works(known.get(key), found, wanted)}"
 
 
 def conflicts(recipe: Recipe) -> Iterator[str]:
@@ -195,20 +167,6 @@ def _conflicts_of_schedule(recipe: Recipe) -> Iterator[str]:
     elif wrong := [m for m in schedule.milestones if not fits(schedule, m)]:
         decay = "whose decay (`schedule.decay_fraction`) begins after"
         yield f"`schedule.milestones` holds {wrong[0]}; one below {end}, {decay} {warmup}, would work"
-
-
-def _problems(key: str, items: list[Any]) -> list[str]:
-    """What is wrong with a key by pydantic's `items`, and what would work; of an unknown section each key of it."""
-    value, known = items[0]["input"], dict(leaves())
-    if items[0]["type"] == "extra_forbidden":
-        if isinstance(value, dict) and value:
-            return [
-                problem for name in value for problem in _problems(f"{key}.{name}", [items[0] | {"input": value[name]}])
-            ]
-        meant = _meant(key, list(known))
-        return [f"`{key}` is not a key of a recipe; {f'here that is `{meant}`' if meant else '--help lists them'}"]
-    wanted = " or ".join(dict.fromkeys(item["msg"][0].lower() + item["msg"][1:] for item in items))
-    return [f"`{key}` is {_quoted(value)}: {wanted}; {_works(known.get(key), value, wanted)}"]
 
 
 def _meant(key: str, known: list[str]) -> str | None:
