@@ -14,13 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from overnight.errors import InputError
 from overnight.recipe.identity import flat, nested
 from overnight.recipe.schedule import decay_iters, fits
 from overnight.recipe.schema import Recipe, leaves
-from overnight.recipe.text import kinds_of, pairs, read_yaml, shown
+from overnight.recipe.text import pairs, read_yaml, refusals, shown
 
 # What other tools call the same thing, by the key, or the habit, that takes its place here.
 WORDS_OF_OTHERS = {
@@ -109,12 +107,9 @@ def _refuse_unwritable(place: str, value: Any) -> None:
 
 def _problem(key: str, value: Any) -> str | None:
     """What is wrong with a dotted key or its value by itself, and what would work; None where nothing is."""
-    known = dict(leaves())
-    try:
-        Recipe.model_validate(nested({key: value}))
+    known, items = dict(leaves()), refusals(key, value)
+    if not items:
         return None
-    except ValidationError as error:
-        items = error.errors(include_url=False)
     if items[0]["type"] == "extra_forbidden":
         meant = _meant(key, list(known))
         return f"`{key}` is not a key of a recipe; {f'here that is `{meant}`' if meant else '--help lists them'}"
@@ -180,8 +175,7 @@ def _meant(key: str, known: list[str]) -> str | None:
 
 def _works(field: Any, value: Any, wanted: str) -> str:
     """What could stand in place of a value that was refused."""
-    kinds = kinds_of(field) if field else set()
-    if list in kinds and str not in kinds and isinstance(value, str):
+    if field and isinstance(field.default, list) and isinstance(value, str):
         if value.startswith("["):
             return "quotes around the whole list would work"
         return f"`[{shown(value)}]` would work"

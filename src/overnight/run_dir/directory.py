@@ -120,16 +120,12 @@ class RunDirectory:
         """The trunk's checkpoints, and those of each decay."""
         return [self.checkpoints, *cooldowns(self.checkpoints).values()]
 
-    def lock(self) -> None:
+    def lock(self, *, create: bool = False) -> None:
         """Let no other process work here until this one ends; a directory that is not there yet is left to `claim`.
 
         Raises `InputError` when one does, or nothing can be written.
         """
-        if self.path.exists():
-            self._hold()
-
-    def _hold(self) -> None:
-        if self._lock:
+        if self._lock or not (create or self.path.exists()):
             return
         try:
             self.models.mkdir(parents=True, exist_ok=True)
@@ -145,7 +141,7 @@ class RunDirectory:
 
         A changed identity is written down with what it was before.
         """
-        self._hold()
+        self.lock(create=True)
         self.run_id = self.run_id or uuid.uuid4().hex
         now = {
             "run": self.run_id,
