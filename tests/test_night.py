@@ -44,7 +44,7 @@ def test_a_signal_reaches_the_running_step_once_and_its_exit_code_comes_back(num
     ("code", "one_process", "progressed", "restarts", "again"),
     [
         (75, True, True, 0, True),
-        (-9, True, True, 0, True),
+        (137, True, True, 0, True),
         (75, True, False, 0, False),
         (75, True, True, pipeline.MAX_RESTARTS, False),
         *((code, True, True, 0, False) for code in (0, 1, 2, 3, 4)),

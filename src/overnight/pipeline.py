@@ -41,11 +41,17 @@ class Child:
         self.stopped_by: signal.Signals | None = None
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
-        """Run to the end and return the exit code; negative when a signal ended it."""
+        """Run to the end and return the exit code: a shell's, 128 and its number, where a signal ended the step.
+
+        75 where we were sent one, and it did not end well.
+        """
         if self.stopped_by:
             return EXIT_INTERRUPTED
         self.process = subprocess.Popen(tied(*command), env=environment, process_group=0)
-        return self.process.wait()
+        code = self.process.wait()
+        if code and self.stopped_by:
+            return EXIT_INTERRUPTED
+        return code if code >= 0 else 128 - code
 
     def pass_on(self, number: int, frame: object) -> None:
         """Answer a signal: the running step gets it, and no further step is started."""
@@ -74,12 +80,10 @@ def night(
         return EXIT_DOCTOR
     child = Child()
     with handled(child.pass_on):
-        if not recipe.data.local and not is_prepared(Path(recipe.data.dir)):
-            code = run_prepare(arguments, child)
-            if code != 0:
-                return EXIT_INTERRUPTED if child.stopped_by else code
+        ready = recipe.data.local or is_prepared(Path(recipe.data.dir))
+        code = 0 if ready else run_prepare(arguments, child)
         timed = ["--until", until] if until else []
-        code = run_train(recipe, [*arguments, *timed], config_file, child)
+        code = code or run_train(recipe, [*arguments, *timed], config_file, child)
         code = code or run_evaluate(target_model(recipe, timed=time is not None), config_file, child)
         return code or run_publish(recipe, child)
 
@@ -139,11 +143,12 @@ def script(name: str, *arguments: str) -> list[str]:
 
 def run_prepare(arguments: list[str], child: Child) -> int:
     """Prepare the shards, again when the network stayed away for a minute; returns the last exit code."""
-    for restart in range(MAX_RESTARTS + 1):
-        code = child.run(script("prepare.py", *arguments), dict(os.environ))
-        if code != EXIT_INTERRUPTED or child.stopped_by:
+    restarts = 0
+    while (code := child.run(script("prepare.py", *arguments), dict(os.environ))) == EXIT_INTERRUPTED:
+        if child.stopped_by or restarts == MAX_RESTARTS:
             break
-        print(f"Preparing was interrupted: restart {restart + 1} of {MAX_RESTARTS}", flush=True)
+        restarts += 1
+        print(f"Preparing was interrupted: restart {restarts} of {MAX_RESTARTS}", flush=True)
     return code
 
 
@@ -155,14 +160,14 @@ def run_train(recipe: Recipe, arguments: list[str], config_file: Path, child: Ch
         code = child.run(command, environment)
         if child.stopped_by:
             print(f"{child.stopped_by.name}: the trainer ended with code {code}; the same command continues from there")
-            return EXIT_INTERRUPTED if code else 0
+            return code
         if not goes_on(code, one_process, checkpoints(recipe) != before, restarts):
             break
         again = f"restart {restarts + 1} of {MAX_RESTARTS}"
         print(f"The trainer was interrupted (code {code}) after new progress: {again}", flush=True)
-    if code == EXIT_INTERRUPTED or code < 0:
+    if code == EXIT_INTERRUPTED or code > 128:
         print(f"The trainer was interrupted (code {code}) and is not started again: no new progress, or too often")
-    return code if code >= 0 else 128 - code
+    return code
 
 
 def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bool:
@@ -171,7 +176,7 @@ def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bo
     Interrupted is exit code 75, or the death by a signal (the kernel's out-of-memory killer sends one). The launcher of
     several processes ends with 1 whatever the trainer said, so there 1 counts as well.
     """
-    interrupted = code == EXIT_INTERRUPTED or code < 0 or (code == 1 and not one_process)
+    interrupted = code == EXIT_INTERRUPTED or code > 128 or (code == 1 and not one_process)
     return interrupted and progressed and restarts < MAX_RESTARTS
 
 
@@ -183,7 +188,7 @@ def run_evaluate(model: Path, config_file: Path, child: Child) -> int:
     code = child.run(command, environment)
     if code and not child.stopped_by:
         print(f"{model} is finished, its evaluation is not (code {code}): {script_command('eval.py', model)}")
-    return EXIT_INTERRUPTED if child.stopped_by else code if code >= 0 else 128 - code
+    return code
 
 
 def run_publish(recipe: Recipe, child: Child) -> int:

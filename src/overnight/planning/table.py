@@ -128,13 +128,13 @@ def budget(
     gpu, speed, memory = card
     memory = memory or (by_formula(recipe, gpu) if gpu else None)
     timing = _timing(recipe, gpu, speed, memory) if speed else None
-    if timing and recipe.schedule.hours:
-        fits = bisect.bisect_right(range(1, 2**48), recipe.schedule.hours, key=timing.hours)
-        milestones = [*milestones, fits]
-    expected, dataset = losses(sorted(set(milestones))), scaling_law.gpt2_dataset(recipe)
+    hours = recipe.schedule.hours
+    fits = [bisect.bisect_right(range(1, 2**48), hours, key=timing.hours)] if hours and timing else []
+    milestones = sorted({*milestones, *fits})
+    expected, dataset = losses(milestones), scaling_law.gpt2_dataset(recipe)
     gpt2 = gpt2_loss(dataset) if dataset else None
     rows: list[Row] = []
-    for max_iters in sorted(set(milestones)):
+    for max_iters in milestones:
         before, loss = rows[-1] if rows else None, expected.of.get(max_iters)
         spent = _spent(timing.hours(max_iters), gpu, prices) if timing else {}
         rows.append(_row(recipe, max_iters, unique, before, loss, gpt2, spent))
