@@ -41,6 +41,7 @@ class Speed:
     source: str
 
 
+@cache
 def known_gpus() -> dict[str, Gpu]:
     """The GPUs of facts/gpus.csv by name."""
     return {row["name"]: Gpu.model_validate(row) for row in facts("gpus.csv")}

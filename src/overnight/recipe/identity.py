@@ -40,10 +40,10 @@ def immutable_keys(recipe: Recipe) -> set[str]:
 
 
 def flat(nested: dict, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; nothing is left out, not even a section with nothing in it."""
     out: dict[str, Any] = {}
     for key, value in nested.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return out
 
 

@@ -77,7 +77,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path}: this is a configuration of accelerate, not a recipe;"
             f" `accelerate launch --config_file {shlex.quote(str(path))} recipes/train.py RECIPE` would work"
         )
-    problems: list[str] = []
+    problems = [f"`{key}`: dots are for the command line; in a file its section holds it" for key in data if "." in key]
     given = {"name": path.stem} | flat(data) | flat(dict(pairs(overrides, problems)))
     for key, value in given.items():
         _refuse_unwritable(f"{path}: `{key}`", value)
