@@ -46,7 +46,7 @@ def cost(recipe) -> str:
 
 
 def run(recipe, options) -> int:
-    given = typed(options.executor_options, set())
+    given = typed(options.executor_options)
     if not isinstance(given, dict):
         raise InputError(f"`--executor-options` is {options.executor_options!r}; '{{partition: cpu}}' would work")
     if options.workers < 1:

@@ -88,6 +88,7 @@ def test_a_wheel_runs_the_quickstarts_first_iterations_in_an_empty_folder(instal
 
 
 WITHOUT_TORCH = [
+    (["plan", "fineweb_edu_40m", "--gpu", "rtx-4070"], 0, "The sweet spot is"),
     (["train", "fineweb_edu_40m"], 2, "`data.dir`: data/fineweb_edu holds no prepared data"),
     slow(["train", "own_text"], 2, "`data.path` is texts: no file found there"),
     (["eval", "runs/none/models/iter-000001", "--against", "none"], 2, "is no folder; one with a model"),

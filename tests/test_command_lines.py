@@ -102,8 +102,13 @@ def test_a_document_names_a_command_line_that_its_script_takes(words):
     check(words)
 
 
-@pytest.mark.parametrize("words", [words for words in of_documents() if words[0] == "make"], ids=" ".join)
-def test_a_document_names_a_target_whose_command_lines_are_taken(words):
+MAKE = [words for words in of_documents() if words[0] == "make"]
+
+
+@pytest.mark.parametrize("words", MAKE, ids=" ".join)
+def test_a_document_names_a_target_its_variables_and_command_lines_that_are_taken(words):
+    variables = {word.partition("=")[0] for word in words[1:] if "=" in word}
+    assert variables <= {"RECIPE", "ARGS", "TORCH", "PYTHON", "EXTRAS", "CONFIG_FILE"}
     for started in unique(of_make(*words[1:])):
         check(started)
 

@@ -30,6 +30,10 @@ OLD = Driver("550.54", (12, 4), (RTX_4070,))
 NEW = Driver("580.95", (13, 0), (RTX_4070,))
 
 
+def raises(error):
+    raise error
+
+
 def lost(*arguments):
     raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
@@ -46,11 +50,7 @@ def test_all_that_accelerates_launcher_tells_beside_the_devices_is_overruled():
 
 def test_a_rank_that_was_left_in_a_shell_makes_no_group_and_silences_nothing(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-
-    def work() -> int:
-        raise InputError("refused")
-
-    assert cli.exit_code(work) == 2
+    assert cli.exit_code(lambda: raises(InputError("refused"))) == 2
     assert capsys.readouterr().err == "refused\n"
     told = {"RANK": "1", "LOCAL_RANK": "0"}
     assert "RANK, LOCAL_RANK in the environment is ignored" in launch.take_over_environment(told)[0]
@@ -98,35 +98,26 @@ def test_the_process_is_kept_below_the_memory_that_is_free_on_the_device_that_ac
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ({}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:180"}),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-        (
-            {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
-            {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
-        ),
-    ],
+    "theirs", [{"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}]
 )
-def test_the_allocator_cuts_no_large_block_unless_the_user_has_set_it_up_otherwise(before, after):
-    keep_large_blocks_whole(before)
-    assert before == after
+def test_the_allocator_cuts_no_large_block_unless_the_user_has_set_it_up_otherwise(theirs):
+    nothing, theirs_before = {}, dict(theirs)
+    keep_large_blocks_whole(nothing)
+    keep_large_blocks_whole(theirs)
+    assert nothing == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:180"} and theirs == theirs_before
 
 
 def test_power_and_energy_are_nvmls_and_without_it_or_its_counter_are_not_measured(card, monkeypatch):
-    assert Device(torch.device("cuda")).watts() == 168
-    assert Device(torch.device("cuda")).joules() == 0
-    old = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: raised(old))
-    before_volta = Device(torch.device("cuda"))
-    assert (before_volta.watts(), before_volta.joules(), before_volta.mean_watts()) == (168, None, None)
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: raised(pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)))
-    none = Device(torch.device("cuda"))
-    assert (none.watts(), none.joules(), none.mean_watts()) == (None, None, None)
+    def measured():
+        power = Device(torch.device("cuda")).power
+        return power.watts(), power.joules(), power.mean_watts()
 
-
-def raised(error):
-    raise error
+    assert measured() == (168, 0, 0)
+    old, none = pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda card: raises(pynvml.NVMLError(old)))
+    assert measured() == (168, None, None)  # before Volta
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: raises(pynvml.NVMLError(none)))
+    assert measured() == (None, None, None)
 
 
 def test_tf32_on_cuda_leaves_the_products_of_the_cpu_exact():
@@ -142,18 +133,15 @@ def test_tf32_on_cuda_leaves_the_products_of_the_cpu_exact():
 class Queue(Device):
     """A device that does what it is given only when it is waited for, a second for each forward."""
 
-    def __init__(self):
-        super().__init__(torch.device("cpu"))
-        self.now, self.queued = 0.0, 0
+    now = queued = 0
 
     def synchronize(self):
-        self.now += self.queued
-        self.queued = 0
+        self.now, self.queued = self.now + self.queued, 0
 
 
 def test_the_clock_of_a_micro_batch_begins_when_the_device_has_done_what_it_was_given_before(in_process, monkeypatch):
     run = set_up(tiny(in_process, "--name", "clocked"))
-    run.device, real = Queue(), LanguageModel.forward
+    run.device, real = Queue(torch.device("cpu")), LanguageModel.forward
 
     def forward(self, ids, targets):
         run.device.queued += 1
@@ -176,8 +164,7 @@ def beside_a_gpu(monkeypatch):
     return make
 
 
-def mind(recipe):
-    unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / recipe), Accelerator(cpu=True), Console())
+NIGHT, QUICKSTART = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("fineweb_edu_40m", "quickstart"))
 
 
 def test_weeks_on_the_cpu_beside_a_gpu_whose_driver_is_too_old_are_refused_with_the_driver_that_is_needed(
@@ -186,13 +173,35 @@ def test_weeks_on_the_cpu_beside_a_gpu_whose_driver_is_too_old_are_refused_with_
     beside_a_gpu(OLD)
     monkeypatch.setattr(train_module, "open_data", lost)  # before anything else is looked at
     with pytest.raises(InputError) as caught:
-        train_module.train(load(ROOT / "recipes" / "fineweb_edu_40m.yaml"))
+        train_module.train(NIGHT)
     for part in ("NVIDIA GeForce RTX 4070", "driver 550.54", "needs driver 580 or newer", "days", "ubuntu-drivers"):
         assert part in str(caught.value)
     assert "`CUDA_VISIBLE_DEVICES=` before the command" in str(caught.value)
     beside_a_gpu(NEW)  # whatever the reason
     with pytest.raises(InputError, match="does not see the NVIDIA GeForce RTX 4070"):
-        mind("fineweb_edu_40m.yaml")
+        unusable_gpu.mind_unusable_gpu(NIGHT, Accelerator(cpu=True), Console())
+    assert train_module.train(NIGHT, dry_run=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "driver", "cuda", "asked", "said"),
+    [
+        (QUICKSTART, OLD, "13.0", {}, "needs driver 580 or newer; this trains on the CPU"),  # minutes
+        (NIGHT, OLD, "13.0", {"CUDA_VISIBLE_DEVICES": ""}, ""),
+        (NIGHT, OLD, "13.0", {"ACCELERATE_USE_CPU": "true"}, ""),
+        (NIGHT, OLD, None, {}, "built for CPUs, but here is a GPU (NVIDIA GeForce RTX 4070)"),  # not by mistake
+        (NIGHT, None, "13.0", {}, ""),
+    ],
+)
+def test_a_cpu_that_is_fast_enough_asked_for_or_all_there_is_trains_and_the_gpu_is_named(
+    beside_a_gpu, monkeypatch, capsys, recipe, driver, cuda, asked, said
+):
+    beside_a_gpu(driver, cuda)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    unusable_gpu.mind_unusable_gpu(recipe, Accelerator(cpu=True), Console())
+    out = capsys.readouterr().out
+    assert said in out and bool(said) == bool(out)
 
 
 def test_a_card_that_is_older_than_the_kernels_of_pytorch_is_refused_before_anything_is_computed(card, monkeypatch):
@@ -202,35 +211,9 @@ def test_a_card_that_is_older_than_the_kernels_of_pytorch_is_refused_before_anyt
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
     accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     with pytest.raises(InputError, match=r"GTX 1080, .*compute capability 6\.1; this PyTorch begins at 7\.5"):
-        unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / "quickstart.yaml"), accelerator, Console())
+        unusable_gpu.mind_unusable_gpu(QUICKSTART, accelerator, Console())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    unusable_gpu.mind_unusable_gpu(load(ROOT / "recipes" / "quickstart.yaml"), accelerator, Console())
-
-
-def test_minutes_on_the_cpu_beside_a_gpu_are_trained_and_the_gpu_is_named(beside_a_gpu, capsys):
-    beside_a_gpu(OLD)
-    mind("quickstart.yaml")
-    assert "needs driver 580 or newer; this trains on the CPU" in capsys.readouterr().out
-
-
-def test_a_cpu_that_was_asked_for_trains_whatever_it_takes(beside_a_gpu, monkeypatch, capsys):
-    beside_a_gpu(OLD)
-    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("ACCELERATE_USE_CPU", "true")):
-        with monkeypatch.context() as asked:
-            asked.setenv(name, value)
-            mind("fineweb_edu_40m.yaml")
-    assert capsys.readouterr().out == ""
-    beside_a_gpu(OLD, cuda=None)  # nor is PyTorch's CPU build there by mistake
-    mind("fineweb_edu_40m.yaml")
-    assert "built for CPUs, but here is a GPU (NVIDIA GeForce RTX 4070)" in capsys.readouterr().out
-    beside_a_gpu(None)
-    mind("fineweb_edu_40m.yaml")
-    assert capsys.readouterr().out == ""
-
-
-def test_a_dry_run_needs_no_driver(beside_a_gpu, capsys):
-    beside_a_gpu(OLD)
-    assert train_module.train(load(ROOT / "recipes" / "fineweb_edu_40m.yaml"), dry_run=True) == 0
+    unusable_gpu.mind_unusable_gpu(QUICKSTART, accelerator, Console())
 
 
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlSystemGetCudaDriverVersion_v2", "nvmlDeviceGetMemoryInfo"])
@@ -239,7 +222,7 @@ def test_a_driver_that_does_not_answer_is_none(monkeypatch, call):
     monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", lambda: 13000)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
-    monkeypatch.setattr(pynvml, call, lambda *handle: raised(pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)))
+    monkeypatch.setattr(pynvml, call, lambda *handle: raises(pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)))
     assert nvml.driver() is None
 
 

@@ -23,7 +23,6 @@ def is_script(command: list[str], *names: str) -> bool:
     return started and any(f"recipes/{name}.py" in command for name in names)
 
 
-MAKE = [command for command in of_documents() if command[0] == "make"]
 SCRIPTS = [command for command in of_documents() if is_script(command, "train", "prepare", "plan")]
 
 
@@ -45,15 +44,7 @@ def real_runs() -> list:
 
 
 def test_there_are_commands_to_check():
-    assert MAKE and SCRIPTS and len(real_runs()) > 2
-
-
-@pytest.mark.parametrize("command", MAKE, ids=" ".join)
-def test_make_knows_the_target_and_the_variables(command):
-    made = subprocess.run([*command, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
-    variables = dict(word.split("=", 1) for word in command[1:] if "=" in word)
-    assert variables.keys() <= {"RECIPE", "ARGS", "TORCH", "PYTHON", "EXTRAS", "CONFIG_FILE"}
+    assert SCRIPTS and len(real_runs()) > 2
 
 
 @pytest.mark.parametrize("command", real_runs())

@@ -9,7 +9,7 @@ import pytest
 
 from overnight.errors import InputError
 from overnight.planning.forecast import Point, brownian, forecast, twice_brownian, usable, validations
-from overnight.planning.scaling_law import annealed_loss, block_parameters, constants, cosine_offset
+from overnight.planning.scaling_law import annealed_loss, block_parameters, cosine_offset
 from overnight.recipe.load import load
 from overnight.recipe.schedule import branch_point, decay_iters, ending_now, goals, towards
 from overnight.training.stopping import Outlook
@@ -130,14 +130,6 @@ def test_a_slope_that_wanders_is_a_brownian_motion_integrated():
     sums = np.array([step * np.where((fine > 0) & (fine <= x), 1.0, 0.0) for x in fine])
     sums -= np.array([step * np.where((fine < 0) & (fine >= x), 1.0, 0.0) for x in fine])
     assert twice_brownian(fine) == pytest.approx(sums @ brownian(fine) @ sums.T, abs=0.01)
-
-
-def test_the_range_of_tokens_for_each_parameter_is_that_of_the_runs_behind_the_law(root, monkeypatch):
-    monkeypatch.syspath_prepend(root / "benchmarks")
-    from scaling_law import points
-
-    ratios = [point.tokens / point.block_parameters for point in points()]
-    assert constants()["valid_range"]["D/N"] == pytest.approx([min(ratios), max(ratios)], rel=0.02)
 
 
 def test_what_going_on_gains_is_surer_than_either_end(night):

@@ -40,14 +40,21 @@ def test_a_signal_reaches_the_running_step_once_and_its_exit_code_comes_back(num
     assert child.run([sys.executable, "-c", ""], dict(os.environ)) == 75  # nothing starts after that
 
 
-def test_the_trainer_is_started_again_only_after_progress_and_not_without_end():
-    assert pipeline.goes_on(75, True, progressed=True, restarts=0)
-    assert pipeline.goes_on(-9, True, progressed=True, restarts=0)
-    assert not pipeline.goes_on(75, True, progressed=False, restarts=0)
-    assert not pipeline.goes_on(75, True, progressed=True, restarts=pipeline.MAX_RESTARTS)
-    for code in (0, 1, 2, 3, 4):
-        assert not pipeline.goes_on(code, True, progressed=True, restarts=0)
-    assert pipeline.goes_on(1, False, progressed=True, restarts=0)  # the launcher of several processes says 1 for all
+@pytest.mark.parametrize(
+    ("code", "one_process", "progressed", "restarts", "again"),
+    [
+        (75, True, True, 0, True),
+        (137, True, True, 0, True),
+        (75, True, False, 0, False),
+        (75, True, True, pipeline.MAX_RESTARTS, False),
+        *((code, True, True, 0, False) for code in (0, 1, 2, 3, 4)),
+        (1, False, True, 0, True),  # the launcher of several processes says 1 for all
+    ],
+)
+def test_the_trainer_is_started_again_only_after_progress_and_not_without_end(
+    code, one_process, progressed, restarts, again
+):
+    assert pipeline.goes_on(code, one_process, progressed, restarts) == again
 
 
 @pytest.mark.parametrize(("codes", "result"), [([75, 75, 0], 0), ([75, 3, 0], 3), ([75] * 20, 75)])
@@ -58,42 +65,40 @@ def test_preparing_is_started_again_when_the_network_stayed_away(codes, result, 
     assert len(runs) == min(codes.index(result) + 1 if result != 75 else len(codes), pipeline.MAX_RESTARTS + 1)
 
 
-def test_one_process_is_started_directly_and_several_through_the_launcher(root: Path, tmp_path: Path):
-    command, environment, one_process = pipeline.launched(
-        root / "accelerate_config.yaml", "train.py", ["a.yaml", "--optim.lr", "1"]
-    )
-    assert one_process
-    assert command == [sys.executable, str(root / "recipes" / "train.py"), "a.yaml", "--optim.lr", "1"]
-    assert environment["ACCELERATE_USE_CPU"] == "False"
+@pytest.fixture
+def launched(tmp_path: Path):
+    """What starts the trainer under an accelerate configuration of these values, or of this text."""
 
-    several = tmp_path / "two_gpus.yaml"
-    several.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
-    )
-    command, _, one_process = pipeline.launched(several, "train.py", ["a.yaml"])
-    assert not one_process
-    assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(several)]
+    def make(said) -> tuple[list[str], dict[str, str], bool]:
+        (tmp_path / "own.yaml").write_text(said if isinstance(said, str) else yaml.safe_dump(said))
+        return pipeline.launched(tmp_path / "own.yaml", "train.py", ["a.yaml", "--optim.lr", "1"])
+
+    return make
+
+
+def test_one_process_is_started_directly_and_several_through_the_launcher(root: Path, launched, tmp_path: Path):
+    script = [str(root / "recipes" / "train.py"), "a.yaml", "--optim.lr", "1"]
+    for said in ((root / "accelerate_config.yaml").read_text(), "distributed_type: XLA\nnum_processes: 8\n"):
+        command, environment, one_process = launched(said)
+        assert one_process and command == [sys.executable, *script]
+        assert environment["ACCELERATE_USE_CPU"] == "False"
+    command, _, one_process = launched({"distributed_type": "MULTI_GPU", "num_machines": 1, "num_processes": 2})
+    assert not one_process and command[-4:] == script
+    assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "own.yaml")]
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
-def test_what_a_configuration_says_beside_the_devices_is_overruled_by_how_it_is_launched(tmp_path: Path, kind: str):
-    config = tmp_path / "own.yaml"
-    for processes in (1, 2):
-        said = {"distributed_type": kind, "num_processes": processes, "num_machines": 1, "mixed_precision": "fp8"}
-        config.write_text(yaml.safe_dump(said))
-        command, _, one_process = pipeline.launched(config, "train.py", ["a.yaml"])
-        assert one_process == (processes == 1)
-        assert one_process or {"--multi_gpu", "--mixed_precision"} <= set(command)
+def test_what_a_configuration_says_beside_the_devices_is_overruled_by_how_it_is_launched(launched, kind: str):
+    said = {"distributed_type": kind, "num_machines": 1, "mixed_precision": "fp8"}
+    assert launched(said | {"num_processes": 1})[2]
+    command, _, one_process = launched(said | {"num_processes": 2})
+    assert not one_process and {"--multi_gpu", "--mixed_precision"} <= set(command)
 
 
-def test_a_tpus_configuration_starts_one_process_and_a_broken_one_is_refused(tmp_path: Path):
-    config = tmp_path / "own.yaml"
-    config.write_text("distributed_type: XLA\nnum_processes: 8\n")
-    assert pipeline.launched(config, "train.py", [])[2]
-    for text in ("unheard_of: 1", "[", "compute_environment: AMAZON_SAGEMAKER"):
-        config.write_text(text)
-        with pytest.raises(InputError, match="`--config_file` is"):
-            pipeline.launched(config, "train.py", [])
+@pytest.mark.parametrize("text", ["unheard_of: 1", "[", "compute_environment: AMAZON_SAGEMAKER"])
+def test_a_configuration_that_cannot_be_used_is_refused(launched, text):
+    with pytest.raises(InputError, match="`--config_file` is"):
+        launched(text)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +110,12 @@ def test_a_tpus_configuration_starts_one_process_and_a_broken_one_is_refused(tmp
     ],
     ids=str,
 )
-def test_a_process_that_is_started_directly_is_told_what_accelerates_launcher_would_tell(said, tmp_path: Path):
-    config, script = tmp_path / "one.yaml", tmp_path / "environment.py"
-    config.write_text(yaml.safe_dump({"distributed_type": "NO", "num_processes": 1} | said))
+def test_a_process_that_is_started_directly_is_told_what_accelerates_launcher_would_tell(said, launched, tmp_path):
+    _, ours, _ = launched({"distributed_type": "NO", "num_processes": 1} | said)
+    config, script = str(tmp_path / "own.yaml"), tmp_path / "environment.py"
     script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, str(script)]
     upstream = json.loads(subprocess.run(launcher, capture_output=True, text=True, check=True).stdout)
-    _, ours, _ = pipeline.launched(config, "train.py", [])
-
     names = "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEBUG_MODE", "CUDA_VISIBLE_DEVICES"
     assert [ours.get(name) for name in names] == [upstream.get(name) for name in names]
     backend = ours.get("ACCELERATE_DYNAMO_BACKEND", "NO")  # compared with the default, which is left out
@@ -122,42 +125,39 @@ def test_a_process_that_is_started_directly_is_told_what_accelerates_launcher_wo
 def test_the_plan_skips_what_is_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     recipe = load(root / "recipes" / "fineweb_edu_40m.yaml")
+    run = tmp_path / "runs" / recipe.name
+    evaluation = run / "evaluation" / "iter-020000"
     _, prepare, train, compare, publish = pipeline.steps(recipe)
     assert publish == "publish  skipped: no `hub.repo_id`"
-    assert "recipes/prepare.py" in prepare
-    assert "20,000 iterations" in train
+    assert "recipes/prepare.py" in prepare and "20,000 iterations" in train
     assert "recipes/eval.py, 9 tasks, against openai-community/gpt2" in compare
 
-    shards = Path(recipe.data.dir)
-    shards.mkdir(parents=True)
-    (shards / "manifest.json").write_text("{}")
-    run = tmp_path / "runs" / recipe.name
+    Path(recipe.data.dir).mkdir(parents=True)
+    Path(recipe.data.dir, "manifest.json").write_text("{}")
     (run / "checkpoints" / "iter-000500").mkdir(parents=True)
     _, prepare, train, *_ = pipeline.steps(recipe)
-    assert prepare.startswith("prepare  skipped")
-    assert "continues at iteration 500 of 20,000" in train
+    assert prepare.startswith("prepare  skipped") and "continues at iteration 500 of 20,000" in train
 
     (run / "models" / "iter-020000").mkdir(parents=True)
-    assert "done" in pipeline.steps(recipe)[2]
-    assert "recipes/eval.py" in pipeline.steps(recipe)[3]
-    (run / "evaluation" / "iter-020000").mkdir(parents=True)
-    (run / "evaluation" / "iter-020000" / "comparison.md").write_text("")
+    assert "done" in pipeline.steps(recipe)[2] and "recipes/eval.py" in pipeline.steps(recipe)[3]
+    evaluation.mkdir(parents=True)
+    (evaluation / "comparison.md").write_text("")
     (run / "recipe.yaml").write_text(yaml.safe_dump({"recipe": recipe.model_dump()}))
     for limit, done in ((5, False), (None, True)):  # a look, and the night's answer
         settings = recipe.evaluation.model_dump() | {"limit": limit}
-        (run / "evaluation" / "iter-020000" / "results.json").write_text(json.dumps({"settings": settings}))
+        (evaluation / "results.json").write_text(json.dumps({"settings": settings}))
         assert ("skipped" in pipeline.steps(recipe)[3]) == done
 
 
 @pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_bad_input_ends_with_2(root: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "overnight.pipeline"]
-    recipe = str(root / "recipes" / "quickstart.yaml")
-    planned = subprocess.run([*command, recipe, "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert planned.returncode == 0, planned.stderr
-    assert "prepare  skipped" in planned.stdout
+    def night(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "overnight.pipeline", str(root / "recipes" / "quickstart.yaml"), *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    planned = night("--dry-run")
+    assert planned.returncode == 0 and "prepare  skipped" in planned.stdout, planned.stderr
     assert not list(tmp_path.iterdir())
-    for wrong in ([recipe, "--optim.lr", "fast"], [recipe, "--config_file", "gone.yaml"]):
-        refused = subprocess.run([*command, *wrong], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert refused.returncode == 2
-        assert refused.stderr.strip()
+    for wrong in (["--optim.lr", "fast"], ["--config_file", "gone.yaml"]):
+        refused = night(*wrong)
+        assert refused.returncode == 2 and refused.stderr.strip()

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from runs import TINY, finished, model_sums, records, start, tiny
 
-from overnight.errors import InputError
 from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
 from overnight.recipe.schedule import towards
@@ -109,13 +108,6 @@ def test_a_plan_takes_its_losses_from_a_run(in_process, flat_run, root):
     Path("runs/short/metrics.jsonl").write_text("".join(lines[:20]))
     refused = subprocess.run([*plan, "--calibrate", "runs/short"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "5 are needed, which are there at iteration 30" in refused.stderr
-
-
-@pytest.mark.parametrize("key", ["stop.when_flat", "schedule.hours"])
-def test_a_cosine_has_no_trunk_to_end(workplace, key):
-    value = "true" if key == "stop.when_flat" else "1"
-    with pytest.raises(InputError, match=rf"`{key}` needs `schedule\.kind: wsd`"):
-        tiny(workplace, "--schedule.kind", "cosine", f"--{key}", value)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def tracked(root: Path) -> list[Path]:
 
 
 def test_constraints_pin_every_direct_dependency_and_every_extra(root: Path):
-    pinned = pins((root / "constraints.txt").read_text())
+    pinned = pins()
     extras = project(root)["optional-dependencies"].values()
     wanted = [*project(root)["dependencies"], *itertools.chain.from_iterable(extras)]
     names = {re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9._-]", line)[0]).lower() for line in wanted}
@@ -77,15 +77,6 @@ def test_accelerate_accepts_every_key_and_takes_the_topology(root: Path, name: s
     topology = {"compute_environment", "distributed_type", "num_machines", "num_processes", "machine_rank", "gpu_ids"}
     topology |= {"main_process_ip", "main_process_port", "rdzv_backend", "same_network", "use_cpu"}
     assert written <= topology | {"main_training_function", "debug"}
-
-
-def test_an_unknown_key_would_be_refused(root: Path, tmp_path: Path):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    path = tmp_path / "wrong.yaml"
-    path.write_text((root / "accelerate_config.yaml").read_text() + "gradient_accumulation_steps: 4\n")
-    with pytest.raises(ValueError, match="unknown keys"):
-        load_config_from_file(str(path))
 
 
 def test_accelerate_launches_under_its_configuration_without_a_warning(root: Path, tmp_path: Path):

@@ -11,18 +11,8 @@ from pathlib import Path
 
 from overnight.core.console import outlets
 from overnight.core.files import errno_of
-from overnight.core.processes import in_group
 from overnight.core.scripts import RECIPES, recipe_file
-from overnight.errors import (
-    EXIT_DAMAGED,
-    EXIT_INPUT,
-    EXIT_INTERRUPTED,
-    DamagedData,
-    InputError,
-    Unreachable,
-    first_line,
-    refused_by_system,
-)
+from overnight.errors import InputError, first_line, refused_by_system
 from overnight.recipe.identity import flat
 from overnight.recipe.load import load
 from overnight.recipe.schema import Recipe, leaves
@@ -98,7 +88,9 @@ def starting(work: str) -> None:
 
 
 def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0" or not in_group(os.environ)
+    """Whether this is the first process of a group, or in none: names that were left in a shell make no group."""
+    group = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return not group or os.environ["WORLD_SIZE"] == "1" or os.environ["RANK"] == "0"
 
 
 def user_path(text: str) -> Path:
@@ -110,8 +102,7 @@ def _told(error: InputError) -> int:
     """Print every problem of `error`, once for all processes of a run, and return the exit code of its kind."""
     if _speaks():
         print("\n".join(error.problems), file=sys.stderr)
-    kinds = {DamagedData: EXIT_DAMAGED, Unreachable: EXIT_INTERRUPTED}
-    return kinds.get(type(error), EXIT_INPUT)
+    return error.code
 
 
 def default_recipe() -> Path:

@@ -10,7 +10,9 @@ EXIT_INPUT, EXIT_DAMAGED, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 4, 75
 
 
 class InputError(Exception):
-    """What a user gave cannot be used; carries every problem found. Scripts print it and end with exit code 2."""
+    """What a user gave cannot be used; carries every problem found. Scripts print it and end with its exit code."""
+
+    code = EXIT_INPUT
 
     def __init__(self, problems: list[str] | str):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -21,7 +23,9 @@ class InputError(Exception):
 
 
 class Unreachable(InputError):
-    """A server or a disk that refuses for now; what was done is kept. Scripts print it and end with exit code 75."""
+    """A server or a disk that refuses for now; what was done is kept."""
+
+    code = EXIT_INTERRUPTED
 
 
 def refused_by_system(error: Exception) -> Unreachable:
@@ -30,7 +34,9 @@ def refused_by_system(error: Exception) -> Unreachable:
 
 
 class DamagedData(InputError):
-    """A file differs from what its manifest or checksum says. Scripts print it and end with exit code 3."""
+    """A file differs from what its manifest or checksum says."""
+
+    code = EXIT_DAMAGED
 
 
 def script_command(script: str, *arguments: object) -> str:

@@ -8,6 +8,7 @@ passing it on. And the trainer gets a process group of its own, so that Ctrl-C r
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import subprocess
@@ -40,11 +41,17 @@ class Child:
         self.stopped_by: signal.Signals | None = None
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
-        """Run to the end and return the exit code; negative when a signal ended it."""
+        """Run to the end and return the exit code: a shell's, 128 and its number, where a signal ended the step.
+
+        75 where we were sent one, and it did not end well.
+        """
         if self.stopped_by:
             return EXIT_INTERRUPTED
         self.process = subprocess.Popen(tied(*command), env=environment, process_group=0)
-        return self.process.wait()
+        code = self.process.wait()
+        if code and self.stopped_by:
+            return EXIT_INTERRUPTED
+        return code if code >= 0 else 128 - code
 
     def pass_on(self, number: int, frame: object) -> None:
         """Answer a signal: the running step gets it, and no further step is started."""
@@ -73,12 +80,10 @@ def night(
         return EXIT_DOCTOR
     child = Child()
     with handled(child.pass_on):
-        if not recipe.data.local and not is_prepared(Path(recipe.data.dir)):
-            code = run_prepare(arguments, child)
-            if code != 0:
-                return EXIT_INTERRUPTED if child.stopped_by else code
+        ready = recipe.data.local or is_prepared(Path(recipe.data.dir))
+        code = 0 if ready else run_prepare(arguments, child)
         timed = ["--until", until] if until else []
-        code = run_train(recipe, [*arguments, *timed], config_file, child)
+        code = code or run_train(recipe, [*arguments, *timed], config_file, child)
         code = code or run_evaluate(target_model(recipe, timed=time is not None), config_file, child)
         return code or run_publish(recipe, child)
 
@@ -92,7 +97,8 @@ def steps(recipe: Recipe, time: str | None = None) -> list[str]:
     else:
         size = f", {recipe.data.download_gb:g} GB to download" if recipe.data.download_gb else ""
         prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"
-    done, finished = newest_checkpoint(recipe), target_model(recipe)
+    done = max(map(iteration_of, RunDirectory(recipe).resumable(recipe.schedule)), default=None)
+    finished = target_model(recipe)
     if time:
         train = f"recipes/train.py, continues at iteration {done or 0:,} to the budget that can be finished {time}"
     elif finished.exists():
@@ -125,48 +131,43 @@ def target_model(recipe: Recipe, *, timed: bool = False) -> Path:
     return directory.models / folder_name(max(finished(directory.path) if timed else [], default=last))
 
 
-def newest_checkpoint(recipe: Recipe) -> int | None:
-    """The iteration of the newest checkpoint that the run can continue from, None without one."""
-    return max(map(iteration_of, RunDirectory(recipe).resumable(recipe.schedule)), default=None)
-
-
 def checkpoints(recipe: Recipe) -> set[Path]:
     """All there are, on the trunk and of every decay: another set is progress."""
     return set(RunDirectory(recipe).checkpoints.glob("**/iter-*"))
 
 
+def script(name: str, *arguments: str) -> list[str]:
+    """The command of a script in recipes/."""
+    return [sys.executable, str(ROOT / "recipes" / name), *arguments]
+
+
 def run_prepare(arguments: list[str], child: Child) -> int:
     """Prepare the shards, again when the network stayed away for a minute; returns the last exit code."""
-    command = [sys.executable, str(ROOT / "recipes" / "prepare.py"), *arguments]
-    for restart in range(MAX_RESTARTS + 1):
-        code = child.run(command, dict(os.environ))
-        if code != EXIT_INTERRUPTED or child.stopped_by:
+    restarts = 0
+    while (code := child.run(script("prepare.py", *arguments), dict(os.environ))) == EXIT_INTERRUPTED:
+        if child.stopped_by or restarts == MAX_RESTARTS:
             break
-        print(f"Preparing was interrupted: restart {restart + 1} of {MAX_RESTARTS}", flush=True)
+        restarts += 1
+        print(f"Preparing was interrupted: restart {restarts} of {MAX_RESTARTS}", flush=True)
     return code
 
 
 def run_train(recipe: Recipe, arguments: list[str], config_file: Path, child: Child) -> int:
     """Run the trainer until it ends, starting it again where `goes_on` says so; returns its last exit code."""
     command, environment, one_process = launched(config_file, "train.py", arguments)
-    restarts = 0
-    while True:
+    for restarts in itertools.count():
         before = checkpoints(recipe)
         code = child.run(command, environment)
         if child.stopped_by:
             print(f"{child.stopped_by.name}: the trainer ended with code {code}; the same command continues from there")
-            return EXIT_INTERRUPTED if code else 0
+            return code
         if not goes_on(code, one_process, checkpoints(recipe) != before, restarts):
-            if code == EXIT_INTERRUPTED or code < 0:
-                print(
-                    f"The trainer was interrupted (code {code}) and is not started again: no new progress, or too often"
-                )
-            return code if code >= 0 else 128 - code
-        restarts += 1
-        print(
-            f"The trainer was interrupted (code {code}) after new progress: restart {restarts} of {MAX_RESTARTS}",
-            flush=True,
-        )
+            break
+        again = f"restart {restarts + 1} of {MAX_RESTARTS}"
+        print(f"The trainer was interrupted (code {code}) after new progress: {again}", flush=True)
+    if code == EXIT_INTERRUPTED or code > 128:
+        print(f"The trainer was interrupted (code {code}) and is not started again: no new progress, or too often")
+    return code
 
 
 def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bool:
@@ -175,7 +176,7 @@ def goes_on(code: int, one_process: bool, progressed: bool, restarts: int) -> bo
     Interrupted is exit code 75, or the death by a signal (the kernel's out-of-memory killer sends one). The launcher of
     several processes ends with 1 whatever the trainer said, so there 1 counts as well.
     """
-    interrupted = code == EXIT_INTERRUPTED or code < 0 or (code == 1 and not one_process)
+    interrupted = code == EXIT_INTERRUPTED or code > 128 or (code == 1 and not one_process)
     return interrupted and progressed and restarts < MAX_RESTARTS
 
 
@@ -187,34 +188,31 @@ def run_evaluate(model: Path, config_file: Path, child: Child) -> int:
     code = child.run(command, environment)
     if code and not child.stopped_by:
         print(f"{model} is finished, its evaluation is not (code {code}): {script_command('eval.py', model)}")
-    return EXIT_INTERRUPTED if child.stopped_by else code if code >= 0 else 128 - code
+    return code
 
 
 def run_publish(recipe: Recipe, child: Child) -> int:
     """Send what the evaluation added, and what the trainer may have left; returns the exit code."""
     if not recipe.hub.repo_id:
         return 0
-    return child.run(
-        [sys.executable, str(ROOT / "recipes" / "publish.py"), str(RunDirectory(recipe).path)], dict(os.environ)
-    )
+    return child.run(script("publish.py", str(RunDirectory(recipe).path)), dict(os.environ))
 
 
-def launched(config_file: Path, script: str, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
+def launched(config_file: Path, name: str, arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
     """A script's command and environment under an accelerate configuration, and whether it is one process.
 
     What it says beside devices and processes is overruled: neither DeepSpeed, FSDP and Megatron nor fp8 is asked for.
     """
     from accelerate.utils import DistributedType
 
-    config = read_config(config_file)
-    command = [str(ROOT / "recipes" / script), *arguments]
+    config, command = read_config(config_file), script(name, *arguments)
     sharded = config.distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM")
     alone = config.distributed_type in (DistributedType.NO, DistributedType.XLA)
     if alone or (sharded and config.num_processes == 1):
-        return [sys.executable, *command], dict(os.environ) | environment_of(config), True
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-    launcher += ["--mixed_precision", "no", *(["--multi_gpu"] if sharded else [])]
-    return [*launcher, *command], dict(os.environ), False
+        return command, dict(os.environ) | environment_of(config), True
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config_file), "--mixed_precision", "no"]
+    launcher += ["--multi_gpu"] if sharded else []
+    return [command[0], *launcher, *command[1:]], dict(os.environ), False
 
 
 def read_config(path: Path) -> ClusterConfig:

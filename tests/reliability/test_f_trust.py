@@ -81,7 +81,7 @@ NESTED = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (NESTED, "an alias"),
         ("seed: &s 1\nname: *s\n", "an alias"),
         ("seed: !!python/object/apply:os.getcwd []\n", "not a readable YAML file"),
-        ("seed: 1\nseed: 2\n", "line 2: `seed` stands twice"),
+        ("seed: 1\noptim:\n  lr: 1e-3\n  lr: 2e-3\n", "line 4: `lr` stands twice"),
         ("- seed\n", "holds list"),
         ("seed: true\n", "`seed` is True"),
         ("optim: {lr: '3e-3'}\n", "`optim.lr` is '3e-3'"),

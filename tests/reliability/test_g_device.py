@@ -212,9 +212,9 @@ class Broken:
 
 # What only informs: by its name in the line that says so, what is broken, and options under which it is used.
 INFORMS = {
-    "power": ("overnight.device.device.Device.watts", []),
+    "power": ("overnight.core.nvml.PowerMeter.watts", []),
     "memory": ("overnight.device.device.Device.used_gib", []),
-    "energy": ("overnight.device.device.Device.joules", []),
+    "energy": ("overnight.core.nvml.PowerMeter.joules", []),
     "trackers": ("accelerate.Accelerator.log", []),
     "the trackers' end": ("accelerate.Accelerator.end_training", []),
     "samples": ("overnight.model.generate.Writer.after", []),

@@ -7,8 +7,6 @@ import errno
 import hashlib
 import io
 import json
-import math
-import numbers
 import os
 import re
 import shutil
@@ -16,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from overnight.errors import DamagedData, InputError, Unreachable
 
@@ -76,11 +76,8 @@ def sync(path: Path) -> None:
 
 def forget_cached(path: Path) -> None:
     """Drop a synced file from the system's memory, so that whoever reads it next reads what the disk holds."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -164,19 +161,8 @@ def errno_of(error: BaseException) -> int | None:
 
 def strict_json(value: Any, **how: Any) -> str:
     """JSON that every reader takes: null for a number that is not finite, NumPy's numbers as numbers."""
-    return json.dumps(_plain(value), allow_nan=False, **how)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, bool | str | None):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return (float(value) if math.isfinite(value) else None) if isinstance(value, numbers.Real) else value
+    plain = to_jsonable_python(value, inf_nan_mode="null", fallback=lambda number: number.item())
+    return json.dumps(plain, allow_nan=False, **how)
 
 
 def of_this_machine(error: Exception) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Driver:
     gpus: tuple[DetectedGpu, ...]
 
 
-def nvml() -> ModuleType | None:
+def nvml() -> Any | None:
     """`pynvml`, ready for calls; None without nvidia-ml-py (the extra `gpu`), the library, or a driver under it.
 
     Any call on it may raise its `NVMLError`.
@@ -42,20 +44,53 @@ def nvml() -> ModuleType | None:
 
 
 def driver() -> Driver | None:
-    """The driver and its GPUs; None where there is none, as in some containers, or no answer."""
+    """The driver and its GPUs, at least one; None where there is none, as in some containers, or no answer."""
     pynvml = nvml()
     if pynvml is None:
         return None
     try:
         cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
         gpus = tuple(_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
-        return Driver(pynvml.nvmlSystemGetDriverVersion(), (cuda // 1000, cuda % 1000 // 10), gpus)
+        version = pynvml.nvmlSystemGetDriverVersion()
+        return Driver(version, (cuda // 1000, cuda % 1000 // 10), gpus) if gpus else None
     except pynvml.NVMLError:
         return None
 
 
-def _gpu(pynvml: ModuleType, index: int) -> DetectedGpu:
+def _gpu(pynvml: Any, index: int) -> DetectedGpu:
     card = pynvml.nvmlDeviceGetHandleByIndex(index)
     memory = pynvml.nvmlDeviceGetMemoryInfo(card)
     capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(card))
     return DetectedGpu(pynvml.nvmlDeviceGetName(card), memory.free / 2**30, memory.total / 2**30, capability)
+
+
+class PowerMeter:
+    """What the board of a card takes; nothing is known without a card and NVML, and no energy before Volta.
+
+    Any reading may raise NVML's errors.
+    """
+
+    def __init__(self, uuid: str | None):
+        self._nvml: Any = nvml() if uuid else None
+        self._card, self._before, self._since = None, None, time.monotonic()
+        if self._nvml:
+            with suppress(self._nvml.NVMLError):
+                self._card = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                self._before = self._counter()
+
+    def _counter(self) -> float:
+        """Joules since the driver was loaded."""
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1000
+
+    def watts(self) -> float | None:
+        """Board power now."""
+        return self._nvml.nvmlDeviceGetPowerUsage(self._card) / 1000 if self._card is not None else None
+
+    def joules(self) -> float | None:
+        """Energy since this object was made."""
+        return None if self._before is None else self._counter() - self._before
+
+    def mean_watts(self) -> float | None:
+        """Mean board power since this object was made."""
+        joules = self.joules()
+        return None if joules is None else joules / (time.monotonic() - self._since)

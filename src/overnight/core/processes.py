@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 LOOK = 0.05  # seconds between two looks at a helper that is waited for
@@ -19,12 +19,6 @@ ORPHANED = signal.SIGUSR1  # sent by the kernel when the launcher is gone; none 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what accelerate's launcher and torchrun leave
 # What a launcher tells its processes about their group.
 OF_THE_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def in_group(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher made this process one of several; a name that was left in a shell makes no group."""
-    whole = all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return whole and environ["WORLD_SIZE"] != "1"
 
 
 @contextmanager

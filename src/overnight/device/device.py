@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
 import psutil
 import torch
 
-from overnight.core.nvml import nvml
+from overnight.core.nvml import PowerMeter
 from overnight.errors import InputError
 from overnight.planning.gpus import match_gpu
 from overnight.recipe.schema import Recipe
@@ -37,8 +36,7 @@ class Device:
             self.total_gib = psutil.virtual_memory().total / GIB
             self.peak_flops = None
         self.limit_gib = self.total_gib  # that this process may use
-        self._power_meter = _nvml_handle(self.torch) if self.cuda else None
-        self._joules_before, self._since = self._first_reading(), time.monotonic()
+        self.power = PowerMeter(torch.cuda.get_device_properties(self.torch).uuid if self.cuda else None)
 
     def used_gib(self) -> float:
         """Memory that this process holds on the device: CUDA's reserved peak, on a CPU the resident set."""
@@ -61,40 +59,10 @@ class Device:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.torch)
 
-    def watts(self) -> float | None:
-        """Board power now, from NVML; None where there is none. Raises NVML's errors."""
-        if self._power_meter is None:
-            return None
-        import pynvml
-
-        return pynvml.nvmlDeviceGetPowerUsage(self._power_meter) / 1000
-
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock tells the truth."""
         if self.cuda:
             torch.cuda.synchronize(self.torch)
-
-    def joules(self) -> float | None:
-        """Energy of the board since this object was made, from NVML's own counter; None where there is none.
-
-        Raises NVML's errors.
-        """
-        return None if self._joules_before is None else _energy_counter(self._power_meter) - self._joules_before
-
-    def mean_watts(self) -> float | None:
-        """Mean board power since this object was made; None where no energy is counted. Raises NVML's errors."""
-        joules = self.joules()
-        return None if joules is None else joules / (time.monotonic() - self._since)
-
-    def _first_reading(self) -> float | None:
-        if self._power_meter is None:
-            return None
-        import pynvml
-
-        try:
-            return _energy_counter(self._power_meter)
-        except pynvml.NVMLError:  # only since Volta
-            return None
 
 
 def keep_large_blocks_whole(environ: MutableMapping[str, str]) -> None:
@@ -113,24 +81,6 @@ def allow_tf32() -> None:
     torch.set_float32_matmul_precision would change the CPU's products as well.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-
-
-def _energy_counter(power_meter) -> float:
-    """Joules since the driver was loaded."""
-    import pynvml
-
-    return pynvml.nvmlDeviceGetTotalEnergyConsumption(power_meter) / 1000
-
-
-def _nvml_handle(device: torch.device):
-    """NVML's name for a card, by which its power is read; None where there is no NVML, as in some containers."""
-    pynvml = nvml()
-    if pynvml is None:
-        return None
-    try:
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except pynvml.NVMLError:
-        return None
 
 
 def processor_name() -> str:

@@ -86,11 +86,12 @@ def take_over_environment(environ: MutableMapping[str, str]) -> list[str]:
     stray = [] if "WORLD_SIZE" in environ and "RANK" in environ else [key for key in OF_THE_GROUP[:4] if key in environ]
     for key in stray:
         del environ[key]
-    lines = {
-        f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins": said,
-        f"{', '.join(stray)} in the environment is ignored: no launcher set it": stray,
-    }
-    return [line for line, about in lines.items() if about]
+    lines = []
+    if said:
+        lines.append(f"accelerate's configuration asks for {', '.join(said)}; the recipe decides that, and wins")
+    if stray:
+        lines.append(f"{', '.join(stray)} in the environment is ignored: no launcher set it")
+    return lines
 
 
 def require_what_is_asked_for(recipe: Recipe) -> None:

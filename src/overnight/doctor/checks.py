@@ -12,7 +12,7 @@ from typing import Literal
 from rich.console import Console
 
 from overnight.core.nvml import DetectedGpu, Driver
-from overnight.doctor.machine import Machine, Place, survey
+from overnight.doctor.machine import Machine, Place, TorchBuild, survey
 from overnight.recipe.schema import Recipe
 
 OLDEST_PYTHON = (3, 11)
@@ -36,20 +36,22 @@ class Check:
 
 def checks(machine: Machine) -> list[Check]:
     """Every check of `machine`, in the order in which one mends things."""
-    wsl = is_wsl(machine.kernel)
-    cuda = machine.driver is not None and bool(machine.driver.gpus) and machine.torch_cuda is not None
+    wsl, build, gpus = is_wsl(machine.kernel), machine.torch, machine.driver.gpus if machine.driver else ()
     found = [
         check_python(machine.python),
         check_packages(machine.installed, machine.pinned),
-        check_torch(machine.torch, machine.torch_cuda, machine.driver, wsl, hidden=machine.gpus_hidden),
+        check_torch(build, machine.driver, wsl, hidden=machine.gpus_hidden),
+        *(check_gpu(gpu, build.archs if build else ()) for gpu in gpus),
+        check_compiler(machine, needed=bool(gpus and build and build.cuda and machine.compiles)),
     ]
-    found += [check_gpu(gpu, machine.torch_archs) for gpu in (machine.driver.gpus if machine.driver else ())]
-    found.append(check_compiler(machine.gcc, machine.python_header, cuda and machine.compiles, machine.python))
     if wsl:
         found.append(check_wsl(machine.kernel))
     for place in machine.places:
         found += [check_disk(place), check_mount(place)]
-    return [*found, check_hub(machine.hub_token), check_threads(machine.threads, machine.omp_threads)]
+    login = "a Hub token is set"
+    if not machine.hub_token:  # it is looked for on this machine; nothing is sent
+        login = "not logged in to the Hub; training needs no login, uploads do: hf auth login"
+    return [*found, Check("hub", "ok", login), Check("threads", "ok", f"{machine.threads} CPU threads")]
 
 
 def check_python(version: tuple[int, int]) -> Check:
@@ -71,7 +73,7 @@ def check_packages(installed: dict[str, str | None], pinned: dict[str, str]) -> 
     others = [
         f"{name} {version} (tested with {pinned[name]})"
         for name, version in installed.items()
-        if name in pinned and version is not None and version.partition("+")[0] != pinned[name]
+        if version is not None and version.partition("+")[0] != pinned.get(name, version.partition("+")[0])
     ]
     if others:
         return Check("packages", "warn", ", ".join(others), "pip install -e . -c constraints.txt")
@@ -79,31 +81,28 @@ def check_packages(installed: dict[str, str | None], pinned: dict[str, str]) -> 
     return Check("packages", "ok", f"{len(installed)} {where}")
 
 
-def check_torch(version: str | None, cuda: str | None, driver: Driver | None, wsl: bool, *, hidden: bool) -> Check:
+def check_torch(torch: TorchBuild | None, driver: Driver | None, wsl: bool, *, hidden: bool) -> Check:
     """PyTorch's CUDA build and the driver fit each other, where the GPUs are not `hidden` from it."""
-    if version is None:
+    if torch is None:
         return Check("torch", "fail", "PyTorch is not installed", "make setup")
-    build = f"PyTorch {version} built for {f'CUDA {cuda}' if cuda else 'CPUs'}"
+    build = f"PyTorch {torch.version} built for {f'CUDA {torch.cuda}' if torch.cuda else 'CPUs'}"
+    install = "install NVIDIA's driver in Windows, not in WSL" if wsl else "sudo ubuntu-drivers install"
     if hidden:
         return Check("torch", "warn", f"{build}; CUDA_VISIBLE_DEVICES hides every GPU: the CPU trains")
-    if driver is None or not driver.gpus:
-        mend = ""
-        if cuda:
-            mend = "install NVIDIA's driver in Windows, not in WSL" if wsl else "sudo ubuntu-drivers install"
-        return Check("torch", "warn", f"{build}; no CUDA device: the quickstart runs on the CPU", mend)
-    if cuda is None:
-        mend = "rm -r .venv; make setup" if "+cpu" in version else "pip install --force-reinstall torch"
+    if driver is None:
+        text = f"{build}; no CUDA device: the quickstart runs on the CPU"
+        return Check("torch", "warn", text, install if torch.cuda else "")
+    if torch.cuda is None:
+        mend = "rm -r .venv; make setup" if "+cpu" in torch.version else "pip install --force-reinstall torch"
         return Check("torch", "warn", f"{build}, but here is a GPU ({driver.gpus[0].name}) it cannot use", mend)
     fits = f"{build}, driver {driver.version} (CUDA up to {driver.cuda[0]}.{driver.cuda[1]})"
-    major = int(cuda.split(".")[0])
-    if driver.cuda[0] < major:  # within one major version, an older driver runs a newer minor version
-        needed = f"; it needs driver {OLDEST_DRIVER[major]} or newer" if major in OLDEST_DRIVER else ""
-        mend = (
-            "update NVIDIA's driver in Windows, then wsl --shutdown" if wsl else "sudo ubuntu-drivers install; reboot"
-        )
-        mend += "   (or the CPU, enough for the quickstart: CUDA_VISIBLE_DEVICES= make quickstart)"
-        return Check("torch", "fail", fits + needed, mend)
-    return Check("torch", "ok", fits)
+    major = int(torch.cuda.split(".")[0])
+    if driver.cuda[0] >= major:  # within one major version, an older driver runs a newer minor version
+        return Check("torch", "ok", fits)
+    needed = f"; it needs driver {OLDEST_DRIVER[major]} or newer" if major in OLDEST_DRIVER else ""
+    mend = "update NVIDIA's driver in Windows, then wsl --shutdown" if wsl else f"{install}; reboot"
+    mend += "   (or the CPU, enough for the quickstart: CUDA_VISIBLE_DEVICES= make quickstart)"
+    return Check("torch", "fail", fits + needed, mend)
 
 
 def is_wsl(kernel: str) -> bool:
@@ -125,15 +124,15 @@ def check_gpu(gpu: DetectedGpu, archs: tuple[str, ...]) -> Check:
     return Check("gpu", "ok", f"{text}, bf16")
 
 
-def check_compiler(gcc: str | None, header: bool, needed: bool, python: tuple[int, int]) -> Check:
+def check_compiler(machine: Machine, *, needed: bool) -> Check:
     """Triton compiles a small C module against Python.h on its first kernel."""
-    missing = [name for name, found in (("gcc", gcc), ("Python.h", header)) if not found]
+    missing = [name for name, found in (("gcc", machine.gcc), ("Python.h", machine.python_header)) if not found]
     if not missing:
-        return Check("compiler", "ok", f"{gcc} and Python.h")
+        return Check("compiler", "ok", f"{machine.gcc} and Python.h")
     if not needed:
         return Check("compiler", "ok", f"no {' and no '.join(missing)}; only torch.compile on a GPU needs them")
-    mend = f"sudo apt install gcc libc6-dev python{python[0]}.{python[1]}-dev"
-    return Check("compiler", "fail", f"torch.compile needs {' and '.join(missing)}", f"{mend}  (or --compile false)")
+    mend = f"sudo apt install gcc libc6-dev python{machine.python[0]}.{machine.python[1]}-dev  (or --compile false)"
+    return Check("compiler", "fail", f"torch.compile needs {' and '.join(missing)}", mend)
 
 
 def check_wsl(kernel: str) -> Check:
@@ -164,19 +163,6 @@ def check_mount(place: Place) -> Check:
         return Check(name, "ok", place.filesystem)
     mend = "cp -r . ~/overnight && cd ~/overnight   (the Linux side of WSL, or any local disk)"
     return Check(name, "warn", f"{place.path} is on {place.filesystem}, many times slower than a local disk", mend)
-
-
-def check_hub(token: bool) -> Check:
-    """A Hub login, which training never needs. The token is looked for on this machine; nothing is sent."""
-    if token:
-        return Check("hub", "ok", "a Hub token is set")
-    return Check("hub", "ok", "not logged in to the Hub; training needs no login, uploads do: hf auth login")
-
-
-def check_threads(threads: int, omp_threads: str | None) -> Check:
-    """CPU threads that this process may use."""
-    note = f"; OMP_NUM_THREADS={omp_threads} is set, the recipe's `threads` wins" if omp_threads else ""
-    return Check("threads", "ok", f"{threads} CPU threads{note}")
 
 
 def examine(recipe: Recipe | None = None) -> bool:

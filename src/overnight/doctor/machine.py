@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from huggingface_hub import get_token
 
 from overnight.core.lock import unsafe
 from overnight.core.nvml import Driver, driver
@@ -37,49 +39,33 @@ class Place:
     trouble: str | None = None  # with locks and syncing
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Everything that the checks look at."""
+class TorchBuild(NamedTuple):
+    """An installed PyTorch: its version, the CUDA that it was built for, None for CPUs, and the cards."""
 
-    python: tuple[int, int]
-    installed: dict[str, str | None]
-    pinned: dict[str, str]
-    torch: str | None
-    torch_cuda: str | None
-    torch_archs: tuple[str, ...]
-    driver: Driver | None
-    gpus_hidden: bool
-    gcc: str | None
-    python_header: bool
-    compiles: bool
-    kernel: str
-    places: tuple[Place, ...]
-    hub_token: bool
-    threads: int
-    omp_threads: str | None
+    version: str
+    cuda: str | None
+    archs: tuple[str, ...] = ()
 
 
-def survey(recipe: Recipe | None = None) -> Machine:
-    """Read this machine; opens no connection and makes no CUDA context."""
-    torch, torch_cuda, archs = _torch_build()
-    return Machine(
-        python=sys.version_info[:2],
-        installed=_installed(recipe),
-        pinned=pins(CONSTRAINTS.read_text(encoding="utf-8")) if CONSTRAINTS.exists() else {},
-        torch=torch,
-        torch_cuda=torch_cuda,
-        torch_archs=archs,
-        driver=driver(),
-        gpus_hidden=gpus_hidden(),
-        gcc=shutil.which("gcc") or shutil.which("cc") or shutil.which("clang"),
-        python_header=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
-        compiles=recipe is None or recipe.compile is not False,
-        kernel=platform.release(),
-        places=_places(recipe),
-        hub_token=_hub_token(),
-        threads=len(os.sched_getaffinity(0)),
-        omp_threads=os.environ.get("OMP_NUM_THREADS"),
-    )
+def torch_build() -> TorchBuild | None:
+    """The PyTorch that is installed here."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return TorchBuild(torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list()))
+
+
+def pins() -> dict[str, str]:
+    """The `name==version` lines of constraints.txt, with normalised names; nothing where that file is not at hand."""
+    text = CONSTRAINTS.read_text(encoding="utf-8") if CONSTRAINTS.exists() else ""
+    found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", text, re.MULTILINE)
+    return {canonical_name(name): version for name, version in found}
+
+
+def canonical_name(name: str) -> str:
+    """A distribution's name as the package index compares it: `PyYAML` and `pyyaml` are one."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def gpus_hidden() -> bool:
@@ -87,10 +73,61 @@ def gpus_hidden() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
-def pins(constraints: str) -> dict[str, str]:
-    """`name==version` lines as a dictionary with normalised names."""
-    found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", constraints, re.MULTILINE)
-    return {canonical_name(name): version for name, version in found}
+@dataclass(frozen=True)
+class Machine:
+    """Everything that the checks look at: what a run needs, and what this machine has.
+
+    No connection is opened for it, and no CUDA context made.
+    """
+
+    installed: dict[str, str | None]  # the versions of what is needed; None is missing
+    compiles: bool  # whether the recipe admits torch.compile
+    places: tuple[Place, ...]
+    python: tuple[int, int] = sys.version_info[:2]
+    pinned: dict[str, str] = field(default_factory=pins)
+    torch: TorchBuild | None = field(default_factory=torch_build)
+    driver: Driver | None = field(default_factory=driver)
+    gpus_hidden: bool = field(default_factory=gpus_hidden)
+    gcc: str | None = field(default_factory=lambda: next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None))
+    python_header: bool = field(default_factory=lambda: Path(sysconfig.get_path("include"), "Python.h").exists())
+    kernel: str = field(default_factory=platform.release)
+    hub_token: bool = field(default_factory=lambda: get_token() is not None)
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+
+def survey(recipe: Recipe | None = None) -> Machine:
+    """This machine, for a run of the recipe."""
+    places = [_place_of("data", Path(recipe.data.dir), data_bytes(recipe))] if recipe else []
+    places.append(_place_of("runs", Path("runs"), run_bytes(recipe) if recipe else 0))
+    return Machine(_installed(recipe), recipe is None or recipe.compile is not False, tuple(places))
+
+
+def _installed(recipe: Recipe | None) -> dict[str, str | None]:
+    """The version of every direct dependency, None where it is missing; of what prepares data where that is to come."""
+    extras = "gpu|prepare" if recipe and data_bytes(recipe) else "gpu"
+    try:
+        required = importlib.metadata.requires("overnight") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {"overnight": None}
+    asked = [line for line in required if "extra ==" not in line or re.search(rf"extra == .({extras})\b", line)]
+    names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in asked]
+    return {canonical_name(name): _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _place_of(name: str, path: Path, needed: int) -> Place:
+    existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+    writable = os.access(existing, os.W_OK)
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
+    trouble = unsafe(existing) if writable else None
+    free = shutil.disk_usage(existing).free
+    return Place(name, path, free, needed, filesystem_of(existing, mounts), writable, trouble)
 
 
 def filesystem_of(path: Path, mounts: str) -> str:
@@ -104,68 +141,13 @@ def filesystem_of(path: Path, mounts: str) -> str:
     return kind
 
 
-def canonical_name(name: str) -> str:
-    """A distribution's name as the package index compares it: `PyYAML` and `pyyaml` are one."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _installed(recipe: Recipe | None) -> dict[str, str | None]:
-    """The version of every direct dependency, None where it is missing; of what prepares data where that is to come."""
-    extras = ["gpu", *(["prepare"] if recipe and data_bytes(recipe) else [])]
-    try:
-        required = importlib.metadata.requires("overnight") or []
-    except importlib.metadata.PackageNotFoundError:
-        return {"overnight": None}
-    asked = [
-        line for line in required if "extra ==" not in line or re.search(rf"extra == .({'|'.join(extras)})\b", line)
-    ]
-    names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in asked]
-    return {canonical_name(name): _version(name) for name in names}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _torch_build() -> tuple[str | None, str | None, tuple[str, ...]]:
-    try:
-        import torch
-    except ImportError:
-        return None, None, ()
-    return torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list())
-
-
-def _places(recipe: Recipe | None) -> tuple[Place, ...]:
-    wanted = [("runs", Path("runs"), run_bytes(recipe) if recipe else 0)]
-    if recipe:
-        wanted.insert(0, ("data", Path(recipe.data.dir), data_bytes(recipe)))
-    mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
-    places = []
-    for name, path, needed in wanted:
-        existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
-        free, writable = shutil.disk_usage(existing).free, os.access(existing, os.W_OK)
-        trouble = unsafe(existing) if writable else None
-        places.append(Place(name, path, free, needed, filesystem_of(existing, mounts), writable, trouble))
-    return tuple(places)
-
-
-def _hub_token() -> bool:
-    from huggingface_hub import get_token
-
-    return get_token() is not None
-
-
 def environment() -> dict[str, Any]:
     """Versions, commit, command line and threads, for environment.json."""
     import torch
 
-    source = Path(__file__).parent
     return {
         "command": sys.argv,
-        "commit": _output("git", "-C", str(source), "rev-parse", "HEAD"),
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in RECORDED},
@@ -174,8 +156,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _output(*command: str) -> str | None:
-    """What a command prints, or None where it cannot be run, or stands still."""
+def _commit() -> str | None:
+    """Of this source; None where git is not there, or stands still."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

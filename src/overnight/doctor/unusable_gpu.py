@@ -12,7 +12,7 @@ from overnight.core.console import Console
 from overnight.core.nvml import DetectedGpu, driver
 from overnight.device.device import GIB
 from overnight.doctor.checks import check_gpu, check_torch, is_wsl
-from overnight.doctor.machine import gpus_hidden
+from overnight.doctor.machine import gpus_hidden, torch_build
 from overnight.errors import InputError
 from overnight.planning.model_size import derive
 from overnight.recipe.schema import Recipe
@@ -45,18 +45,13 @@ def refuse_without_kernels() -> None:
 def mind_unseen_gpu(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
     """Say that there is a GPU which PyTorch does not see, and why."""
     found = driver()
-    if found is None or not found.gpus:
+    if found is None:
         return
-    check = check_torch(torch.__version__, torch.version.cuda, found, is_wsl(platform.release()), hidden=False)
+    check = check_torch(torch_build(), found, is_wsl(platform.release()), hidden=False)
     why = f"PyTorch does not see the {found.gpus[0].name} of this machine: {check.text}"
     mend = f"mend: {check.mend or 'make doctor'}"
-    days = days_on_a_cpu(recipe) / accelerator.num_processes
+    derived = derive(recipe, "cpu", 1, None)
+    days = derived.flops_per_token * derived.tokens / CPU_FLOPS / accelerator.num_processes / 86400
     if torch.version.cuda is not None and days > 1:
         raise InputError(f"{why}; on the CPU this recipe takes about {days:,.0f} days; {mend}; {ALL_THE_SAME}")
     console.log(f"{why}; this trains on the CPU; {mend}")
-
-
-def days_on_a_cpu(recipe: Recipe) -> float:
-    """Days of training by the recipe's FLOPs."""
-    derived = derive(recipe, "cpu", 1, None)
-    return derived.flops_per_token * derived.tokens / CPU_FLOPS / 86400

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from overnight.core.nvml import driver
+from pydantic import BaseModel
+
 from overnight.errors import InputError
 
 USUAL = "rtx-4070"  # the card that the recipes are written for
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(BaseModel, frozen=True):
     """A row of facts/gpus.csv: vendor figures, with their provenance in the file."""
 
     name: str
@@ -41,20 +41,21 @@ class Speed:
     source: str
 
 
+@cache
 def known_gpus() -> dict[str, Gpu]:
     """The GPUs of facts/gpus.csv by name."""
-    numbers = [field.name for field in fields(Gpu)][2:]
-    return {
-        row["name"]: Gpu(row["name"], row["cuda_name"], *(float(row[number]) for number in numbers))
-        for row in facts("gpus.csv")
-    }
+    return {row["name"]: Gpu.model_validate(row) for row in facts("gpus.csv")}
 
 
 @cache
 def facts(name: str) -> list[dict[str, str]]:
-    """The rows of a CSV file of the package; lines that begin with `#` are its provenance."""
-    with (resources.files("overnight") / "facts" / name).open(encoding="utf-8") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+    """The rows of a CSV file of the package."""
+    return rows_of((resources.files("overnight") / "facts" / name).read_text(encoding="utf-8"))
+
+
+def rows_of(table: str) -> list[dict[str, str]]:
+    """The rows of a CSV file's text; lines that begin with `#` are its provenance."""
+    return list(csv.DictReader(line for line in table.splitlines() if not line.startswith("#")))
 
 
 def gpu_named(name: str) -> Gpu:
@@ -75,12 +76,3 @@ def match_gpu(cuda_name: str, total_gib: float) -> Gpu | None:
     """
     same_name = [gpu for gpu in known_gpus().values() if gpu.cuda_name == cuda_name.removeprefix("NVIDIA ")]
     return next((gpu for gpu in same_name if abs(gpu.vram_gib - total_gib) < 0.1 * gpu.vram_gib), None)
-
-
-def present() -> tuple[str, Gpu | None] | None:
-    """The CUDA name of the first card here, from NVML, and the known card that it is; None without one."""
-    found = driver()
-    if found is None or not found.gpus:
-        return None
-    gpu = found.gpus[0]
-    return gpu.name, match_gpu(gpu.name, gpu.total_gib)

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from overnight.core.console import byte_count, count, duration
 from overnight.core.files import atomic_write, strict_json, write_figure
+from overnight.core.nvml import driver
 from overnight.core.scripts import no_command
 from overnight.data.manifest import with_prepared_data
-from overnight.errors import InputError
+from overnight.errors import InputError, first_line
 from overnight.planning.figure import draw_gpt2, new_axes
 from overnight.planning.forecast import forecast_of_run
-from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, present
+from overnight.planning.gpus import USUAL, Gpu, Speed, gpu_named, known_gpus, match_gpu
 from overnight.planning.memory import Memory, by_formula
 from overnight.planning.model_size import derive, derived_rows
 from overnight.planning.roofline import speed_of
 from overnight.planning.scaling_law import offset_of
-from overnight.planning.table import VISIBLE, Budget, Losses, Prices, budget, by_law, default_milestones
+from overnight.planning.table import VISIBLE, Budget, Card, Losses, Prices, Row, budget, by_law, default_milestones
 from overnight.recipe.schema import Recipe
 
 
@@ -34,26 +35,26 @@ def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], d
     """Print the plan that the command line asks for; returns the exit code. `probe` measures the device at hand."""
     recipe, unique = with_prepared_data(recipe)
     milestones = _milestones(recipe, chosen.milestones)
-    if not 0 < chosen.hours_per_night <= 24 or not 0 <= chosen.price_kwh < math.inf:
-        raise InputError(
-            f"`--hours-per-night {chosen.hours_per_night:g}`, `--price-kwh {chosen.price_kwh:g}`: 10 and 0.3 would work"
-        )
     prices = Prices(chosen.hours_per_night, chosen.price_kwh)
+    if not 0 < prices.hours_per_night <= 24 or not 0 <= prices.per_kwh < math.inf:
+        raise InputError(
+            f"`--hours-per-night {prices.hours_per_night:g}`, `--price-kwh {prices.per_kwh:g}`: 10 and 0.3 would work"
+        )
+    if chosen.plot and chosen.gpu == "all":
+        raise InputError("`--plot` draws the losses of one card; `--gpu rtx-4070` would work")
     losses = partial(_losses, recipe, unique, chosen.calibrate)
-    budgets = [
-        budget(
-            recipe, milestones, card.gpu, card.speed, unique=unique, losses=losses, prices=prices, memory=card.memory
-        )
-        for card in _cards(recipe, chosen, probe)
-    ]
+    budgets = [budget(recipe, card, milestones, unique, losses, prices) for card in _cards(recipe, chosen, probe)]
     if chosen.json:
-        print(
-            strict_json(budgets[0].as_json() if len(budgets) == 1 else [each.as_json() for each in budgets], indent=1)
-        )
+        found = [asdict(each) for each in budgets]
+        print(strict_json(found[0] if len(found) == 1 else found, indent=1))
     else:
-        _print(recipe, budgets, unique, prices)
+        for name, value in derived_rows(recipe, derive(recipe, "cuda", 1, unique)):
+            print(f"{name:<22}{value}")
+        for each in budgets:
+            print(f"\n{each.recipe} on {each.gpu or 'this machine'}\n")
+            print("\n".join(lines(each, prices)))
     if chosen.plot:
-        draw_plan(budgets, chosen.plot)
+        draw_plan(budgets[0], chosen.plot)
     return 0
 
 
@@ -74,45 +75,31 @@ def _losses(recipe: Recipe, unique: int | None, measured: Path | None, milestone
     if measured is None:
         return by_law(recipe, milestones, unique)
     if not measured.is_dir():
-        return by_law(recipe, milestones, unique, _offset(recipe, measured))
+        return by_law(recipe, milestones, unique, offset_of(measured, recipe))
     found = forecast_of_run(measured, list(milestones), unique)
     source = f"nats per token, forecast with 90 % intervals from the validations of {measured} so far"
     return Losses({m: found.at(number) for number, m in enumerate(milestones)}, source, [])
-
-
-def _offset(recipe: Recipe, file: Path) -> float:
-    try:
-        rows = list(csv.DictReader(line for line in file.read_text(encoding="utf-8").splitlines() if line[:1] != "#"))
-    except OSError as error:
-        raise InputError(f"`--calibrate {file}`: {error.strerror}") from None
-    return offset_of(rows, str(file), recipe)
-
-
-class Card(NamedTuple):
-    """What to plan for: a card, how fast it is with the recipe, and the memory that it takes."""
-
-    gpu: Gpu | None
-    speed: Speed | None
-    memory: Memory | None = None
 
 
 def _cards(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], dict[str, Any]]) -> list[Card]:
     """The cards to plan for."""
     if chosen.gpu == "all":
         return [_estimated(recipe, gpu) for gpu in known_gpus().values()]
-    here = present()
-    if chosen.gpu:
-        gpu: Gpu | None = gpu_named(chosen.gpu)
-    else:
-        gpu = here[1] if here else None
+    detected = driver()
+    here = detected.gpus[0] if detected else None
+    gpu = gpu_named(chosen.gpu) if chosen.gpu else match_gpu(here.name, here.total_gib) if here else None
     if chosen.throughput is not None:
         if not 0 < chosen.throughput < math.inf:
             raise InputError(f"`--throughput {chosen.throughput:g}`: tokens a second; 119500 would work")
         return [Card(gpu, Speed(chosen.throughput, "as you say"))]
-    if chosen.probe or (here and gpu is None and not chosen.probe_file):  # a card that no table knows is measured
-        return [_probed(recipe, gpu, chosen.probe_file, probe)]
-    if chosen.probe_file:
-        return [_probe_of(chosen.probe_file, gpu)]
+    if chosen.probe_file and not chosen.probe:
+        return [_measured(gpu, *_read(chosen.probe_file))]
+    if chosen.probe or (here and gpu is None):  # a card that no table knows is measured
+        measured = probe(recipe)
+        if chosen.probe_file:
+            atomic_write(chosen.probe_file, strict_json(measured, indent=1) + "\n")
+        found = Probed.model_validate(measured)
+        return [_measured(gpu, found, f"measured just now on {found.device}")]
     return [_estimated(recipe, gpu) if gpu else Card(None, None)]
 
 
@@ -121,64 +108,61 @@ def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
     return Card(gpu, speed_of(recipe, gpu, memory.micro_batch), memory)
 
 
-def _probed(recipe: Recipe, gpu: Gpu | None, file: Path | None, probe: Callable[[Recipe], dict[str, Any]]) -> Card:
-    measured = probe(recipe)
-    if file:
-        atomic_write(file, strict_json(measured, indent=1) + "\n")
-    return _measured(gpu, measured, f"measured just now on {measured['device']}")
+class Probed(BaseModel):
+    """What the plan takes from what a probe has measured; a CPU's memory says nothing of a card's."""
+
+    device: str
+    tokens_per_second: float
+    micro_batch: int
+    peak_gib: float
+    formula_gib: float | None
 
 
-def _probe_of(file: Path, gpu: Gpu | None) -> Card:
+def _read(file: Path) -> tuple[Probed, str]:
+    """What `--probe --probe-file` wrote, and where it is known from."""
     try:
-        measured = json.loads(file.read_text(encoding="utf-8"))
-        return _measured(gpu, measured, f"measured on {measured['device']}, {file}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"`--probe-file {file}`: not what `--probe --probe-file` writes ({error!r})") from None
+        found = Probed.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        problem = first_line(error)
+        raise InputError(f"`--probe-file {file}`: not what `--probe --probe-file` writes ({problem})") from None
+    return found, f"measured on {found.device}, {file}"
 
 
-def _measured(gpu: Gpu | None, measured: dict[str, Any], source: str) -> Card:
-    """What a probe found; a CPU's memory says nothing of a card's."""
-    speed, memory = Speed(float(measured["tokens_per_second"]), source), None
-    if measured["formula_gib"] is not None:
-        gib, formula = float(measured["peak_gib"]), float(measured["formula_gib"])
-        source = f"by PyTorch's allocator, {source}; by the formula {formula:.1f}, the CUDA context included"
-        memory = Memory(int(measured["micro_batch"]), gib, source)
-    return Card(gpu, speed, memory)
+def _measured(gpu: Gpu | None, found: Probed, source: str) -> Card:
+    memory = None
+    if found.formula_gib is not None:
+        beside = f"by the formula {found.formula_gib:.1f}, the CUDA context included"
+        memory = Memory(found.micro_batch, found.peak_gib, f"by PyTorch's allocator, {source}; {beside}")
+    return Card(gpu, Speed(found.tokens_per_second, source), memory)
 
 
-def _print(recipe: Recipe, budgets: list[Budget], unique: int | None, prices: Prices) -> None:
-    for name, value in derived_rows(recipe, derive(recipe, "cuda", 1, unique)):
-        print(f"{name:<22}{value}")
-    for each in budgets:
-        print(f"\n{each.recipe} on {each.gpu or 'this machine'}\n")
-        print("\n".join(lines(each, prices)))
+HEADINGS = (
+    *("iterations", "tokens", "epochs", "loss", "90 %", "below GPT-2", "gain", "per night"),
+    *("hours", "nights", "kWh", "money"),
+)
 
 
 def lines(budget: Budget, prices: Prices) -> list[str]:
     """The table and the sentences under it, for a person."""
-    head = ("iterations", "tokens", "epochs", "loss", "90 %", "below GPT-2", "gain", "per night", "hours", "nights")
-    table = [(*head, "kWh", "money")]
-    for row in budget.rows:
-        per_night = row.gain_per_hour * prices.hours_per_night if row.gain_per_hour is not None else None
-        table.append(
-            (
-                f"{row.max_iters:,}",
-                count(row.tokens),
-                _shown(row.epochs, ".2f"),
-                _shown(row.loss, ".3f"),
-                f"{row.loss_low:.3f}-{row.loss_high:.3f}" if row.loss is not None else "-",
-                _shown(row.chance_below_gpt2, ".0%"),
-                _shown(row.gain, ".3f"),
-                _shown(per_night, ".3f"),
-                _shown(row.hours, ".1f"),
-                _shown(row.nights, ".1f"),
-                _shown(row.kwh, ".1f"),
-                _shown(row.cost, ".2f"),
-            )
-        )
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(head) + 2)]
+    table = [HEADINGS, *(_cells(row, prices) for row in budget.rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     out = ["  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in table]
     return [*out, "", *_sentences(budget), *_basis(budget, prices)]
+
+
+def _cells(row: Row, prices: Prices) -> tuple[str, ...]:
+    per_night = None if row.gain_per_hour is None else row.gain_per_hour * prices.hours_per_night
+    return (
+        f"{row.max_iters:,}",
+        count(row.tokens),
+        _shown(row.epochs, ".2f"),
+        _shown(row.loss, ".3f"),
+        "-" if row.loss is None else f"{row.loss_low:.3f}-{row.loss_high:.3f}",
+        _shown(row.chance_below_gpt2, ".0%"),
+        *(_shown(value, ".3f") for value in (row.gain, per_night)),
+        *(_shown(value, ".1f") for value in (row.hours, row.nights, row.kwh)),
+        _shown(row.cost, ".2f"),
+    )
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -186,68 +170,65 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _sentences(budget: Budget) -> list[str]:
+    """What the losses of all rows say together, and an empty line; nothing where no loss is expected."""
     rows = {row.max_iters: row for row in budget.rows}
-    cheapest, sweet, best = budget.cheapest_below_gpt2(), budget.sweet_spot(), budget.best()
+    if budget.best is None:
+        return []
     out = []
-    if cheapest is not None:
+    if budget.cheapest_below_gpt2 is not None:
+        cheapest = rows[budget.cheapest_below_gpt2]
         out.append(
             f"The cheapest expected to pass GPT-2 124M's published {budget.gpt2:.4f} ({budget.dataset}, another"
-            f" validation split) is {cheapest:,} iterations, with a chance of {rows[cheapest].chance_below_gpt2:.0%}."
+            f" validation split) is {cheapest.max_iters:,} iterations, with a chance of"
+            f" {cheapest.chance_below_gpt2:.0%}."
         )
-    elif budget.gpt2 is not None and best is not None:
+    elif budget.gpt2 is not None:
         out.append(f"No budget here is expected to pass GPT-2 124M's published {budget.gpt2:.4f}.")
-    if best is not None:
-        hours = rows[best].hours
-        out += [
-            f"The sweet spot is {sweet:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one before,"
-            " the least that a validation can show.",
-            f"The best is {best:,}, {rows[best].loss:.3f} expected"
-            + (f", after {duration(hours * 3600)}." if hours is not None else "."),
-        ]
-    return [*out, ""] if out else []
+    best = rows[budget.best]
+    after = "" if best.hours is None else f", after {duration(best.hours * 3600)}"
+    return [
+        *out,
+        f"The sweet spot is {budget.sweet_spot:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one"
+        " before, the least that a validation can show.",
+        f"The best is {best.max_iters:,}, {best.loss:.3f} expected{after}.",
+        "",
+    ]
 
 
 def _basis(budget: Budget, prices: Prices) -> list[str]:
     """What the numbers stand on, and where they do not."""
-    out = []
-    if budget.speed and budget.seconds_per_iteration and budget.validation_hours is not None:
-        rate, each = f"{count(budget.speed.tokens_per_second)} tokens a second", budget.seconds_per_iteration
-        out += [
-            f"hours     {rate}, {f'{each:.2f} s' if each >= 0.1 else f'{1000 * each:.3g} ms'} an iteration;"
-            f" {budget.speed.source}",
-            f"          validations included, {budget.validation_hours:.1f} h of the longest; nights of"
-            f" {prices.hours_per_night:g} h",
-        ]
-        if budget.gpu:
-            out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} per kWh")
-    elif budget.gpu:
-        out.append(
-            "hours     not known: the estimate is for bf16, which this card does not have; --probe measures them"
-        )
-    else:
-        out.append(
-            f"hours     not known: there is no GPU here. `--gpu {USUAL}` plans for the card that the recipes are"
-            " written for, `--probe` measures this machine"
-        )
-    if budget.memory:
-        rows = f"{budget.memory.micro_batch} rows at once"
-        out.append(f"memory    {budget.memory.peak_gib:.1f} GiB with {rows}, {budget.memory.source}")
+    out = [_basis_of_hours(budget, prices)]
+    if budget.speed and budget.gpu:
+        out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} per kWh")
+    if memory := budget.memory:
+        out.append(f"memory    {memory.peak_gib:.1f} GiB with {memory.micro_batch} rows at once, {memory.source}")
     data = f", and at most {byte_count(1e9 * budget.data_gb)} more while the data is prepared" if budget.data_gb else ""
     out.append(f"disk      {byte_count(1e9 * budget.disk_gb)} for the run{data}")
     out.append(f"loss      {budget.losses}")
-    return out + [f"WARNING   {doubt}" for doubt in budget.caveats]
+    return out + [f"WARNING   {caveat}" for caveat in budget.caveats]
 
 
-def draw_plan(budgets: list[Budget], file: Path) -> None:
-    """Loss against hours of one card; of several, which all reach the same loss, their hours."""
-    if not any(each.expected for each in budgets):
-        raise InputError(f"`--plot`: there is no loss to draw; {budgets[0].losses}")
-    axes = _losses_by_budget(budgets[0]) if len(budgets) == 1 else _hours_by_card(budgets)
-    write_figure(file, axes.figure)
+def _basis_of_hours(budget: Budget, prices: Prices) -> str:
+    if budget.speed and budget.seconds_per_iteration:
+        each = budget.seconds_per_iteration
+        return (
+            f"hours     {count(budget.speed.tokens_per_second)} tokens a second,"
+            f" {f'{each:.2f} s' if each >= 0.1 else f'{1000 * each:.3g} ms'} an iteration; {budget.speed.source}\n"
+            f"          validations included, {budget.validation_hours:.1f} h of the longest; nights of"
+            f" {prices.hours_per_night:g} h"
+        )
+    if budget.gpu:
+        return "hours     not known: the estimate is for bf16, which this card does not have; --probe measures them"
+    return (
+        f"hours     not known: there is no GPU here. `--gpu {USUAL}` plans for the card that the recipes are"
+        " written for, `--probe` measures this machine"
+    )
 
 
-def _losses_by_budget(plan: Budget) -> Any:
-    """The expected losses with their intervals and GPT-2's line; over iterations where no speed is known."""
+def draw_plan(plan: Budget, file: Path) -> None:
+    """The expected losses with their intervals and GPT-2's line over hours; over iterations where no speed is known."""
+    if plan.best is None:
+        raise InputError(f"`--plot`: there is no loss to draw; {plan.losses}")
     rows = [row for row in plan.rows if row.loss is not None]
     timed = all(row.hours is not None for row in rows)
     where = f" on {plan.gpu}" if plan.gpu else ""
@@ -267,21 +248,7 @@ def _losses_by_budget(plan: Budget) -> Any:
     axes.set_ylabel("validation loss, nats per token")
     axes.margins(x=0.08)
     axes.legend(loc="upper right", fontsize=9)
-    return axes
-
-
-def _hours_by_card(budgets: list[Budget]) -> Any:
-    """A bar for each card whose speed is known, the fastest first: the hours of its longest budget."""
-    known = [(hours, str(each.gpu)) for each in budgets if (hours := each.rows[-1].hours) is not None]
-    known.sort(reverse=True)
-    axes = new_axes(f"{budgets[0].recipe}: hours for {budgets[0].rows[-1].max_iters:,} iterations", "`--plot`")
-    axes.figure.set_figheight(2 + 0.2 * len(known))
-    bars = axes.barh([card for _, card in known], [hours for hours, _ in known])
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.set_xlabel("hours, an estimate from the parts of an iteration")
-    axes.tick_params(axis="y", labelsize=8)
-    axes.margins(y=0.01)
-    return axes
+    write_figure(file, axes.figure)
 
 
 if __name__ == "__main__":

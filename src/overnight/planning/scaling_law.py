@@ -8,16 +8,19 @@ less (Muennighoff et al. 2023, arXiv 2305.16264). The factor is the training rec
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
 from overnight.errors import InputError
+from overnight.planning.gpus import rows_of
 from overnight.recipe.schema import Model, Recipe
 
 REUSE = 15.387756  # R of Muennighoff et al.: passes after which a repeated token has lost most of its worth
@@ -89,14 +92,9 @@ def level_and_slope(recipe: Recipe, tokens: float) -> tuple[float, float]:
 
 def cosine_offset(progress: float) -> float:
     """Nats that a cosine run at a share of its schedule lies above an annealed one of the same tokens, at 124M."""
-    points = constants()["cosine_offset_nats"]
-    (x0, y0), (x1, y1) = points[:2]
-    if progress < x0:  # as the first segment goes
-        return y0 + (x0 - progress) * (y0 - y1) / (x1 - x0)
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if progress <= x1:
-            return y0 + (progress - x0) * (y1 - y0) / (x1 - x0)
-    return 0.0
+    shares, offsets = zip(*constants()["cosine_offset_nats"], strict=True)
+    slope = (offsets[1] - offsets[0]) / (shares[1] - shares[0])  # before the first point as behind it
+    return float(np.interp(progress, [0, *shares], [offsets[0] - slope * shares[0], *offsets]))
 
 
 def wsd_offset() -> float:
@@ -146,11 +144,6 @@ def unknown(recipe: Recipe) -> str | None:
     return None
 
 
-def in_fit_range(recipe: Recipe) -> bool:
-    """Whether the law was fitted to models and text like these."""
-    return unknown(recipe) is None
-
-
 def epochs(recipe: Recipe, max_iters: int, unique: int | None) -> float | None:
     """How often a run of `max_iters` reads each of its unique tokens."""
     return max_iters * recipe.batch.tokens_per_iter / unique if unique else None
@@ -158,48 +151,47 @@ def epochs(recipe: Recipe, max_iters: int, unique: int | None) -> float | None:
 
 def caveats(recipe: Recipe, iterations: list[int], unique: int | None = None) -> list[str]:
     """What to mind of a plan: repeated text, and where a forecast is outside the data that the law was fitted to."""
-    found = []
-    if (most := epochs(recipe, max(iterations), unique) or 0) >= MANY_EPOCHS:
-        found.append(f"{max(iterations):,} iterations are {most:,.1f} epochs: {REPEATED}")
-    if not in_fit_range(recipe):
-        return found
+    most, known = epochs(recipe, max(iterations), unique) or 0, unknown(recipe) is None
     low, high = constants()["valid_range"]["D"]
-    tokens = [iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations))]
-    if not low <= tokens[0] <= tokens[1] <= high:
-        found.append(
-            f"the law was fitted to {low:.0e} to {high:.1e} tokens; here are {tokens[0]:.1e} to {tokens[1]:.1e}"
-        )
-    if recipe.optim.name == "muon":
-        found.append("the factor of Muon was measured at 124M parameters on FineWeb and is carried over")
-    if (recipe.optim.name, recipe.schedule.kind) == ("muon", "cosine"):
-        found.append("Muon under a cosine was not measured; the factor is the one of a linear decay")
-    if recipe.model.dropout:
-        found.append("no run behind the law had dropout, which costs a model that sees few epochs")
-    return found
+    least, longest = (iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations)))
+    muon, cosine = recipe.optim.name == "muon", recipe.schedule.kind == "cosine"
+    holds = {
+        f"{max(iterations):,} iterations are {most:,.1f} epochs: {REPEATED}": most >= MANY_EPOCHS,
+        f"the law was fitted to {low:.0e} to {high:.1e} tokens; here are {least:.1e} to {longest:.1e}": known
+        and not low <= least <= longest <= high,
+        "the factor of Muon was measured at 124M parameters on FineWeb and is carried over": known and muon,
+        "Muon under a cosine was not measured; the factor is the one of a linear decay": known and muon and cosine,
+        "no run behind the law had dropout, which costs a model that sees few epochs": known and recipe.model.dropout,
+    }
+    return [caveat for caveat, true in holds.items() if true]
 
 
 NUMBERS = ("params_nonembedding_millions", "unique_tokens_billions", "tokens_billions", "val_loss")
 CALIBRATION = ("dataset", "annealed", *NUMBERS)
 
 
-def offset_of(runs: list[dict[str, str]], name: str, recipe: Recipe) -> float:
-    """Nats by which measured runs on the recipe's dataset lie above the law, their mean; annealed rows alone.
+def offset_of(file: Path, recipe: Recipe) -> float:
+    """Nats by which the measured runs of a CSV on the recipe's dataset lie above the law, their mean.
 
-    `runs` are rows with the columns CALIBRATION, as facts/measured_runs.csv has them, all trained as `recipe` trains.
+    The file has the columns CALIBRATION, as facts/measured_runs.csv; annealed rows count, trained as `recipe` trains.
     Raises `InputError` for missing columns, values that are no numbers, and when no row fits.
     """
+    name, dataset, factor = f"`--calibrate {file}`", dataset_of(recipe), factor_of(recipe)
+    try:
+        runs = rows_of(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
     if missing := set(CALIBRATION) - set(runs[0] if runs else {}):
         needed = ", ".join(CALIBRATION)
-        raise InputError(f"`--calibrate {name}`: no column {', '.join(sorted(missing))}; {needed} are needed")
-    dataset, factor, above = dataset_of(recipe), factor_of(recipe), []
+        raise InputError(f"{name}: no column {', '.join(sorted(missing))}; {needed} are needed")
+    above = []
     for row in runs:
-        if row["dataset"] != dataset or row["annealed"] != "yes":
-            continue
-        try:
-            parameters, unique, tokens, loss = (float(row[key]) for key in NUMBERS)
-        except ValueError as error:
-            raise InputError(f"`--calibrate {name}`: {error}") from None
-        above.append(loss - annealed_loss(1e6 * parameters, 1e9 * tokens, 1e9 * unique, dataset, factor))
+        if row["dataset"] == dataset and row["annealed"] == "yes":
+            try:
+                parameters, unique, tokens, loss = (float(row[key]) for key in NUMBERS)
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from None
+            above.append(loss - annealed_loss(1e6 * parameters, 1e9 * tokens, 1e9 * unique, dataset, factor))
     if not above:
-        raise InputError(f"`--calibrate {name}`: no row with `dataset` {dataset} and `annealed` yes")
+        raise InputError(f"{name}: no row with `dataset` {dataset} and `annealed` yes")
     return sum(above) / len(above)

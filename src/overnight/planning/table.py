@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from overnight.planning import scaling_law
 from overnight.planning.gpus import USUAL, Gpu, Speed, facts, gpu_named
@@ -17,6 +17,30 @@ from overnight.recipe.schema import Recipe
 MILESTONES = (6_000, 10_000, 15_000, 20_000)
 SHORTEST_STEP = 0.1  # hours between two budgets from which a gain is carried over to a night
 VISIBLE = 2 * 0.02  # nats: two standard errors of a forecast that was set right on the same validation set
+
+
+class Card(NamedTuple):
+    """What to plan for: a card, how fast it is with the recipe, and the memory that it takes; None is not known."""
+
+    gpu: Gpu | None
+    speed: Speed | None
+    memory: Memory | None = None  # by the formula, unless it was measured
+
+
+class Timing(NamedTuple):
+    """How long the parts of a run take, in seconds."""
+
+    iteration: float
+    validation: float
+    every: int  # iterations between two validations
+
+    def validation_hours(self, max_iters: int) -> float:
+        """Of all validations of a run, the first look included."""
+        return (1 - -max_iters // self.every) * self.validation / 3600
+
+    def hours(self, max_iters: int) -> float:
+        """Of a run, validations included."""
+        return max_iters * self.iteration / 3600 + self.validation_hours(max_iters)
 
 
 @dataclass(frozen=True)
@@ -44,16 +68,16 @@ class Row:
     tokens: int
     epochs: float | None  # of the unique tokens
     effective_tokens: float  # seen once, they would be worth as much
-    loss: float | None  # the last validation's, nats per token; None, like what follows from it, where nothing is known
-    loss_low: float | None  # the 90 % interval
-    loss_high: float | None
-    chance_below_gpt2: float | None  # of GPT-2 124M's published loss, which has another validation split
-    gain: float | None  # nats below the row before
-    gain_per_hour: float | None
-    hours: float | None  # validations included
-    nights: float | None
-    kwh: float | None  # at the card's full power
-    cost: float | None
+    loss: float | None = None  # the last validation's, nats per token; None, like what follows, where nothing is known
+    loss_low: float | None = None  # the 90 % interval
+    loss_high: float | None = None
+    chance_below_gpt2: float | None = None  # of GPT-2 124M's published loss, which has another validation split
+    gain: float | None = None  # nats below the row before
+    gain_per_hour: float | None = None
+    hours: float | None = None  # validations included
+    nights: float | None = None
+    kwh: float | None = None  # at the card's full power
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,35 +97,9 @@ class Budget:
     rows: list[Row]
     losses: str  # what they stand on
     caveats: list[str]
-
-    @property
-    def expected(self) -> dict[int, float]:
-        """The losses that are expected, by max_iters, ascending."""
-        return {row.max_iters: row.loss for row in self.rows if row.loss is not None}
-
-    def cheapest_below_gpt2(self) -> int | None:
-        """The fewest iterations whose expected loss is below GPT-2 124M's."""
-        if self.gpt2 is None:
-            return None
-        return next((max_iters for max_iters, loss in self.expected.items() if loss < self.gpt2), None)
-
-    def sweet_spot(self) -> int | None:
-        """The last budget that is expected to gain on the one before what a validation could tell apart."""
-        rows = [row for row in self.rows if row.loss is not None]
-        return max((row.max_iters for row in rows if row.gain is None or row.gain >= VISIBLE), default=None)
-
-    def best(self) -> int | None:
-        """The budget of the lowest expected loss."""
-        return min(self.expected, key=lambda max_iters: self.expected[max_iters], default=None)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for other programs."""
-        whole = asdict(self)
-        return whole | {
-            "cheapest_below_gpt2": self.cheapest_below_gpt2(),
-            "sweet_spot": self.sweet_spot(),
-            "best": self.best(),
-        }
+    cheapest_below_gpt2: int | None  # the fewest iterations whose expected loss is below GPT-2 124M's
+    sweet_spot: int | None  # the last that is expected to gain on the one before what a validation could tell apart
+    best: int | None  # of the lowest expected loss
 
 
 def gpt2_loss(dataset: str) -> float:
@@ -120,34 +118,32 @@ def default_milestones(recipe: Recipe) -> list[int]:
 
 def budget(
     recipe: Recipe,
+    card: Card,
     milestones: Sequence[int],
-    gpu: Gpu | None,
-    speed: Speed | None,
-    *,
     unique: int | None,
-    losses: Callable[[Sequence[int]], Losses] | None = None,
-    prices: Prices = Prices(),
-    memory: Memory | None = None,
+    losses: Callable[[Sequence[int]], Losses],
+    prices: Prices,
 ) -> Budget:
-    """The table. `unique` are the training tokens there are; without `losses` the law's own are expected, and without
-    `memory` what the formula says of the card. With `schedule.hours` the budget that fits them has a row."""
-    dataset = scaling_law.gpt2_dataset(recipe)
-    gpt2 = gpt2_loss(dataset) if dataset else None
+    """The table. `unique` are the training tokens there are. With `schedule.hours` the budget that fits has a row."""
+    gpu, speed, memory = card
     memory = memory or (by_formula(recipe, gpu) if gpu else None)
-    looks = _validation_seconds(recipe, gpu, memory, speed) if speed else None
-    milestones = sorted({*milestones, *_in_hours(recipe, speed, looks)})
-    expected = losses(milestones) if losses else by_law(recipe, milestones, unique)
+    timing = _timing(recipe, gpu, speed, memory) if speed else None
+    hours = recipe.schedule.hours
+    fits = [bisect.bisect_right(range(1, 2**48), hours, key=timing.hours)] if hours and timing else []
+    milestones = sorted({*milestones, *fits})
+    expected, dataset = losses(milestones), scaling_law.gpt2_dataset(recipe)
+    gpt2 = gpt2_loss(dataset) if dataset else None
     rows: list[Row] = []
     for max_iters in milestones:
-        hours = _hours(recipe, max_iters, speed, looks) if speed and looks is not None else None
         before, loss = rows[-1] if rows else None, expected.of.get(max_iters)
-        rows.append(_row(recipe, max_iters, before, gpu, hours, unique, loss, prices, gpt2))
+        spent = _spent(timing.hours(max_iters), gpu, prices) if timing else {}
+        rows.append(_row(recipe, max_iters, unique, before, loss, gpt2, spent))
     return Budget(
         recipe=recipe.name,
         gpu=gpu.name if gpu else None,
         speed=speed,
-        seconds_per_iteration=recipe.batch.tokens_per_iter / speed.tokens_per_second if speed else None,
-        validation_hours=looks * _validations(recipe, rows[-1].max_iters) / 3600 if looks is not None else None,
+        seconds_per_iteration=timing.iteration if timing else None,
+        validation_hours=timing.validation_hours(rows[-1].max_iters) if timing else None,
         memory=memory,
         disk_gb=run_bytes(recipe) / 1e9,
         data_gb=data_bytes(recipe) / 1e9,
@@ -156,7 +152,59 @@ def budget(
         rows=rows,
         losses=expected.source,
         caveats=expected.caveats,
+        **_answers(rows, gpt2),
     )
+
+
+def _timing(recipe: Recipe, gpu: Gpu | None, speed: Speed, memory: Memory | None) -> Timing:
+    """On a card that is not known a validation takes the share of a training step that it usually takes."""
+    rows = memory.micro_batch if memory else derive(recipe, "cuda", 1, None).first_micro_batch
+    share = validation_share(recipe, gpu or gpu_named(USUAL), rows)
+    validation = recipe.data.val_tokens * share / speed.tokens_per_second
+    return Timing(recipe.batch.tokens_per_iter / speed.tokens_per_second, validation, recipe.validation.every)
+
+
+def _spent(hours: float, gpu: Gpu | None, prices: Prices) -> dict[str, float]:
+    spent = {"hours": hours, "nights": hours / prices.hours_per_night}
+    if gpu:
+        spent["kwh"] = hours * gpu.tdp_watts / 1000
+        spent["cost"] = spent["kwh"] * prices.per_kwh
+    return spent
+
+
+def _row(
+    recipe: Recipe,
+    max_iters: int,
+    unique: int | None,
+    before: Row | None,
+    expected: scaling_law.Expected | None,
+    gpt2: float | None,
+    spent: dict[str, float],
+) -> Row:
+    tokens, reached = max_iters * recipe.batch.tokens_per_iter, {}
+    if expected:
+        low, high = expected.interval()
+        reached = {"loss": expected.loss, "loss_low": low, "loss_high": high}
+    if expected and gpt2 is not None:
+        reached["chance_below_gpt2"] = expected.chance_below(gpt2)
+    if expected and before and before.loss is not None:
+        reached["gain"] = before.loss - expected.loss
+        longer = spent["hours"] - before.hours if before.hours is not None else 0
+        if longer >= SHORTEST_STEP:
+            reached["gain_per_hour"] = reached["gain"] / longer
+    epochs, worth = scaling_law.epochs(recipe, max_iters, unique), scaling_law.effective_tokens(tokens, unique)
+    return Row(max_iters, tokens, epochs, worth, **reached, **spent)
+
+
+def _answers(rows: list[Row], gpt2: float | None) -> dict[str, int | None]:
+    """What the rows say together; the fields of a `Budget`."""
+    loss_of = {row.max_iters: row.loss for row in rows if row.loss is not None}
+    gaining = [row.max_iters for row in rows if row.loss is not None and (row.gain is None or row.gain >= VISIBLE)]
+    return {
+        "cheapest_below_gpt2": next((m for m, loss in loss_of.items() if gpt2 is not None and loss < gpt2), None),
+        "sweet_spot": max(gaining, default=None),
+        "best": min(loss_of, key=lambda max_iters: loss_of[max_iters], default=None),
+    }
 
 
 def by_law(recipe: Recipe, milestones: Sequence[int], unique: int | None, offset: float | None = None) -> Losses:
@@ -172,66 +220,3 @@ def by_law(recipe: Recipe, milestones: Sequence[int], unique: int | None, offset
         + (f"; nothing beyond {scaling_law.MOST_EPOCHS} epochs" if len(once) < len(milestones) else ""),
         doubts,
     )
-
-
-def _row(
-    recipe: Recipe,
-    max_iters: int,
-    before: Row | None,
-    gpu: Gpu | None,
-    hours: float | None,
-    unique: int | None,
-    expected: scaling_law.Expected | None,
-    prices: Prices,
-    gpt2: float | None,
-) -> Row:
-    tokens = max_iters * recipe.batch.tokens_per_iter
-    low, high = expected.interval() if expected else (None, None)
-    kwh = hours * gpu.tdp_watts / 1000 if hours is not None and gpu else None
-    gain = before.loss - expected.loss if before and before.loss is not None and expected else None
-    longer = hours - before.hours if before and hours is not None and before.hours is not None else 0
-    return Row(
-        max_iters=max_iters,
-        tokens=tokens,
-        epochs=scaling_law.epochs(recipe, max_iters, unique),
-        effective_tokens=scaling_law.effective_tokens(tokens, unique),
-        loss=expected.loss if expected else None,
-        loss_low=low,
-        loss_high=high,
-        chance_below_gpt2=expected.chance_below(gpt2) if expected and gpt2 is not None else None,
-        gain=gain,
-        gain_per_hour=gain / longer if gain is not None and longer >= SHORTEST_STEP else None,
-        hours=hours,
-        nights=hours / prices.hours_per_night if hours is not None else None,
-        kwh=kwh,
-        cost=kwh * prices.per_kwh if kwh is not None else None,
-    )
-
-
-def _hours(recipe: Recipe, max_iters: int, speed: Speed, validation_seconds: float) -> float:
-    """Iterations and validations of a run."""
-    iterations = max_iters * recipe.batch.tokens_per_iter / speed.tokens_per_second
-    return (iterations + _validations(recipe, max_iters) * validation_seconds) / 3600
-
-
-def _in_hours(recipe: Recipe, speed: Speed | None, validation_seconds: float | None) -> list[int]:
-    """The longest budget that fits `schedule.hours`, where these are given and the speed is known."""
-    hours = recipe.schedule.hours
-    if not (hours and speed and validation_seconds is not None):
-        return []
-    longest = int(3600 * hours * speed.tokens_per_second / recipe.batch.tokens_per_iter)
-    return [
-        bisect.bisect_right(range(1, longest + 1), hours, key=lambda n: _hours(recipe, n, speed, validation_seconds))
-    ]
-
-
-def _validations(recipe: Recipe, max_iters: int) -> int:
-    """How many a run has, the first look included."""
-    return 1 + -(-max_iters // recipe.validation.every)
-
-
-def _validation_seconds(recipe: Recipe, gpu: Gpu | None, memory: Memory | None, speed: Speed) -> float:
-    """Of one validation. On a card that is not known it takes the share of a training step that it usually takes."""
-    rows = memory.micro_batch if memory else derive(recipe, "cuda", 1, None).first_micro_batch
-    share = validation_share(recipe, gpu or gpu_named(USUAL), rows)
-    return recipe.data.val_tokens * share / speed.tokens_per_second

@@ -15,8 +15,8 @@ MIGRATIONS: dict[str, str | None] = {
 }
 """Keys that runs of older versions have stored, and what each is called now; None where nothing of it is left."""
 
-MIGRATED_VALUES: dict[str, dict[Any, Any]] = {"model.attention": {"sdpa": "auto"}}
-"""Values that runs of older versions have stored under a key, and what each is called now."""
+MIGRATED_VALUES = {"model.attention": ("sdpa", "auto")}
+"""A value that runs of older versions have stored under a key, and what it is called now."""
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
@@ -40,27 +40,28 @@ def immutable_keys(recipe: Recipe) -> set[str]:
 
 
 def flat(nested: dict, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; nothing is left out, not even a section with nothing in it."""
     out: dict[str, Any] = {}
     for key, value in nested.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return out
+
+
+def nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
+    out: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *sections, name = key.split(".")
+        inner = out
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
     return out
 
 
 def stored_recipe(stored: dict[str, Any]) -> Recipe:
     """The recipe that a run directory has stored, whatever version wrote it; pydantic's error where it is none."""
-    sections = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
-    for old, new in MIGRATIONS.items():
-        section, key = old.split(".")
-        if key in sections.get(section, {}):
-            value = sections[section].pop(key)
-            if new is not None:
-                sections[section][new.split(".")[1]] = value
-    for dotted, renamed in MIGRATED_VALUES.items():
-        name, key = dotted.split(".")
-        if (found := sections.get(name, {}).get(key)) in renamed:
-            sections[name][key] = renamed[found]
-    return Recipe.model_validate(sections)
+    return Recipe.model_validate(nested(_migrated(flat(stored))))
 
 
 def stored_identity(stored: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +69,14 @@ def stored_identity(stored: dict[str, Any]) -> dict[str, Any]:
 
     Otherwise each new key would make every run before it another run.
     """
-    named = {MIGRATIONS.get(key, key): value for key, value in stored.items()}
-    return recipe_identity(Recipe.model_construct()) | {key: named[key] for key in named if key is not None}
+    return recipe_identity(Recipe.model_construct()) | _migrated(stored)
+
+
+def _migrated(stored: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys and their values as they are called today."""
+    named = {name: value for key, value in stored.items() if (name := MIGRATIONS.get(key, key)) is not None}
+    changed = {key: new for key, (old, new) in MIGRATED_VALUES.items() if named.get(key) == old}
+    return named | changed
 
 
 def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:

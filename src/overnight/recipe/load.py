@@ -14,73 +14,53 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from overnight.errors import InputError
+from overnight.recipe.identity import flat, nested
 from overnight.recipe.schedule import decay_iters, fits
 from overnight.recipe.schema import Recipe, leaves
-from overnight.recipe.text import kinds_of, pairs, read_yaml, shown
+from overnight.recipe.text import pairs, read_yaml, refusals, shown
 
-# What other tools call the same thing. The answer to an unknown key is the key, or the habit, that takes its place.
-DIALECTS = {
-    "batch_size": "batch.micro_batch",
-    "per_device_train_batch_size": "batch.micro_batch",
-    "auto_find_batch_size": "batch.micro_batch: auto",
-    "gradient_accumulation_steps": "batch.tokens_per_iter (the accumulation follows from it)",
-    "block_size": "batch.sequence_length",
-    "max_iters": "schedule.max_iters",
-    "lr_decay_iters": "schedule.max_iters",
-    "max_steps": "schedule.max_iters",
-    "num_train_epochs": "schedule.max_iters (the table at the start says how many epochs that is)",
-    "warmup_iters": "schedule.warmup_iters",
-    "warmup_steps": "schedule.warmup_iters",
-    "lr_scheduler_type": "schedule.kind",
-    "learning_rate": "optim.lr",
-    "lr": "optim.lr",
-    "min_lr": "schedule.final_lr_fraction",
-    "weight_decay": "optim.weight_decay",
-    "beta1": "optim.betas",
-    "beta2": "optim.betas",
-    "adam_beta1": "optim.betas",
-    "adam_beta2": "optim.betas",
-    "grad_clip": "optim.grad_clip",
-    "max_grad_norm": "optim.grad_clip",
-    "eval_interval": "validation.every",
-    "eval_steps": "validation.every",
-    "eval_iters": "data.val_tokens (the whole fixed set is read every time)",
-    "log_interval": "logging.every",
-    "logging_steps": "logging.every",
-    "report_to": "logging.trackers",
-    "wandb_log": "logging.trackers: [wandb]",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "out_dir": "name (the run is runs/NAME)",
-    "output_dir": "name (the run is runs/NAME)",
-    "run_name": "name",
-    "licence": "data.license",
-    "dtype": "precision",
-    "bf16": "precision: bf16",
-    "fp16": "precision (bf16 or fp32; fp16 is not offered)",
-    "mixed_precision": "precision",
-    "torch_compile": "compile",
-    "n_layers": "model.n_layer",
-    "num_hidden_layers": "model.n_layer",
-    "hidden_size": "model.n_embd",
-    "num_attention_heads": "model.n_head",
-    "dataset": "data.path",
-    "dataset_name": "data.path",
-    "resume_from_checkpoint": "nothing: the same command again resumes",
-    "init_from": "nothing: the same command again resumes",
-    "overwrite_output_dir": "nothing: another --name starts another run",
-    "push_to_hub": "hub.repo_id",
-    "hub_model_id": "hub.repo_id",
-    "hub_private_repo": "hub.private",
-    "hub_token": "nothing: `hf auth login`, or HF_TOKEN in the environment",
-    "token": "nothing: `hf auth login`, or HF_TOKEN in the environment",
-    "hub_strategy": "hub.every_hours, and hub.push_state for the exact state",
+# What other tools call the same thing, by the key, or the habit, that takes its place here.
+WORDS_OF_OTHERS = {
+    "batch.micro_batch": "batch_size per_device_train_batch_size",
+    "batch.micro_batch: auto": "auto_find_batch_size",
+    "batch.tokens_per_iter (the accumulation follows from it)": "gradient_accumulation_steps",
+    "batch.sequence_length": "block_size",
+    "schedule.max_iters": "max_iters lr_decay_iters max_steps",
+    "schedule.max_iters (the table at the start says how many epochs that is)": "num_train_epochs",
+    "schedule.warmup_iters": "warmup_iters warmup_steps",
+    "schedule.kind": "lr_scheduler_type",
+    "schedule.final_lr_fraction": "min_lr",
+    "optim.lr": "learning_rate lr",
+    "optim.weight_decay": "weight_decay",
+    "optim.betas": "beta1 beta2 adam_beta1 adam_beta2",
+    "optim.grad_clip": "grad_clip max_grad_norm",
+    "validation.every": "eval_interval eval_steps",
+    "data.val_tokens (the whole fixed set is read every time)": "eval_iters",
+    "logging.every": "log_interval logging_steps",
+    "logging.trackers": "report_to",
+    "logging.trackers: [wandb]": "wandb_log",
+    "checkpoint.every": "save_steps",
+    "checkpoint.keep": "save_total_limit",
+    "name (the run is runs/NAME)": "out_dir output_dir",
+    "name": "run_name",
+    "data.license": "licence",
+    "data.path": "dataset dataset_name",
+    "precision": "dtype mixed_precision",
+    "precision: bf16": "bf16",
+    "precision (bf16 or fp32; fp16 is not offered)": "fp16",
+    "compile": "torch_compile",
+    "model.n_layer": "n_layers num_hidden_layers",
+    "model.n_embd": "hidden_size",
+    "model.n_head": "num_attention_heads",
+    "nothing: the same command again resumes": "resume_from_checkpoint init_from",
+    "nothing: another --name starts another run": "overwrite_output_dir",
+    "nothing: `hf auth login`, or HF_TOKEN in the environment": "hub_token token",
+    "hub.repo_id": "push_to_hub hub_model_id",
+    "hub.private": "hub_private_repo",
+    "hub.every_hours, and hub.push_state for the exact state": "hub_strategy",
 }
-
-
+DIALECTS = {word: ours for ours, words in WORDS_OF_OTHERS.items() for word in words.split()}
 CREDENTIALS = re.compile(r"://[^/\s@]*@")
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no file of UTF-8, and in no name of a file
 
@@ -97,148 +77,91 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path}: this is a configuration of accelerate, not a recipe;"
             f" `accelerate launch --config_file {shlex.quote(str(path))} recipes/train.py RECIPE` would work"
         )
-    problems: list[str] = []
-    data.setdefault("name", path.stem)
-    for key, value in pairs(overrides, problems):
-        _place(data, key.split("."), value, problems)
-    _refuse_unwritable(path, data)
-    recipe, broken = _validate(data, problems)
-    problems += [text for keys, text in conflicts(recipe) if not broken.intersection(keys)]
+    problems = [f"`{key}`: dots are for the command line; in a file its section holds it" for key in data if "." in key]
+    given = {"name": path.stem} | flat(data) | flat(dict(pairs(overrides, problems)))
+    for key, value in given.items():
+        _refuse_unwritable(f"{path}: `{key}`", value)
+    refused = {key: problem for key, value in given.items() if (problem := _problem(key, value))}
+    recipe = Recipe.model_validate(nested({key: value for key, value in given.items() if key not in refused}))
+    problems += refused.values()
+    problems += [text for text in conflicts(recipe) if refused.keys().isdisjoint(re.findall(r"`([\w.]+)", text))]
     if problems:
         raise InputError([f"{path}: {problem}" for problem in problems])
     recipe._file, recipe._overrides = path, tuple(overrides)
     return recipe
 
 
-def _refuse_unwritable(path: Path, data: Any, key: str = "") -> None:
+def _refuse_unwritable(place: str, value: Any) -> None:
     """Raise `InputError` for what no file takes, and credentials: a recipe is copied into run, card and manifest."""
-    if isinstance(data, dict):
-        for name, value in data.items():
-            _refuse_unwritable(path, value, f"{key}.{name}".removeprefix("."))
-    if isinstance(data, list):
-        for value in data:
-            _refuse_unwritable(path, value, key)
-    if isinstance(data, str) and UNWRITABLE.search(data):
-        raise InputError(f"{path}: `{key}` is {_quoted(data)}, which is no text in UTF-8; letters would work")
-    if isinstance(data, str) and CREDENTIALS.search(data):
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _refuse_unwritable(place, each)
+    elif isinstance(value, str) and UNWRITABLE.search(value):
+        raise InputError(f"{place} is {_quoted(value)}, which is no text in UTF-8; letters would work")
+    elif isinstance(value, str) and CREDENTIALS.search(value):
         raise InputError(
-            f"{path}: `{key}`: a name and password in a URL would be written into everything that is made of it;"
+            f"{place}: a name and password in a URL would be written into everything that is made of it;"
             " fetch the file yourself and give its path"
         )
 
 
-def _place(data: dict, keys: list[str], value: Any, problems: list[str]) -> None:
-    for key in keys[:-1]:
-        inner = data.setdefault(key, {})
-        if not isinstance(inner, dict):
-            problems.append(f"`{'.'.join(keys)}`: `{key}` holds {inner!r}, where a section is needed")
-            return
-        data = inner
-    data[keys[-1]] = value
+def _problem(key: str, value: Any) -> str | None:
+    """What is wrong with a dotted key or its value by itself, and what would work; None where nothing is."""
+    known, items = dict(leaves()), refusals(key, value)
+    if not items:
+        return None
+    if items[0]["type"] == "extra_forbidden":
+        meant = _meant(key, list(known))
+        return f"`{key}` is not a key of a recipe; {f'here that is `{meant}`' if meant else '--help lists them'}"
+    wanted = " or ".join(dict.fromkeys(item["msg"][0].lower() + item["msg"][1:] for item in items))
+    found = items[0]["input"]  # the value, or what is wrong in a list
+    return f"`{key}` is {_quoted(found)}: {wanted}; {_works(known.get(key), found, wanted)}"
 
 
-def _validate(data: dict, problems: list[str]) -> tuple[Recipe, set[str]]:
-    """The recipe, with defaults where a value was refused, and the keys that were; adds to `problems`."""
-    broken: set[str] = set()
-    while True:
-        try:
-            return Recipe.model_validate(data), broken
-        except ValidationError as error:
-            found: dict[str, tuple[list[str], Any]] = {}
-            for item in error.errors(include_url=False):
-                keys = _path_in_recipe(data, item["loc"])
-                reasons, _ = found.setdefault(".".join(keys), ([], item["input"]))
-                reasons.append("unknown" if item["type"] == "extra_forbidden" else item["msg"])
-            for key, (reasons, value) in found.items():
-                broken.add(key)
-                problems += _problems(key, reasons, value)
-                _drop(data, key.split("."))
-
-
-def _path_in_recipe(data: Any, location: tuple) -> list[str]:
-    """The part of pydantic's location that names keys of the file (a union adds the names of its branches)."""
-    keys: list[str] = []
-    for part in location:
-        if not isinstance(data, dict) or part not in data:
-            break
-        keys.append(str(part))
-        data = data[part]
-    return keys
-
-
-def _drop(data: dict, keys: list[str]) -> None:
-    for key in keys[:-1]:
-        data = data[key]
-    del data[keys[-1]]
-
-
-def conflicts(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
-    """Settings that do not fit together: the keys involved, and what to write instead."""
-    model, batch, schedule, data = recipe.model, recipe.batch, recipe.schedule, recipe.data
+def conflicts(recipe: Recipe) -> Iterator[str]:
+    """Settings that do not fit together, each in a sentence that names all their keys, with what to write instead."""
+    model, batch = recipe.model, recipe.batch
     if model.n_embd % model.n_head:
         works = max(h for h in range(1, model.n_head + 1) if model.n_embd % h == 0)
-        yield (
-            {"model.n_embd", "model.n_head"},
-            f"`model.n_embd` {model.n_embd} is no multiple of `model.n_head` {model.n_head}; {works} heads would work",
-        )
+        yield f"`model.n_embd` {model.n_embd} is no multiple of `model.n_head` {model.n_head}; {works} heads would work"
+    rows, length = batch.tokens_per_iter // batch.sequence_length, f"`batch.sequence_length` {batch.sequence_length}"
     if batch.sequence_length > model.n_positions:
-        yield (
-            {"batch.sequence_length", "model.n_positions"},
-            f"`batch.sequence_length` {batch.sequence_length} is longer than `model.n_positions` {model.n_positions};"
-            f" {model.n_positions} would work",
-        )
+        longest = model.n_positions
+        yield f"{length} is longer than `model.n_positions` {longest}; {longest} would work"
     if batch.tokens_per_iter % batch.sequence_length:
         works = max(1, round(batch.tokens_per_iter / batch.sequence_length)) * batch.sequence_length
-        yield (
-            {"batch.tokens_per_iter", "batch.sequence_length"},
-            f"`batch.tokens_per_iter` {batch.tokens_per_iter} does not divide into rows of `batch.sequence_length`"
-            f" {batch.sequence_length}; {works} would work",
-        )
-    elif batch.micro_batch != "auto" and (rows := batch.tokens_per_iter // batch.sequence_length) % batch.micro_batch:
+        tokens = f"`batch.tokens_per_iter` {batch.tokens_per_iter}"
+        yield f"{tokens} does not divide into rows of {length}; {works} would work"
+    elif batch.micro_batch != "auto" and rows % batch.micro_batch:
         works = math.gcd(rows, batch.micro_batch)
         yield (
-            {"batch.tokens_per_iter", "batch.sequence_length", "batch.micro_batch"},
-            f"`batch.micro_batch` {batch.micro_batch} does not divide an iteration of {rows} rows; {works} would work",
+            f"`batch.micro_batch` {batch.micro_batch} does not divide an iteration of {rows} rows"
+            f" (`batch.tokens_per_iter` over `batch.sequence_length`); {works} would work"
         )
+    yield from _conflicts_of_schedule(recipe)
+    if not re.fullmatch("[a-z0-9][a-z0-9.-]*", recipe.hub.license):  # as the Hub's identifiers are
+        yield f"`hub.license` is {recipe.hub.license!r}: an identifier such as apache-2.0 would work"
+    source, path = recipe.data.source, recipe.data.path
+    if source != "adopted" and (source == "embedded") == bool(path):
+        yield f"`data.path` is {path!r}: it {'has no use' if path else 'is needed'} with `data.source: {source}`"
+
+
+def _conflicts_of_schedule(recipe: Recipe) -> Iterator[str]:
+    schedule = recipe.schedule
+    warmup, end = f"`schedule.warmup_iters` {schedule.warmup_iters}", f"`schedule.max_iters` {schedule.max_iters}"
     if schedule.warmup_iters + decay_iters(schedule) > schedule.max_iters:
+        decay = f"the decay of {decay_iters(schedule)} iterations (`schedule.decay_fraction`)"
         works = schedule.max_iters - decay_iters(schedule)
-        yield (
-            {"schedule.warmup_iters", "schedule.max_iters", "schedule.decay_fraction"},
-            f"`schedule.warmup_iters` {schedule.warmup_iters} and the decay of {decay_iters(schedule)} iterations do"
-            f" not fit into `schedule.max_iters` {schedule.max_iters}; at most {works} would work",
-        )
+        yield f"{warmup} and {decay} do not fit into {end}; at most {works} would work"
     chosen = {"schedule.milestones": schedule.milestones, "schedule.hours": schedule.hours}
     chosen |= {"stop.when_flat": recipe.stop.when_flat}
-    if schedule.kind != "wsd" and (trunk := [key for key, value in chosen.items() if value]):
-        yield {trunk[0], "schedule.kind"}, f"`{trunk[0]}` needs `schedule.kind: wsd`, whose trunk it branches off"
+    if schedule.kind != "wsd" and (key := next((key for key, value in chosen.items() if value), None)):
+        yield f"`{key}` needs `schedule.kind: wsd`, whose trunk it branches off"
     elif schedule.milestones and schedule.hours:
-        yield (
-            {"schedule.milestones", "schedule.hours"},
-            f"`schedule.hours` {schedule.hours:g} finds the one budget that fits; `schedule.milestones` [] would work",
-        )
+        yield f"`schedule.hours` {schedule.hours:g} finds the one budget that fits; `schedule.milestones` [] would work"
     elif wrong := [m for m in schedule.milestones if not fits(schedule, m)]:
-        yield (
-            {"schedule.milestones", "schedule.max_iters", "schedule.warmup_iters", "schedule.decay_fraction"},
-            f"`schedule.milestones` holds {wrong[0]}; one below `schedule.max_iters` {schedule.max_iters}, whose decay"
-            " begins after the warmup, would work",
-        )
-    if not re.fullmatch("[a-z0-9][a-z0-9.-]*", recipe.hub.license):  # as the Hub's identifiers are
-        yield {"hub.license"}, f"`hub.license` is {recipe.hub.license!r}: an identifier such as apache-2.0 would work"
-    if data.source != "adopted" and (data.source == "embedded") == bool(data.path):
-        needed = "has no use with" if data.path else "is needed with"
-        yield {"data.source", "data.path"}, f"`data.path` is {data.path!r}: it {needed} `data.source: {data.source}`"
-
-
-def _problems(key: str, reasons: list[str], value: Any) -> list[str]:
-    """What is wrong with a key, and what would work; of an unknown section each key of it."""
-    if "unknown" in reasons and isinstance(value, dict) and value:
-        return [problem for name, inner in value.items() for problem in _problems(f"{key}.{name}", reasons, inner)]
-    known = dict(leaves())
-    if "unknown" in reasons:
-        meant = _meant(key, list(known))
-        return [f"`{key}` is not a key of a recipe" + (f"; here that is `{meant}`" if meant else "; --help lists them")]
-    wanted = " or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
-    return [f"`{key}` is {_quoted(value)}: {wanted}; {_works(known.get(key), value, wanted)}"]
+        decay = "whose decay (`schedule.decay_fraction`) begins after"
+        yield f"`schedule.milestones` holds {wrong[0]}; one below {end}, {decay} {warmup}, would work"
 
 
 def _meant(key: str, known: list[str]) -> str | None:
@@ -252,8 +175,7 @@ def _meant(key: str, known: list[str]) -> str | None:
 
 def _works(field: Any, value: Any, wanted: str) -> str:
     """What could stand in place of a value that was refused."""
-    kinds = kinds_of(field) if field else set()
-    if list in kinds and str not in kinds and isinstance(value, str):
+    if field and isinstance(field.default, list) and isinstance(value, str):
         if value.startswith("["):
             return "quotes around the whole list would work"
         return f"`[{shown(value)}]` would work"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from overnight.recipe.schema import Schedule
+from overnight.recipe.schema import Schedule
 
 CELLS = 128  # of the trapezoidal rule, which is exact for a linear decay
 
@@ -66,11 +65,9 @@ def goals(schedule: Schedule) -> list[int]:
 
 def iterations_left(schedule: Schedule, iteration: int, target: int) -> int:
     """Updates from here to the end of the whole run, on the way to `target` now: the decays of later budgets too."""
-    left, before = target - iteration, target
-    for later in [goal for goal in goals(schedule) if goal > target]:
-        left += later - branch_point(towards(schedule, before))
-        before = later
-    return left
+    ahead = [target, *(goal for goal in goals(schedule) if goal > target)]
+    back = (later - branch_point(towards(schedule, before)) for before, later in itertools.pairwise(ahead))
+    return target - iteration + sum(back)
 
 
 def ending_now(schedule: Schedule, iteration: int) -> int | None:

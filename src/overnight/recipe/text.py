@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from overnight.errors import InputError, first_line
-from overnight.recipe.schema import leaves, repository
+from overnight.recipe.identity import nested
+from overnight.recipe.schema import Recipe, repository
 
 UNREADABLE = (yaml.YAMLError, UnicodeDecodeError)
 DEEPEST = 10
@@ -88,7 +89,6 @@ def read_yaml(path: Path) -> dict:
 
 def pairs(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
     """`--key value` and `--key=value`; what has no value is added to `problems`."""
-    known = dict(leaves())
     rest = list(overrides)
     while rest:
         option = rest.pop(0)
@@ -98,11 +98,11 @@ def pairs(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str, 
         elif not equals and (not rest or rest[0].startswith("--")):
             yield key, True
         else:
-            yield key, typed(value if equals else rest.pop(0), kinds_of(known[key]) if key in known else set())
+            yield key, typed(value if equals else rest.pop(0), key)
 
 
-def typed(text: str, kinds: set[Any]) -> Any:
-    """The value of what was typed for a key that takes `kinds`: YAML's, but as it stands where the key takes text.
+def typed(text: str, key: str = "") -> Any:
+    """The value of what was typed for a key: YAML's, but as it stands where the key takes text.
 
     There only null, a list and what is in quotes are YAML, and each only if the key takes it. What is no YAML is text.
     """
@@ -110,19 +110,19 @@ def typed(text: str, kinds: set[Any]) -> Any:
         value = yaml.load(text, Loader=_Loader)
     except (InputError, *UNREADABLE):
         return text
-    meant = isinstance(value, str) and text[:1] in ("'", '"')
-    return value if str not in kinds or meant or (not isinstance(value, str) and type(value) in kinds) else text
+    meant = value is None or isinstance(value, list) or text[:1] in ("'", '"')
+    if meant and not refusals(key, value):
+        return value
+    return value if refusals(key, text) else text
 
 
-def kinds_of(field: Any) -> set[Any]:
-    """The types that a key takes, without what is asked of their values."""
-
-    def flat(annotation: Any) -> set[Any]:
-        if get_origin(annotation) is list:
-            return {list}
-        return set().union(*map(flat, get_args(annotation))) if get_args(annotation) else {annotation}
-
-    return {kind for kind in flat(field.annotation) if kind in (str, list, NoneType)}
+def refusals(key: str, value: Any) -> list[Any]:
+    """What pydantic has against a value of a dotted key, whatever the others are."""
+    try:
+        Recipe.model_validate(nested({key: value}))
+    except ValidationError as error:
+        return list(error.errors(include_url=False))
+    return []
 
 
 def shown(value: Any) -> str:

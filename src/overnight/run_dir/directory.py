@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Collection
 from pathlib import Path
@@ -64,13 +65,10 @@ class RunDirectory:
             return
         share = 1 - schedule.decay_fraction
         near = [round(i / share) for i in trunk if share]
-        can = [m for m in near if branch_point(towards(schedule, m)) in trunk]
-        way = (
-            f"from those that are kept, {', '.join(map(str, can))} can" if can else "there is no checkpoint of a trunk"
-        )
+        can = [str(m) for m in near if branch_point(towards(schedule, m)) in trunk]
         raise InputError(
             f"{goal} iterations cannot be finished: {self.checkpoints} has no checkpoint of iteration {point}, where"
-            f" that decay begins; {way}"
+            f" that decay begins; from those that are kept, {', '.join(can) or 'none'} can"
         )
 
     def kept_for_ever(self, schedule: Schedule) -> set[int]:
@@ -90,11 +88,21 @@ class RunDirectory:
         if useless := set(allowed) - {change["key"] for change in differing + self.changes}:
             raise InputError(f"`--allow-change {min(useless)}`: nothing to allow, that is as it was in {self.path}")
         grows = self.recipe.schedule.kind == "wsd" and grown(differing)
-        refused = [c for c in differing if c["key"] not in allowed and not (grows and c["key"] == "schedule.max_iters")]
-        refused += [c for c in differing if c["key"] in immutable_keys(self.recipe) and c not in refused]
-        if refused:
+        free = {*allowed, *(["schedule.max_iters"] if grows else [])} - immutable_keys(self.recipe)
+        if refused := [change for change in differing if change["key"] not in free]:
             raise InputError(self._refusal(refused))
         self.changes = self.changes + differing
+
+    def _refusal(self, refused: list[dict[str, Any]]) -> str:
+        keys = [change["key"] for change in refused]
+        never = [key for key in keys if key in immutable_keys(self.recipe)]
+        options = " ".join(f"--allow-change {key}" for key in keys)
+        way_on = f"`{never[0]}` can never change" if never else f"`{options}` continues this one with the new value"
+        names = (f"{self.recipe.name}-{number}" for number in itertools.count(2))
+        free = next(name for name in names if not (RUNS / name).exists())
+        return (
+            f"{self.path} holds another run:\n{difference_lines(refused)}\n`--name {free}` starts a new one; {way_on}"
+        )
 
     def _stored_identity(self) -> tuple[dict[str, Any], list[dict[str, Any]], str | None] | None:
         """The identity of the run here, its changes, and its id: from recipe.yaml, or without it from a checkpoint."""
@@ -112,33 +120,12 @@ class RunDirectory:
         """The trunk's checkpoints, and those of each decay."""
         return [self.checkpoints, *cooldowns(self.checkpoints).values()]
 
-    def _refusal(self, refused: list[dict[str, Any]]) -> str:
-        keys = [change["key"] for change in refused]
-        never = [key for key in keys if key in immutable_keys(self.recipe)]
-        options = " ".join(f"--allow-change {key}" for key in keys)
-        way_on = f"`{never[0]}` can never change" if never else f"`{options}` continues this one with the new value"
-        return (
-            f"{self.path} holds another run:\n"
-            + difference_lines(refused)
-            + (f"\n`--name {self._free_name()}` starts a new one; {way_on}")
-        )
-
-    def _free_name(self) -> str:
-        number = 2
-        while (RUNS / f"{self.recipe.name}-{number}").exists():
-            number += 1
-        return f"{self.recipe.name}-{number}"
-
-    def lock(self) -> None:
+    def lock(self, *, create: bool = False) -> None:
         """Let no other process work here until this one ends; a directory that is not there yet is left to `claim`.
 
         Raises `InputError` when one does, or nothing can be written.
         """
-        if self.path.exists():
-            self._hold()
-
-    def _hold(self) -> None:
-        if self._lock:
+        if self._lock or not (create or self.path.exists()):
             return
         try:
             self.models.mkdir(parents=True, exist_ok=True)
@@ -154,7 +141,7 @@ class RunDirectory:
 
         A changed identity is written down with what it was before.
         """
-        self._hold()
+        self.lock(create=True)
         self.run_id = self.run_id or uuid.uuid4().hex
         now = {
             "run": self.run_id,

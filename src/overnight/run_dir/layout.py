@@ -177,11 +177,7 @@ def origin_of(model: str) -> Origin | None:
     Raises `DamagedData` when the run's recipe is none.
     """
     folder = Path(os.path.abspath(model)).parent.parent
-    stored = folder / RECIPE
-    if not Path(model).is_dir() or not stored.is_file():
+    if not Path(model).is_dir() or not (folder / RECIPE).is_file():
         return None
-
-    def origin(found: dict[str, Any]) -> Origin:
-        return Origin(folder, stored_recipe(found["recipe"]), found["meaning"]["data fingerprint"])
-
-    return read_file(stored, origin, REWRITTEN)
+    fingerprint = read_file(folder / RECIPE, lambda found: found["meaning"]["data fingerprint"], REWRITTEN)
+    return Origin(folder, recipe_of(folder), fingerprint)

@@ -11,16 +11,17 @@ from overnight.core.files import atomic_write, never_through_a_link, strict_json
 
 Record = dict[str, Any]
 
-FORECAST = ("max_iters", "loss", "loss_low", "loss_high")  # of each budget
-TAKEN = {
-    "train": ("loss",),
-    "val": ("loss",),
-    "finished": ("val_loss", "best_val_loss", "tokens_per_second", "kwh", "mean_watts", "export_seconds"),
-    "flat": ("budget", "longer", "min_gain_nats"),
-    "ngram baselines": ("unigram", "bigram"),
+NUMBER, PERHAPS = int | float, int | float | None
+TAKEN: dict[str, dict[str, Any]] = {
+    "train": {"loss": PERHAPS},
+    "val": {"loss": NUMBER},
+    "forecast": dict.fromkeys(("max_iters", "loss", "loss_low", "loss_high"), NUMBER),  # of each of its budgets
+    "finished": dict.fromkeys(("val_loss", "best_val_loss", "export_seconds"), NUMBER)
+    | dict.fromkeys(("tokens_per_second", "kwh", "mean_watts"), PERHAPS),
+    "flat": dict.fromkeys(("budget", "longer", "min_gain_nats"), NUMBER),
+    "ngram baselines": {"unigram": NUMBER, "bigram": NUMBER},
 }
 """What readers take from a record beside its iteration and tokens, by its kind, and by what happened in an event."""
-MAY_BE_NULL = ("tokens_per_second", "kwh", "mean_watts")  # and the training loss
 
 
 class Metrics:
@@ -78,23 +79,14 @@ def whole(record: Any) -> bool:
     """Whether a parsed line is a record with all that its readers take from it."""
     if not isinstance(record, dict) or record.get("kind") not in ("train", "val", "forecast", "event"):
         return False
+    name = record.get("event") if record["kind"] == "event" else record["kind"]
+    rows = record.get("budgets") if record["kind"] == "forecast" else [record]
     counts = [record.get("iteration"), record.get("tokens"), record.get("cooldown", 0)]
-    if not all(isinstance(number, int) for number in counts):
+    if not (all(isinstance(count, int) for count in counts) and isinstance(name, str) and isinstance(rows, list)):
         return False
-    if record["kind"] == "forecast":
-        rows = record.get("budgets")
-        return isinstance(rows, list) and all(isinstance(row, dict) and _has(row, FORECAST) for row in rows)
-    if record["kind"] == "event":
-        event = record.get("event")
-        return isinstance(event, str) and _has(record, TAKEN.get(event, ()))
-    return _has(record, TAKEN[record["kind"]], null=record["kind"] == "train")
-
-
-def _has(record: Record, numbers: tuple[str, ...], *, null: bool = False) -> bool:
-    missing = object()
+    taken = TAKEN.get(name, {}).items()
     return all(
-        isinstance(value := record.get(key, missing), int | float) or (value is None and (null or key in MAY_BE_NULL))
-        for key in numbers
+        isinstance(row, dict) and all(isinstance(row.get(key, ...), kind) for key, kind in taken) for row in rows
     )
 
 

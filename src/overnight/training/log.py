@@ -68,13 +68,13 @@ def begin_tracking(run: Run) -> None:
 @informs("power")
 def watts(run: Run) -> float | None:
     """Board power now."""
-    return run.device.watts()
+    return run.device.power.watts()
 
 
 @informs("energy")
 def mean_watts(run: Run) -> float | None:
     """Mean board power of this session."""
-    return run.device.mean_watts()
+    return run.device.power.mean_watts()
 
 
 @informs("memory")

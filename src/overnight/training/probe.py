@@ -110,7 +110,7 @@ def probed(run: Run, facts: dict[str, str], recipe: Recipe) -> Probe:
         peak_gib=run.device.used_gib(),
         formula_gib=formula_gib(run, run.micro_batch) if run.device.cuda else None,
         hours=recipe.schedule.max_iters * recipe.batch.tokens_per_iter / rate / 3600,
-        watts=run.device.watts(),
+        watts=run.device.power.watts(),
     )
 
 

@@ -46,7 +46,7 @@ def finish_saving(run: Run) -> None:
 @informs("energy")
 def energy_used(run: Run) -> float | None:
     """Joules of the device over all sessions of the run, or None where it does not measure them."""
-    session = run.device.joules()
+    session = run.device.power.joules()
     return None if session is None else session + (run.joules or 0.0)
 
 
