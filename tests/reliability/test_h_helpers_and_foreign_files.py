@@ -21,7 +21,7 @@ from overnight.core.processes import Helper
 from overnight.core.published import redacted
 from overnight.data.manifest import name_prepared, read_manifest, require_same_request
 from overnight.errors import DamagedData, InputError
-from overnight.evaluation.results import Comparison, Results, Scores, write_results
+from overnight.evaluation.results import compared, write_results
 from overnight.evaluation.statistics import Verdict
 from overnight.evaluation.tasks import index_of, load_benchmarks
 from overnight.model.export import verify_export
@@ -75,7 +75,6 @@ def test_h6_a_signal_does_not_wait_for_the_finished_model_to_be_read_again(undis
         verify_export(model, Path("runs/tiny/models/iter-000040"), torch.ones(1, 8, dtype=torch.int64), lambda: True)
 
 
-NOTHING = Scores({"name": "nothing", "parameters": 1, "context": 1})
 LOSS = {"loss": 1.0, "perplexity": 2.7, "bits_per_byte": None, "tokens": 5}
 TASK = """task: innocent
 dataset_path: json
@@ -109,13 +108,20 @@ def test_h7_a_task_file_is_read_as_lm_eval_reads_it_and_what_is_not_read_is_refu
     assert not (tmp_path / "RAN").exists()
 
 
+def outcome(name: str, texts=(), comparisons=(), notes=()) -> dict:
+    """What an evaluation of a model of that name found."""
+    facts = {"name": name, "parameters": 1, "context": 1}
+    models = [{"facts": facts, "validation": None, "texts": dict(texts), "tasks": {}}]
+    return {"settings": {"dtype": "float32"}, "models": models, "comparisons": comparisons, "notes": notes}
+
+
 def test_h7_no_name_leaves_its_folder_and_two_names_are_two_files(tmp_path):
     names = ["../../../metrics", "..", "", "a b", "a_b", "a/b/c", "a_b_c", "x" * 300, "x" * 301, "\u00e9", "con\n"]
     made = [file_name(name) for name in names]
     assert len(set(made)) == len(names)
     assert all(Path(name).name == name and name.isascii() and len(name) < 100 for name in made)
     assert file_name("openai-community/gpt2") == "openai-community_gpt2"
-    write_results(Results({"dtype": "float32"}, [NOTHING], [], []), {"../../metrics": []}, tmp_path / "a" / "b")
+    write_results(outcome("nothing"), {"../../metrics": []}, tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     for name in ("../other", "/etc/passwd", "a/../../b", ""):
         with pytest.raises(DamagedData, match="which is not in it"):
@@ -198,9 +204,8 @@ def test_h8_the_secret_of_a_signed_url_is_in_no_file_that_others_see(in_process,
 def test_h8_what_lies_beside_a_card_is_escaped_as_the_card_is(tmp_path):
     foreign = "<img src=x> [click](https://evil.example) $\\frac$ | `x`\n# no"
     verdict = Verdict(foreign, "acc", 3, 0.5, 0.5, 0.5, -0.1, 0.1, 1, 1, 1.0, 1.0)
-    compared = Comparison(foreign, [verdict], None, [foreign])
-    scores = Scores({"name": foreign, "parameters": 1, "context": 1}, texts={foreign: LOSS})
-    write_results(Results({"dtype": "float32"}, [scores], [compared], [foreign]), {}, tmp_path)
+    against = compared(foreign, [verdict], None) | {"warnings": [foreign]}
+    write_results(outcome(foreign, {foreign: LOSS}, [against], [foreign]), {}, tmp_path)
     page = (tmp_path / "comparison.md").read_text()
     assert not re.search(r"<img|https://|\n# no|(?<!\\)[`|]`? ?x", page)
 

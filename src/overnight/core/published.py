@@ -45,6 +45,13 @@ def for_others(content: Any) -> Any:
     return re.sub(_FOLDERS.format(home=home), "", redacted(content))
 
 
+def allowed_files(folder: Path, names: re.Pattern[str]) -> dict[str, Path]:
+    """The files of a folder whose path in it is allowed; never a link, nor anything behind one."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    found = {path.relative_to(folder).as_posix(): path for path in paths}  # rglob enters no folder that is a link
+    return {name: path for name, path in found.items() if names.fullmatch(name) and not folder.is_symlink()}
+
+
 def copy_for_others(path: Path, there: Path) -> Path:
     """Write a file of text as `for_others` has it, and a figure as it is; returns the copy."""
     there.parent.mkdir(parents=True, exist_ok=True)

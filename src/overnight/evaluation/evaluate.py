@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from overnight.evaluation.lm import SharedContextLM, answer_items
 from overnight.evaluation.loss import RowLosses, losses_over, read_texts, text_rows, validation_rows
 from overnight.evaluation.models import UNIGRAM, UNTRAINED, EvalModel
 from overnight.evaluation.progress import Meter
-from overnight.evaluation.results import Comparison, Results, Scores
+from overnight.evaluation.results import Scores
 from overnight.evaluation.statistics import SEED, Paired, bootstrap_interval, metric_of, verdicts
 from overnight.evaluation.tasks import (
     ENGLISH_CHARACTERS_PER_TOKEN,
@@ -173,19 +173,18 @@ class Session:
         comparisons = []
         for theirs in others:
             pairs = [pair for b in self.benchmarks if (pair := paired(b.name, ours, theirs)) is not None]
-            found, name = verdicts(pairs), theirs.scores.facts["name"]
-            warnings = [said for verdict in found if (said := results.implausible(name, verdict))]
-            comparisons.append(Comparison(name, found, difference(ours.losses, theirs.losses), warnings))
+            loss = difference(ours.losses, theirs.losses)
+            comparisons.append(results.compared(theirs.scores.facts["name"], verdicts(pairs), loss))
         settings = self.plan.settings
         home = corpus(as_prepared(Recipe(), self.shards.manifest)) if self.shards is not None else None
-        notes = results.notes(settings, home)
-        result = Results(settings, [each.scores for each in measured], comparisons, notes)
-        results.write_results(result, by_item(measured), self.plan.out)
-        for comparison in comparisons:
-            self.console.log(f"\nagainst {comparison.opponent}")
-            for line in results.verdict_lines(comparison, str):
-                self.console.log(line.replace("**", ""))
-        for line in results.loss_lines(result, str):
+        outcome = {
+            "settings": settings,
+            "models": [asdict(each.scores) for each in measured],
+            "comparisons": comparisons,
+            "notes": results.notes(settings, home),
+        }
+        results.write_results(outcome, by_item(measured), self.plan.out)
+        for line in results.console_lines(outcome):
             self.console.log(line)
         self.console.log(f"\nwritten: {self.plan.out}/comparison.md")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
 
 from overnight.core.files import atomic_write, file_name, strict_json, write_figure
 from overnight.core.published import redacted, text
@@ -17,10 +19,7 @@ from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, he
 
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
 STANDARD_ERRORS = 3  # from the published figure, beyond which our measurement of GPT-2 is worth a warning
-COLUMNS = (
-    f"| task (metric) | chance | ours | theirs | difference, {LEVEL:.0%} interval | items only one has right "
-    "| p after Holm | verdict |"
-)
+PAGE = Path(__file__).with_name("comparison.md")
 
 
 @dataclass
@@ -33,43 +32,19 @@ class Scores:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@dataclass
-class Comparison:
-    """Our model against one other."""
-
-    opponent: str
-    verdicts: list[Verdict]
-    validation: dict[str, float] | None  # difference of the losses with its interval, nats per token
-    warnings: list[str]
-
-
-@dataclass
-class Results:
-    """Everything that was measured; the same command gives the same again."""
-
-    settings: dict[str, Any]
-    models: list[Scores]  # ours first
-    comparisons: list[Comparison]
-    notes: list[str]
-
-    def as_json(self) -> dict[str, Any]:
-        """results.json."""
-        compared = [
-            {
-                "opponent": each.opponent,
-                "wins minus losses": headline(each.verdicts),
-                "tasks": [
-                    asdict(v)
-                    | {"difference": v.difference, "verdict": v.word, "published": published_scores(each.opponent, v)}
-                    for v in each.verdicts
-                ],
-                "validation": each.validation,
-                "warnings": each.warnings,
-            }
-            for each in self.comparisons
-        ]
-        models = [asdict(scores) for scores in self.models]
-        return {"settings": self.settings, "models": models, "comparisons": compared, "notes": self.notes}
+def compared(opponent: str, verdicts: Sequence[Verdict], validation: dict[str, float] | None) -> dict[str, Any]:
+    """Our model against one other; `validation` is the difference of the losses with its interval, nats per token."""
+    tasks = [
+        asdict(v) | {"difference": v.difference, "verdict": v.word, "published": published_scores(opponent, v)}
+        for v in verdicts
+    ]
+    return {
+        "opponent": opponent,
+        "wins minus losses": headline(verdicts),
+        "tasks": tasks,
+        "validation": validation,
+        "warnings": [warning for verdict in verdicts if (warning := implausible(opponent, verdict))],
+    }
 
 
 def published_scores(model: str, verdict: Verdict) -> float | None:
@@ -98,19 +73,22 @@ def implausible(model: str, verdict: Verdict) -> str | None:
     )
 
 
-def write_results(outcome: Results, items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """Write the folder; `items` are the lines of each benchmark. comparison.md comes last."""
+def write_results(outcome: dict[str, Any], items: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Write the folder; `items` are the lines of each benchmark. comparison.md comes last.
+
+    `outcome` is what results.json holds: settings, the models' scores, ours first, comparisons and notes.
+    """
     (folder / "items").mkdir(parents=True, exist_ok=True)
     (folder / SUMS).unlink(missing_ok=True)  # until all of it is new
     for name, lines in items.items():
         atomic_write(folder / "items" / f"{file_name(name)}.jsonl", "".join(strict_json(line) + "\n" for line in lines))
     for left in folder.glob("against-*.png"):  # by an evaluation against others
         left.unlink()
-    atomic_write(folder / "results.json", strict_json(redacted(outcome.as_json()), indent=1) + "\n")
-    for comparison in outcome.comparisons:
-        if comparison.verdicts:
-            draw_differences(comparison, outcome.models[0].facts["name"], folder / figure_name(comparison.opponent))
-    atomic_write(folder / "comparison.md", markdown(outcome))
+    atomic_write(folder / "results.json", strict_json(redacted(outcome), indent=1) + "\n")
+    for comparison in outcome["comparisons"]:
+        if comparison["tasks"]:
+            draw_differences(comparison, outcome["models"][0]["facts"]["name"], folder)
+    atomic_write(folder / "comparison.md", page().render(outcome, shown=text))
     write_sums(folder)
 
 
@@ -119,120 +97,37 @@ def figure_name(opponent: str) -> str:
     return f"against-{file_name(opponent)}.png"
 
 
-def markdown(outcome: Results) -> str:
-    """comparison.md, which is to be understood without anything else at hand."""
-    ours = outcome.models[0].facts
-    lines = [f"# {text(ours['name'])}", ""]
-    lines += [
-        f"{ours['parameters']:,} parameters, context {ours['context']}. "
-        f"Every model was measured by the same command in {outcome.settings['dtype']}, on the same items."
-    ]
-    for comparison in outcome.comparisons:
-        lines += ["", f"## Against {text(comparison.opponent)}", "", *verdict_lines(comparison)]
-        if comparison.verdicts:
-            lines.append(f"![differences with intervals]({figure_name(comparison.opponent)})")
-    lines += ["", "## Losses", "", *loss_lines(outcome)]
-    if len(outcome.comparisons) != 1:
-        lines += ["", "## Benchmarks", "", *score_lines(outcome)]
-    if ties := tie_lines(outcome):
-        lines += ["", "## Ties", "", *ties]
-    lines += ["", "## How to read this", "", *[f"- {text(note)}" for note in outcome.notes]]
-    return "\n".join(lines) + "\n"
+def page() -> Template:
+    """The template of comparison.md, which is to be understood without anything else at hand.
+
+    Its values are those of results.json, and `shown`, which makes Markdown of foreign text.
+    """
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    functions = {"figure_name": figure_name, "tie_note": tie_note, "score": score, "level": f"{LEVEL:.0%}"}
+    return environment.from_string(PAGE.read_text(encoding="utf-8"), globals=functions)
 
 
-def verdict_lines(comparison: Comparison, shown: Callable[[object], str] = text) -> list[str]:
-    """The answer in sentences, the loss first, the table behind it, and warnings; `shown` is how names are."""
-    found = comparison.verdicts
-    lines = [f"**{loss_sentence(comparison.validation)}**", ""] if comparison.validation else []
-    if not found:
-        return [*lines, "No benchmark was asked for."]
-    words = [verdict.word for verdict in found]
-    better, worse = words.count("better"), words.count("worse")
-    lines += [
-        f"**Better on {better} of {len(found)} tasks, worse on {worse}, no difference shown on "
-        f"{len(found) - better - worse}: wins minus losses {headline(found):+d}.**",
-        "",
-    ]
-    reference = any(published_scores(comparison.opponent, verdict) is not None for verdict in found)
-    heads = COLUMNS + (" published |" if reference else "")
-    lines += [heads, "|" + "---|" * (heads.count("|") - 1)]
-    for v in found:
-        known = published_scores(comparison.opponent, v)
-        row = [
-            f"{shown(v.task)} ({shown(v.metric)}, {v.items:,} items)",
-            f"{v.chance:.1%}",
-            f"{v.ours:.1%}",
-            f"{v.theirs:.1%}",
-            f"{100 * v.difference:+.1f} ({100 * v.low:+.1f} to {100 * v.high:+.1f}) points",
-            f"{v.only_ours} : {v.only_theirs}",
-            f"{v.p_holm:.2g}",
-            v.word,
-        ]
-        row += [] if not reference else [f"{known:.1%}" if known is not None else "no reference"]
-        lines.append("| " + " | ".join(row) + " |")
-    return [*lines, "", *[f"**Warning.** {shown(warning)}" for warning in comparison.warnings]]
+def console_lines(outcome: dict[str, Any]) -> list[str]:
+    """The answer for a terminal: verdicts and losses as the page has them, without Markdown's marks."""
+    module: Any = page().make_module(outcome | {"shown": str})
+    against = [f"\nagainst {each['opponent']}\n{module.verdicts(each)}" for each in outcome["comparisons"]]
+    return "".join([*against, module.losses()]).replace("**", "").splitlines()
 
 
-def loss_sentence(validation: dict[str, float]) -> str:
-    """Which model predicts the validation set better, from the difference of the losses and its interval."""
-    difference, low, high = (validation[key] for key in ("difference", "low", "high"))
-    word = "No difference shown" if low <= 0 <= high else "Better" if difference < 0 else "Worse"
-    return f"{word} on the same validation text: {difference:+.3f} ({low:+.3f} to {high:+.3f}) nats per token."
-
-
-def loss_lines(outcome: Results, shown: Callable[[object], str] = text) -> list[str]:
-    """Losses of all models on all texts; `shown` is how names are."""
-    lines = ["| text | model | nats per token | perplexity | bits per byte | tokens |", "|---|---|---|---|---|---|"]
-    for scores in outcome.models:
-        texts = ({"validation set": scores.validation} if scores.validation else {}) | scores.texts
-        for name, found in texts.items():
-            bits = f"{found['bits_per_byte']:.4f}" if found["bits_per_byte"] is not None else "-"
-            lines.append(
-                f"| {shown(name)} | {shown(scores.facts['name'])} | {found['loss']:.4f} | {found['perplexity']:.2f} "
-                f"| {bits} | {found['tokens']:,} |"
-            )
-    if len(lines) == 2:
-        return ["No loss was measured: the model belongs to no run, and neither `--shards` nor `--texts` was given."]
-    for each in outcome.comparisons:
-        if each.validation:
-            v = each.validation
-            lines += [
-                "",
-                f"On the validation set ours minus {shown(each.opponent)}: {v['difference']:+.4f} nats per token "
-                f"({LEVEL:.0%} interval {v['low']:+.4f} to {v['high']:+.4f}, rows resampled).",
-            ]
-    return lines
-
-
-def score_lines(outcome: Results) -> list[str]:
-    """Scores of all models side by side."""
-    names = [scores.facts["name"] for scores in outcome.models]
-    lines = ["| task | chance | " + " | ".join(map(text, names)) + " |", "|---|---|" + "---|" * len(names)]
-    for task, ours in outcome.models[0].tasks.items():
-        each = [scores.tasks[task] for scores in outcome.models]
-        values = [f"{s['metrics'][s['metric']]:.1%}" if s["metric"] in s["metrics"] else "-" for s in each]
-        lines.append(f"| {text(task)} ({text(ours['metric'])}) | {ours['chance']:.1%} | " + " | ".join(values) + " |")
-    return lines
+def score(task: dict[str, Any]) -> str:
+    """A model's score in a task by the metric that decides it; nothing where it is not right or wrong."""
+    value = task["metrics"].get(task["metric"])
+    return "" if value is None else f"{value:.1%}"
 
 
 def tie_note(task: dict[str, Any]) -> str:
     """What is said beside a task's score where choices are equally likely, and lm-eval's figure is another."""
-    metric = task["metric"]
-    if not task["ties"] or metric not in task["metrics"]:
+    if not task["ties"] or not score(task):
         return ""
-    lm_eval = f"lm-eval, which takes the first: {task['lm-eval'][metric]:.1%}"
+    lm_eval = f"lm-eval, which takes the first: {task['lm-eval'][task['metric']]:.1%}"
     return f"; in {task['ties']:,} items the best choices tie and count as chance ({lm_eval})"
-
-
-def tie_lines(outcome: Results) -> list[str]:
-    """Each model's score in the tasks where that is so."""
-    return [
-        f"- {text(name)} ({text(task['metric'])}), {text(scores.facts['name'])}: "
-        f"{task['metrics'][task['metric']]:.1%}{tie_note(task)}"
-        for scores in outcome.models
-        for name, task in scores.tasks.items()
-        if tie_note(task)
-    ]
 
 
 def notes(settings: dict[str, Any], home: str | None) -> list[str]:
@@ -262,23 +157,23 @@ def notes(settings: dict[str, Any], home: str | None) -> list[str]:
     return found
 
 
-def draw_differences(comparison: Comparison, ours: str, path: Path) -> None:
-    """The differences with their intervals, one line a task."""
+def draw_differences(comparison: dict[str, Any], ours: str, folder: Path) -> None:
+    """A figure of the differences with their intervals, one line a task."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
-    found: Sequence[Verdict] = list(reversed(comparison.verdicts))
+    found = comparison["tasks"][::-1]
     colours = {"better": "#1a7f37", "worse": "#cf222e", "no difference shown": "#6e7781"}
     figure = Figure(figsize=(7, 1.2 + 0.4 * len(found)), layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(0, color="black", linewidth=0.8)
-    for height, verdict in enumerate(found):
-        colour = colours[verdict.word]
-        axes.plot([100 * verdict.low, 100 * verdict.high], [height, height], color=colour, linewidth=2)
-        axes.plot([100 * verdict.difference], [height], "o", color=colour)
-    axes.set_yticks(range(len(found)), [f"{each.task} ({each.metric})" for each in found], parse_math=False)
+    for height, task in enumerate(found):
+        colour = colours[task["verdict"]]
+        axes.plot([100 * task["low"], 100 * task["high"]], [height, height], color=colour, linewidth=2)
+        axes.plot([100 * task["difference"]], [height], "o", color=colour)
+    axes.set_yticks(range(len(found)), [f"{each['task']} ({each['metric']})" for each in found], parse_math=False)
     axes.set_xlabel(f"percentage points, {LEVEL:.0%} intervals; right of zero ours is better")
-    axes.set_title(f"{Path(ours).name} against {comparison.opponent}", fontsize=10, parse_math=False)
+    axes.set_title(f"{Path(ours).name} against {comparison['opponent']}", fontsize=10, parse_math=False)
     for word, colour in colours.items():
         axes.plot([], [], "o-", color=colour, label=word)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    write_figure(path, figure, metadata={"Software": None})
+    write_figure(folder / figure_name(comparison["opponent"]), figure, metadata={"Software": None})

@@ -5,11 +5,7 @@ No iteration waits for it: between two of them it is only looked at. There is on
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
-
-from accelerate import Accelerator
 
 from overnight.core.console import Console
 from overnight.core.processes import Helper
@@ -25,8 +21,9 @@ class Uploader:
     """Publishes what a run finishes while it trains; no step sees that fail."""
 
     def __init__(self, directory: RunDirectory, console: Console, *, active: bool):
+        """`active` on the process that may send, where the recipe names a repository."""
         self.run, self.hub, self.console = directory.path, directory.recipe.hub, console
-        self.active = active  # until the Hub refuses
+        self.active = active and self.hub.repo_id is not None  # until the Hub refuses
         self.last_line = ""
         self.over = False  # the run: what is missing is still sent
         self.news = True  # what an earlier session may have left
@@ -88,14 +85,3 @@ class Uploader:
 
     def _later(self) -> str:
         return f"What is still missing, this sends: {script_command('publish.py', self.run)}"
-
-
-@contextlib.contextmanager
-def uploading(accelerator: Accelerator, directory: RunDirectory, console: Console) -> Iterator[Uploader]:
-    """Publish what the run finishes while the block runs, and at its end if `over` was set."""
-    wanted = directory.recipe.hub.repo_id is not None and accelerator.is_main_process
-    uploader = Uploader(directory, console, active=wanted)
-    try:
-        yield uploader
-    finally:
-        uploader.close()

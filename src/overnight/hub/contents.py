@@ -12,16 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from overnight.core.files import atomic_write, entries, remove
-from overnight.core.published import copy_for_others
+from overnight.core.files import atomic_write, remove
+from overnight.core.published import allowed_files, copy_for_others
 from overnight.core.sums import damage
 from overnight.errors import DamagedData
 from overnight.recipe.schema import Recipe
-from overnight.report.model_card import CARD, CURVE, METRICS, RECIPE, report, unfinished_card
+from overnight.report.model_card import CARD, REPORT_FILES, copy_evaluation, report, unfinished_card
 from overnight.run_dir.layout import (
     CHECKPOINTS,
-    cooldowns,
-    evaluation_of,
     finished,
     folder_name,
     iteration_of,
@@ -35,16 +33,13 @@ MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|model\.safetensors"
 )
-REPORT_FILES = re.compile("|".join(map(re.escape, (CARD, RECIPE, METRICS, CURVE))))
-EVALUATION_FILES = re.compile(r"results\.json|comparison\.md|against-[A-Za-z0-9._-]+\.png")
 TRIES = 5  # to stage a checkpoint before it is removed for a newer one
 RUN_FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "night.json")  # of a state, beside its checkpoints
 STATE_FILES = re.compile(
     "|".join(map(re.escape, RUN_FILES))
-    + r"|checkpoints/(cooldown-\d+/)?iter-\d+/(model\.safetensors|optimizer\.safetensors|state\.json|SHA256SUMS)"
+    + r"|checkpoints/(cooldown-\d{6,}/)?iter-\d{6,}/(model\.safetensors|optimizer\.safetensors|state\.json|SHA256SUMS)"
 )
 STATE = "state"  # a branch, as CHECKPOINTS is
-ANY = re.compile(r"[^/]+")
 STAGED = ".hub"  # in a run directory: copies and links of what is being sent, so that pruning takes nothing away
 
 
@@ -65,33 +60,19 @@ def commits(run: Path, recipe: Recipe, repo_id: str, *, checkpoints: bool) -> li
 
     The state comes last, since it tells of finished models without which it could not be continued.
     """
-    unfinished = []
-    if checkpoints:  # staged before the finished models are looked for: it tells of none that is not among them
-        unfinished = [settled(run, lambda: newest_weights(run, recipe, repo_id))]
-        unfinished += [settled(run, lambda: exact_state(run))] if recipe.hub.push_state else []
-    return [*finished_models(run, recipe, repo_id), *(commit for commit in unfinished if commit)]
-
-
-def settled(run: Path, make: Callable[[], Commit | None]) -> Commit | None:
-    """What `make` stages of the newest checkpoint; anew where the run has removed one meanwhile, at last nothing."""
-    for _ in range(TRIES):
-        before = [
-            path for folder in (run / CHECKPOINTS, *cooldowns(run / CHECKPOINTS).values()) for path in entries(folder)
-        ]
-        try:
-            return make()
-        except (DamagedData, FileNotFoundError):
-            if all(path.exists() for path in before):
-                raise
-    return None
+    unfinished: list[Commit | None] = []
+    # Staged before the finished models are looked for: it tells of none that is not among them.
+    if checkpoints and (state := exact_state(run)):
+        unfinished = [newest_weights(run, recipe, repo_id), state if recipe.hub.push_state else None]
+    return [*finished_models(run, recipe, repo_id), *filter(None, unfinished)]
 
 
 def finished_models(run: Path, recipe: Recipe, repo_id: str) -> list[Commit]:
     """A branch for each finished model, and `main` for the one with the lowest validation loss, which comes last."""
     losses = {target: end["val_loss"] for target, end in finished(run).items() if not linked(run, target)}
-    models = {target: finished_model(run, recipe, repo_id, target, loss) for target, loss in losses.items()}
-    if not models:
+    if not losses:
         return []
+    models = {target: finished_model(run, recipe, repo_id, target, loss) for target, loss in losses.items()}
     best = models[min(losses, key=lambda target: (losses[target], -target))]
     return [*models.values(), replace(best, branch="main", tag=None)]
 
@@ -105,66 +86,62 @@ def finished_model(run: Path, recipe: Recipe, repo_id: str, target: int, loss: f
     """One finished model, with its evaluation where there is one."""
     name, last = folder_name(target), recipe.schedule.max_iters
     refuse_damaged_model(run / "models" / name)
-    scored = allowed_files(evaluation_of(run / "models" / name), EVALUATION_FILES)
-    staged = staging(run) / name
     return Commit(
         branch=name,
         message=f"{target:,} iterations, validation loss {loss:.4f}",
-        files=allowed_files(run / "models" / name, MODEL_FILES)
-        | {f"evaluation/{path}": copy_for_others(file, staged / path) for path, file in scored.items()},
+        files=allowed_files(run / "models" / name, MODEL_FILES) | copy_evaluation(run, target),
         report=lambda: allowed_files(report(run, target, repo_id), REPORT_FILES),
         tag=f"final-{last:06d}" if target == last else None,
     )
 
 
+def exact_state(run: Path) -> Commit | None:
+    """The exact state to continue from elsewhere, staged anew where the run removes a checkpoint meanwhile."""
+    for _ in range(TRIES):
+        chosen = newest_checkpoints(run)
+        try:
+            return staged_state(run, chosen) if chosen else None
+        except (DamagedData, FileNotFoundError):
+            if all(path.exists() for path in chosen):
+                raise
+    return None
+
+
+def newest_checkpoints(run: Path) -> list[Path]:
+    """The newest checkpoint of the trunk, and of each decay that is newer; none that lies behind a link."""
+    folders = {path.parent for path in allowed_files(run, STATE_FILES).values()} - {run}
+    newest = {folder.parent: folder for folder in sorted(folders, key=iteration_of)}
+    trunk = newest.get(run / CHECKPOINTS)
+    return [each for each in newest.values() if trunk in (None, each) or iteration_of(each) > iteration_of(trunk)]
+
+
+def staged_state(run: Path, checkpoints: list[Path]) -> Commit:
+    """The files of these checkpoints, as hard links, since they are only ever removed, and copies of the run's own."""
+    staged = fresh(staging(run) / STATE)
+    for name, file in allowed_files(run, STATE_FILES).items():
+        if file.parent == run:
+            copy_for_others(file, staged / name)
+        elif file.parent in checkpoints:
+            link_or_copy(file, staged / name)
+    for checkpoint in checkpoints:
+        refuse_damaged(staged / checkpoint.relative_to(run))
+    message = f"the state after {max(map(iteration_of, checkpoints)):,} iterations"
+    return Commit(STATE, message, allowed_files(staged, STATE_FILES), replaces=STATE_FILES)
+
+
 def newest_weights(run: Path, recipe: Recipe, repo_id: str) -> Commit | None:
-    """The newest weights of the trunk, before any decay, as a model that loads; None while there are none."""
+    """The trunk's weights in the staged state, before any decay, as a model that loads; None while there are none."""
     from overnight.model.unannealed import write_model  # and with it torch, which nothing else here needs
 
-    trunk = own_checkpoints(run / CHECKPOINTS)
+    trunk = saved_iterations(staging(run) / STATE / CHECKPOINTS)
     if not trunk:
         return None
     iteration, checkpoint = max(trunk.items())
-    refuse_damaged(checkpoint)
     folder = fresh(staging(run) / CHECKPOINTS)
     write_model(checkpoint, recipe, folder)
     atomic_write(folder / CARD, unfinished_card(recipe, iteration, repo_id))
     files = allowed_files(folder, MODEL_FILES)
     return Commit(CHECKPOINTS, f"{iteration:,} iterations, not annealed", files, lambda: {CARD: folder / CARD})
-
-
-def exact_state(run: Path) -> Commit | None:
-    """The exact state to continue from elsewhere: the newest checkpoint of the trunk, and of a decay that is newer."""
-    trunk = own_checkpoints(run / CHECKPOINTS)
-    decays = [own_checkpoints(folder) for folder in cooldowns(run / CHECKPOINTS).values()]
-    newest = [max(found.items())[1] for found in (trunk, *decays) if found]
-    if not newest:
-        return None
-    last_trunk = max(trunk, default=-1)
-    chosen = [path for path in newest if path.parent.name == CHECKPOINTS or iteration_of(path) > last_trunk]
-    staged = fresh(staging(run) / STATE)
-    for path in chosen:  # as hard links: a checkpoint's files are never changed, only removed
-        there = staged / path.relative_to(run)
-        there.mkdir(parents=True)
-        for name, file in allowed_files(path, ANY).items():
-            try:
-                os.link(file, there / name, follow_symlinks=False)
-            except FileNotFoundError:  # pruned by now
-                raise
-            except OSError:  # a file system without hard links
-                shutil.copyfile(file, there / name, follow_symlinks=False)
-        refuse_damaged(there)
-    for name in RUN_FILES:
-        if (run / name).is_file() and not (run / name).is_symlink():
-            copy_for_others(run / name, staged / name)
-    message = f"the state after {max(map(iteration_of, chosen)):,} iterations"
-    return Commit(STATE, message, allowed_files(staged, STATE_FILES), replaces=STATE_FILES)
-
-
-def own_checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a folder by iteration, but for those that were moved away with a link in their place."""
-    behind_link = folder.is_symlink() or folder.parent.is_symlink()
-    return {i: path for i, path in saved_iterations(folder).items() if not (behind_link or path.is_symlink())}
 
 
 def refuse_damaged(checkpoint: Path) -> None:
@@ -174,11 +151,15 @@ def refuse_damaged(checkpoint: Path) -> None:
     refuse_misplaced(checkpoint, read_file(checkpoint / "state.json", dict, "it is not sent"))
 
 
-def allowed_files(folder: Path, names: re.Pattern[str]) -> dict[str, Path]:
-    """The files of a folder whose path in it is allowed; never a link, nor anything behind one."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
-    found = {path.relative_to(folder).as_posix(): path for path in paths}  # rglob enters no folder that is a link
-    return {name: path for name, path in found.items() if names.fullmatch(name) and not folder.is_symlink()}
+def link_or_copy(file: Path, there: Path) -> None:
+    """A hard link to a file, or a copy where the file system has none; FileNotFoundError where it is gone by now."""
+    there.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, there, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(file, there, follow_symlinks=False)
 
 
 def staging(run: Path) -> Path:

@@ -9,9 +9,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+from overnight.core.published import allowed_files
 from overnight.core.sums import write_sums
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
-from overnight.hub.contents import MODEL_FILES, RUN_FILES, STATE, STATE_FILES, allowed_files, fresh, staging
+from overnight.hub.contents import MODEL_FILES, RUN_FILES, STATE, STATE_FILES, fresh, staging
 from overnight.hub.upload import HubRepo, differing
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import finished_in, folder_name

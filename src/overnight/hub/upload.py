@@ -8,7 +8,6 @@ not sent twice (huggingface_hub and the Hub compare SHA-256), and a commit is se
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import time
@@ -20,13 +19,8 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
@@ -48,8 +42,6 @@ from overnight.run_dir.layout import finished, folder_name, recipe_of
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries; doubled each time, half of it by chance
 SILENCE = 120.0  # seconds without a byte after which a request has failed; huggingface_hub itself would wait for ever
-REFUSALS = (401, 403)
-NEVER = (400, 422)  # the request itself is wrong; the same again would be too
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")
@@ -68,23 +60,12 @@ class HubRepo:
     api: HfApi = field(default_factory=HfApi)
 
     def open(self) -> None:
-        """Make sure that the repository is there and ours to write; `InputError` where that is known not to be."""
-        if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        """Make the repository where there is none; `InputError` where nothing can be sent from this machine."""
+        if is_offline_mode():
             raise InputError("HF_HUB_OFFLINE is set, so nothing is sent")
-        try:
-            me = self.api.whoami()
-        except LocalTokenNotFoundError:
-            raise InputError("no token is set, so nothing is sent; `hf auth login` or HF_TOKEN would work") from None
-        owner, _, name = self.repo_id.rpartition("/")
-        mine = [me["name"], *(org["name"] for org in me.get("orgs", []))]
-        self.repo_id = f"{owner or me['name']}/{name}"
-        if owner and owner not in mine:
-            raise InputError(
-                f"{self.repo_id} belongs to {owner}, the token to {me['name']}: {me['name']}/{name} would work"
-            )
-        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise InputError("the token may only read; one with write access would work (`hf auth login`)")
-        self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+        if get_token() is None:
+            raise InputError("no token is set, so nothing is sent; `hf auth login` or HF_TOKEN would work")
+        self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id  # with its owner
 
     def digests(self, branch: str) -> dict[str, str]:
         """The digests of a branch's files as the Hub has them: SHA-256 of a large file, git's SHA-1 of a small one."""
@@ -127,12 +108,11 @@ def refusal(error: Exception) -> str | None:
     """Why another try would not help, in a line; None where it may."""
     if isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):
         return f"the Hub does not take it: {first_line(error)}"  # of a card, which huggingface_hub has checked there
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        code = error.response.status_code
-        if code in REFUSALS:
-            return f"the Hub refuses ({code}): {first_line(error)}; a token with write access would work"
-        if code in NEVER:
-            return f"the Hub does not take it ({code}): {first_line(error)}"
+    code = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if code in (401, 403):
+        return f"the Hub refuses ({code}): {first_line(error)}; a token with write access would work"
+    if code in (400, 422):  # the request itself is wrong; the same again would be too
+        return f"the Hub does not take it ({code}): {first_line(error)}"
     return None
 
 

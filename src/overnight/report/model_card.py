@@ -7,6 +7,7 @@ it stands in a file of the run; text that came from a recipe, a data set or a mo
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from overnight.core.console import count, duration, plain
 from overnight.core.files import atomic_write, strict_json
-from overnight.core.published import copy_for_others, fenced, for_others, redacted, text
+from overnight.core.published import allowed_files, copy_for_others, fenced, for_others, redacted, text
 from overnight.core.sums import SUMS, damage
 from overnight.errors import DamagedData, InputError, script_command
 from overnight.planning import scaling_law
@@ -39,6 +40,8 @@ from overnight.run_dir.layout import (
 from overnight.run_dir.metrics import Record, standing
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
+REPORT_FILES = re.compile("|".join(map(re.escape, (CARD, RECIPE, METRICS, CURVE))))
+EVALUATION_FILES = re.compile(r"results\.json|comparison\.md|against-[A-Za-z0-9._-]+\.png")
 TEMPLATE, UNFINISHED = (Path(__file__).with_name(name) for name in ("model_card.md", "unfinished_card.md"))
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb")
 
@@ -57,13 +60,17 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     atomic_write(folder / RECIPE, yaml.safe_dump(shown(recipe), sort_keys=False))
     path_there = [r for r in records if r["iteration"] <= budget and r.get("cooldown", budget) == budget]
     atomic_write(folder / METRICS, "".join(strict_json(for_others(record)) + "\n" for record in path_there))
-    scored = evaluation_of(run / "models" / folder_name(budget))
-    shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an evaluation that there was before
-    if (scored / RESULTS).is_file():
-        for path in [scored / RESULTS, scored / "comparison.md", *scored.glob("against-*.png")]:
-            copy_for_others(path, folder / "evaluation" / path.name)
+    copy_evaluation(run, budget)
     atomic_write(folder / CARD, card(run, recipe, records, end, repo_id))
     return folder
+
+
+def copy_evaluation(run: Path, budget: int) -> dict[str, Path]:
+    """Copy what others may see of a finished model's evaluation into its report; the copies by their names there."""
+    name, folder = folder_name(budget), run / "report" / folder_name(budget) / "evaluation"
+    shutil.rmtree(folder, ignore_errors=True)  # of an evaluation that there was before
+    scored = allowed_files(evaluation_of(run / "models" / name), EVALUATION_FILES)
+    return {f"evaluation/{file}": copy_for_others(path, folder / file) for file, path in scored.items()}
 
 
 def reported(run: Path) -> list[int]:

@@ -24,7 +24,7 @@ from overnight.data.manifest import as_prepared
 from overnight.device.faults import out_of_memory
 from overnight.device.launch import launch, on_main
 from overnight.doctor.unusable_gpu import mind_unusable_gpu
-from overnight.hub.background import Uploader, uploading
+from overnight.hub.background import Uploader
 from overnight.hub.download import fetch_state
 from overnight.model import optim
 from overnight.recipe.schedule import goals, lr_at
@@ -86,7 +86,7 @@ def train(
     for target in done.keys() & set(targets):
         on_main(accelerator, partial(refuse_damaged_model, directory.models / folder_name(target)))
     run = set_up(recipe, accelerator, console, directory, shards, time_limit) if unfinished else None
-    with uploading(accelerator, directory, console) as uploader:
+    with contextlib.closing(Uploader(directory, console, active=accelerator.is_main_process)) as uploader:
         if run is None:
             print_finished(directory, console, targets[-1])
             code = 0
