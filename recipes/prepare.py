@@ -54,8 +54,17 @@ def run(recipe, options) -> int:
     if options.adopt:
         from overnight.prepare.adopt import adopt
 
-        said = {key.removeprefix("data."): str(value) for key, value in pairs(options.arguments[1:], []) if key in TOLD}
+        given = dict(pairs(options.arguments[1:], []))
+        if recipe.data.source != "files" and "data.dir" not in given:
+            raise InputError(
+                f"`--adopt` would fill {recipe.data.dir}, the folder of the recipe's own text;"
+                " `--data.dir data/adopted` would work"
+            )
+        said = {key.removeprefix("data."): str(given[key]) for key in TOLD if key in given}
         adopt(options.adopt, recipe.data, recipe.model.vocab_size, said=said, dry_run=options.dry_run)
+        if not options.dry_run:
+            named = "" if "name" in given else f" --name {Path(recipe.data.dir).name}"
+            print(f"next: {recipe.command('train.py')}{named}")
         return 0
     print(f"{recipe.data.dir}: {cost(recipe)}", flush=True)
     if not options.dry_run:

@@ -87,7 +87,7 @@ def test_of_adopted_tokens_is_told_what_was_said_of_them_and_nothing_of_the_reci
         (["HuggingFaceFW/fineweb-edu"], "apache-2.0", "en") if said else (None, None, None)
     )
     assert gpt2_dataset(taken) == ("fineweb-edu" if said else None) and (unknown(taken) is None) == bool(said)
-    assert corpus(taken).startswith("token files of others")
+    assert corpus(taken).startswith("token files that were adopted")
 
 
 @pytest.mark.parametrize("layout", ["sides", "together"])
@@ -143,6 +143,40 @@ def test_adopting_again_verifies_and_is_no_error(tmp_path, gpt2_folder):
         adopt(nanogpt(tmp_path / "other"), data, GPT2_VOCABULARY, **SILENT)
 
 
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        (numpy.array([20240520, 1, 9, *range(300)], "<i4").tobytes(), r"begins with the header .*`tail -c \+1025`"),
+        (numpy.arange(100, dtype="<u4").tobytes(), "every second token is 0: these are wider than uint16"),
+    ],
+)
+def test_tokens_of_another_form_are_named(tmp_path, gpt2_folder, raw, problem):
+    (tmp_path / "bins").mkdir()
+    for side in ("train", "val"):
+        (tmp_path / "bins" / f"{side}.bin").write_bytes(raw)
+    with pytest.raises(InputError, match=problem):
+        adopt(tmp_path / "bins", settings(tmp_path, gpt2_folder), GPT2_VOCABULARY, dry_run=True, **SILENT)
+
+
+def test_what_is_adopted_is_shown_as_text_and_doubts_are_said(tmp_path, gpt2_folder):
+    (tmp_path / "bins").mkdir()
+    for side in ("train", "val"):
+        numpy.array(gpt2().encode("Once upon a time, " * 9), numpy.uint16).tofile(tmp_path / "bins" / f"{side}.bin")
+    told: list[str] = []
+    adopt(tmp_path / "bins", settings(tmp_path, gpt2_folder), GPT2_VOCABULARY, told.append)
+    assert [line.split("begins ")[1][:17] for line in told[:2]] == ["'Once upon a time"] * 2
+    assert "training tokens of 1 documents" in told[2]
+    assert told[3].startswith("WARNING: no end of text (<|endoftext|>)") and "is noisy" in told[4]
+
+
+def test_adopting_again_under_other_words_is_refused(tmp_path, gpt2_folder):
+    data, origin = settings(tmp_path, gpt2_folder), nanogpt(tmp_path / "bins")
+    adopt(origin, data, GPT2_VOCABULARY, **SILENT)
+    with pytest.raises(InputError, match=r"(?s)`data\.path` is books, but .* says None.*remove") as refused:
+        adopt(origin, data.model_copy(update={"val_tokens": 500}), GPT2_VOCABULARY, **SILENT, said={"path": "books"})
+    assert "`data.val_tokens` is 500" in str(refused.value)
+
+
 @pytest.mark.slow
 def test_the_script_adopts_and_a_later_change_of_the_files_is_noticed(tmp_path, gpt2_folder):
     origin = nanogpt(tmp_path / "bins")
@@ -152,6 +186,7 @@ def test_the_script_adopts_and_a_later_change_of_the_files_is_noticed(tmp_path, 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "leakage between the sides: not checked" in done.stdout
+    assert f"next: python recipes/train.py {recipe} --name data" in done.stdout
     raw = bytearray((origin / "train.bin").read_bytes())
     raw[100] ^= 1
     (origin / "train.bin").write_bytes(raw)

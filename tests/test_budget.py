@@ -34,6 +34,18 @@ def night() -> dict:
     return planned()
 
 
+def test_a_run_with_milestones_has_a_line_of_its_own_and_one_budget_is_no_sweet_spot():
+    ladder = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "fineweb_edu_40m_ladder.yaml")).stdout
+    assert re.search(r"all of its milestones in one run: 26,200 iterations, 3\d\.\d hours, \d\.\d kWh, money", ladder)
+    alone = plan("--gpu", "rtx-4070", "--milestones", "8000").stdout
+    assert "No budget here is expected to pass" in alone and "sweet spot" not in alone
+
+
+def test_the_disk_of_a_text_without_a_limit_is_said_to_be_at_least(night):
+    assert night["data_bounded"]
+    assert "at least 28.5 GB more" in plan(recipe=str(ROOT / "recipes" / "gpt2_124m.yaml")).stdout
+
+
 def column(found: dict, key: str) -> list:
     return [row[key] for row in found["rows"]]
 

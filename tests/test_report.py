@@ -17,7 +17,7 @@ from overnight.core.console import plain
 from overnight.core.published import fenced, text
 from overnight.errors import InputError
 from overnight.recipe.load import load
-from overnight.report.model_card import budgets, claims, report
+from overnight.report.model_card import as_trained, budgets, changes, claims, report
 from overnight.training import train as train_module
 
 HOSTILE = "---\nlicense: evil\n---\n<script>alert(1)</script> [x](http://evil.example) ![](http://evil.example/y.png)"
@@ -74,13 +74,22 @@ def rendered(markdown: str) -> str:
     return MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown.split("\n---\n", 1)[1])
 
 
+def test_a_card_has_the_recipe_that_its_model_was_trained_with(in_process):
+    """A milestone that was finished before a rate was changed never saw the new one, wherever the run went on from."""
+    recipe = tiny(in_process, "--schedule.milestones", "[30]", "--optim.lr", "1e-3")
+    change = {"event": "changed", "key": "optim.lr", "before": 5e-3, "now": 1e-3, "iteration": 24}
+    records = [{"event": "finished", "iteration": 30}, change, {"event": "finished", "iteration": 40}]
+    assert [as_trained(recipe, records, end).optim.lr for end in records[::2]] == [5e-3, 1e-3]
+    assert [len(changes(recipe, records, end)) for end in records[::2]] == [0, 1]
+
+
 def test_the_card_has_the_values_of_the_files(run, in_process):
     card = readme(run)
     (end,) = [r for r in records(in_process, "carded", "event") if (r["event"], r["iteration"]) == ("finished", 40)]
     header = yaml.safe_load(card.split("---\n")[1])
     results = header["model-index"][0]["results"]
     assert header["license"] == "apache-2.0" and header["model-index"][0]["name"] == "carded"
-    assert results[0]["metrics"] == [{"type": "loss", "value": end["val_loss"]}]
+    assert results[0]["metrics"] == [{"type": "loss", "value": round(end["val_loss"], 4)}]
     assert results[1]["metrics"] == [{"type": "acc", "value": 0.41}] and results[1]["dataset"]["name"] == "sciq"
     assert f"**{end['val_loss']:.4f}** nats per token" in card
     rows = re.findall(r"^\| `iter-0000(30|40)` \| .*? \| - \| (.*?) \| (.*?) \|$", card, re.MULTILINE)

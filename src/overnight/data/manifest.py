@@ -193,16 +193,11 @@ def ordered_path(data: Data) -> str | list[str] | None:
 
 
 def require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
-    """Raise InputError with every key in which a prepared folder is not what is asked for."""
-    if problems := request_differences(folder, read_manifest(folder), data, vocab_size):
-        raise InputError([*problems, f"`data.dir` is {folder}: name a new folder, or go back to those values"])
-
-
-def request_differences(folder: Path, manifest: Manifest, data: Data, vocab_size: int) -> list[str]:
-    """Every key in which a prepared folder is not what is asked for, in words.
+    """Raise InputError with every key in which a prepared folder is not what is asked for.
 
     Of adopted tokens only the tokenizer counts: what a recipe says of their text has no bearing on them.
     """
+    manifest = read_manifest(folder)
     held = {"data.tokenizer": manifest.tokenizer.name, "model.vocab_size": manifest.vocab_size}
     asked = {"data.tokenizer": data.tokenizer, "model.vocab_size": vocab_size}
     if manifest.split.rule != "adopted":
@@ -212,11 +207,13 @@ def request_differences(folder: Path, manifest: Manifest, data: Data, vocab_size
         wanted = data.model_dump(include=SOURCE_KEYS | SPLIT_KEYS) | {"path": redacted(ordered_path(data))}
         held |= {f"data.{key}": said[key] for key in said}
         asked |= {f"data.{key}": wanted[key] for key in said}
-    return [
+    problems = [
         f"`{key}` is {asked[key]}, but {folder} was prepared with {held[key]}"
         for key in asked
         if asked[key] != held[key]
     ]
+    if problems:
+        raise InputError([*problems, f"`data.dir` is {folder}: name a new folder, or go back to those values"])
 
 
 def as_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
@@ -225,19 +222,24 @@ def as_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
     told |= {"revision": manifest.source.commit or told["revision"], "license": manifest.source.licence}
     if manifest.split.rule != "adopted":
         told["license"] = told["license"] or recipe.data.license
-    elif Path(str(told["path"])).is_absolute():  # where they lay, as older versions wrote
-        told["path"] = None
+    else:
+        told |= {"val_tokens": manifest.split.val_tokens, "train_tokens": None, "download_gb": None}
+        if Path(str(told["path"])).is_absolute():  # where they lay, as older versions wrote
+            told["path"] = None
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=told)})
 
 
 def with_prepared_data(recipe: Recipe) -> tuple[Recipe, int | None]:
-    """The recipe `as_prepared` and the training tokens that are there; while they are not, as it is and asks for."""
+    """The recipe `as_prepared` and the training tokens that are there; while they are not, as it is and asks for.
+
+    Raises InputError where the folder was prepared for something else.
+    """
     folder = Path(recipe.data.dir)
-    if is_prepared(folder):
-        manifest = read_manifest(folder)
-        if not request_differences(folder, manifest, recipe.data, recipe.model.vocab_size):
-            return as_prepared(recipe, manifest), sum(record.tokens for record in manifest.train)
-    return recipe, recipe.data.train_tokens
+    if not is_prepared(folder):
+        return recipe, recipe.data.train_tokens
+    require_same_request(folder, recipe.data, recipe.model.vocab_size)
+    manifest = read_manifest(folder)
+    return as_prepared(recipe, manifest), sum(record.tokens for record in manifest.train)
 
 
 def name_prepared(whole: Path, manifest: Manifest, folder: Path) -> Manifest:

@@ -185,24 +185,37 @@ def _sentences(budget: Budget) -> list[str]:
     elif budget.gpt2 is not None:
         out.append(f"No budget here is expected to pass GPT-2 124M's published {budget.gpt2:.4f}.")
     best = rows[budget.best]
+    if len(rows) == 1:
+        return [*out, ""]
     after = "" if best.hours is None else f", after {duration(best.hours * 3600)}"
     return [
         *out,
         f"The sweet spot is {budget.sweet_spot:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one"
         " before, the least that a validation can show.",
         f"The best is {best.max_iters:,}, {best.loss:.3f} expected{after}.",
+        *_of_all(budget.in_one_run),
         "",
     ]
+
+
+def _of_all(whole: dict[str, float] | None) -> list[str]:
+    """What the run costs that finishes all of the recipe's milestones."""
+    if whole is None:
+        return []
+    words = {"iterations": "{:,} iterations", "hours": "{:.1f} hours", "kwh": "{:.1f} kWh", "cost": "money {:.2f}"}
+    costs = ", ".join(form.format(whole[key]) for key, form in words.items() if key in whole)
+    return [f"The recipe finishes all of its milestones in one run: {costs}."]
 
 
 def _basis(budget: Budget, prices: Prices) -> list[str]:
     """What the numbers stand on, and where they do not."""
     out = [_basis_of_hours(budget, prices)]
     if budget.speed and budget.gpu:
-        out.append(f"energy    {budget.gpu} at its full power; {prices.per_kwh:g} per kWh")
+        out.append(f"energy    {budget.gpu} at its full power; money at {prices.per_kwh:g} per kWh, in your currency")
     if memory := budget.memory:
         out.append(f"memory    {memory.peak_gib:.1f} GiB with {memory.micro_batch} rows at once, {memory.source}")
-    data = f", and at most {byte_count(1e9 * budget.data_gb)} more while the data is prepared" if budget.data_gb else ""
+    bound = "at most" if budget.data_bounded else "at least"
+    data = f", and {bound} {byte_count(1e9 * budget.data_gb)} more while the data is prepared" if budget.data_gb else ""
     out.append(f"disk      {byte_count(1e9 * budget.disk_gb)} for the run{data}")
     out.append(f"loss      {budget.losses}")
     return out + [f"WARNING   {caveat}" for caveat in budget.caveats]

@@ -176,7 +176,9 @@ def speed_of(recipe: Recipe, gpu: Gpu, rows: int, measured: list[PublicRun] | No
     alike = [run for run in runs if run.compiled != "no" and power_bound(run.gpu) == power_bound(gpu)]
     off = max(abs(run.off) for run in alike)
     limit = "limited by their power" if power_bound(gpu) else "limited by their clock"
-    source = f"an estimate from the parts, at most {off:.0%} off {len(alike)} public runs on cards {limit}"
+    source = (
+        f"an estimate from the parts, at most {off:.0%} off {len(alike)} public runs of compiled code on cards {limit}"
+    )
     return Speed(training(work, gpu).tokens_per_second, source)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from overnight.planning import scaling_law
 from overnight.planning.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.planning.memory import Memory, by_formula
-from overnight.planning.model_size import data_bytes, derive, run_bytes
+from overnight.planning.model_size import data_bytes, derive, iterations_in_all, run_bytes
 from overnight.planning.roofline import validation_share
 from overnight.recipe.schema import Recipe
 
@@ -91,10 +91,12 @@ class Budget:
     validation_hours: float | None  # of the longest run
     memory: Memory | None
     disk_gb: float  # of the run folder
-    data_gb: float  # at most, while the data is prepared; 0 once it is
+    data_gb: float  # while the data is prepared; 0 once it is
+    data_bounded: bool  # whether that is the most; without a limit of tokens it is the least
     gpt2: float | None  # GPT-2 124M's published loss on the data set; None on any other text
     dataset: str | None
     rows: list[Row]
+    in_one_run: dict[str, float] | None  # iterations, hours and so on of a run that finishes several on its way
     losses: str  # what they stand on
     caveats: list[str]
     cheapest_below_gpt2: int | None  # the fewest iterations whose expected loss is below GPT-2 124M's
@@ -147,9 +149,11 @@ def budget(
         memory=memory,
         disk_gb=run_bytes(recipe) / 1e9,
         data_gb=data_bytes(recipe) / 1e9,
+        data_bounded=recipe.data.train_tokens is not None,
         gpt2=gpt2,
         dataset=dataset,
         rows=rows,
+        in_one_run=_in_one_run(recipe, timing, gpu, prices),
         losses=expected.source,
         caveats=expected.caveats,
         **_answers(rows, gpt2),
@@ -162,6 +166,14 @@ def _timing(recipe: Recipe, gpu: Gpu | None, speed: Speed, memory: Memory | None
     share = validation_share(recipe, gpu or gpu_named(USUAL), rows)
     validation = recipe.data.val_tokens * share / speed.tokens_per_second
     return Timing(recipe.batch.tokens_per_iter / speed.tokens_per_second, validation, recipe.validation.every)
+
+
+def _in_one_run(recipe: Recipe, timing: Timing | None, gpu: Gpu | None, prices: Prices) -> dict[str, float] | None:
+    """What a run costs that finishes its milestones one after the other: the trunk once, and each decay."""
+    if not recipe.schedule.milestones:
+        return None
+    iterations = iterations_in_all(recipe.schedule)
+    return {"iterations": iterations, **(_spent(timing.hours(iterations), gpu, prices) if timing else {})}
 
 
 def _spent(hours: float, gpu: Gpu | None, prices: Prices) -> dict[str, float]:

@@ -32,6 +32,11 @@ from overnight.data.tokenizer import fingerprint, load_tokenizer
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data
 
+MAGIC, HEADER = (20240520, 20240801), 1024
+"""What llm.c's token files begin with (dev/data/data_common.py there), and the bytes before their tokens."""
+SHOWN = 16  # tokens of each side, by which a user sees that they are what they should be
+FEW = 50_000  # validation tokens
+
 
 def adopt(
     origin: Path,
@@ -52,19 +57,25 @@ def adopt(
     """
     folder = Path(data.dir)
     sides = find_sides(origin)
+    if data.tokenizer == "trained":
+        raise InputError("`data.tokenizer` is trained, and these tokens have one already: name it")
     there = [path.resolve() for path in sorted(folder.glob("train/*.ds"))]
     if is_prepared(folder) and there == [path.resolve() for path in sides["train"]]:
         report(f"{folder}: already adopted from {origin}; verifying it")
-        return verify(folder)
+        manifest = verify(folder)
+        _refuse_other_words(folder, manifest, said, _val_tokens(sides["val"], data, vocab_size))
+        report(f"{folder}: as it was adopted")
+        return manifest
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"`data.dir` is {folder}, which is not empty: name a new folder")
-    if dry_run:
-        for side, paths in sides.items():
-            report(f"{side}: {', '.join(map(str, paths))}")
-        return None
     tokenizer = load_tokenizer(data.tokenizer)
     if len(tokenizer) != vocab_size:
         raise InputError(f"`model.vocab_size` is {vocab_size}, but {data.tokenizer} has {len(tokenizer)} entries")
+    for side, paths in sides.items():
+        head = _tokens(paths[0], vocab_size, whole=False)[:SHOWN]
+        report(f"{side}: {', '.join(map(str, paths))}, which begins {tokenizer.decode(head)!r}")
+    if dry_run:
+        return None
     partial = folder.with_name(folder.name + ".adopting")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -73,11 +84,31 @@ def adopt(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     train, val = (sum(record.tokens for record in records) for records in (manifest.train, manifest.val))
+    documents = sum(record.documents for record in manifest.train)
     report(
-        f"{folder}: {train:,} training and {val:,} validation tokens adopted from {origin}; "
-        "leakage between the sides: not checked"
+        f"{folder}: {train:,} training tokens of {documents:,} documents and {val:,} validation tokens adopted from"
+        f" {origin}; leakage between the sides: not checked"
     )
+    if documents == len(manifest.train):
+        report(f"WARNING: no end of text ({tokenizer.eos_token}) between documents: are they this tokenizer's?")
+    if val < FEW:
+        report(f"WARNING: the loss on {val:,} validation tokens is noisy; {FEW:,} or more would be better")
     return manifest
+
+
+def _val_tokens(origins: list[Path], data: Data, vocab_size: int) -> int:
+    """Tokens of a validation side that is made of these files."""
+    size = little_endian(dtype_for(vocab_size)).itemsize
+    return min(data.val_tokens, sum(path.stat().st_size for path in origins) // size)
+
+
+def _refuse_other_words(folder: Path, manifest: Manifest, said: Mapping[str, str], val_tokens: int) -> None:
+    """Raise InputError where the folder's manifest says something else of the tokens than is said now."""
+    held = manifest.source.model_dump() | {"license": manifest.source.licence, "val_tokens": manifest.split.val_tokens}
+    asked = {**said, "val_tokens": val_tokens}
+    other = [f"`data.{key}` is {now}, but {folder} says {held[key]}" for key, now in asked.items() if now != held[key]]
+    if other:
+        raise InputError([*other, f"remove {folder}, whose training tokens are links, or name a new folder"])
 
 
 def _written(
@@ -133,7 +164,9 @@ def find_sides(origin: Path) -> dict[str, list[Path]]:
     together = sorted(origin.glob("*.ds"))
     if len(together) > 1:
         return {"train": together[:-1], "val": together[-1:]}
-    found = ", ".join(sorted(path.name for path in origin.iterdir())[:8]) if origin.is_dir() else "no such folder"
+    found = "a file" if origin.is_file() else "no such folder"
+    if origin.is_dir():
+        found = ", ".join(sorted(path.name for path in origin.iterdir())[:8])
     raise InputError(
         f"`--adopt` is {origin}: {found or 'an empty folder'}; train.bin and val.bin, train/*.ds and val/*.ds, or two "
         "*.ds files would work"
@@ -178,14 +211,25 @@ def _validation(origins: list[Path], partial: Path, limit: int, vocab_size: int,
     return writer.records
 
 
-def _tokens(path: Path, vocab_size: int) -> np.ndarray:
-    """The tokens of a file, mapped. Raises InputError when it is not a whole number of ids below `vocab_size`."""
+def _tokens(path: Path, vocab_size: int, *, whole: bool = True) -> np.ndarray:
+    """The tokens of a file, mapped. Raises InputError when it is not a whole number of ids below `vocab_size`.
+
+    Unless `whole`, only its beginning is looked at.
+    """
     dtype = little_endian(dtype_for(vocab_size))
     size = path.stat().st_size
     if not size or size % dtype.itemsize:
         raise InputError(f"{path}: {size} bytes are not a whole number of {dtype.name} tokens")
+    if size >= HEADER and int(np.fromfile(path, "<i4", 1)[0]) in MAGIC:
+        raise InputError(
+            f"{path} begins with the header of llm.c's and modded-nanogpt's files; `tail -c +{HEADER + 1}` drops it:"
+            f" the tokens behind it must be {dtype.name}"
+        )
     tokens = np.memmap(path, dtype, mode="r")
-    for start in range(0, len(tokens), TOKENS_AT_ONCE):
+    head = tokens[: 2 * SHOWN]
+    if len(head) == 2 * SHOWN and not head[1::2].any():
+        raise InputError(f"{path}: every second token is 0: these are wider than {dtype.name}, which would work")
+    for start in range(0, len(tokens) if whole else min(SHOWN, len(tokens)), TOKENS_AT_ONCE):
         largest = int(tokens[start : start + TOKENS_AT_ONCE].max())
         if largest >= vocab_size:
             raise InputError(

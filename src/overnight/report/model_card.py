@@ -6,6 +6,7 @@ it stands in a file of the run; text that came from a recipe, a data set or a mo
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ from overnight.errors import DamagedData, InputError, script_command
 from overnight.planning import scaling_law
 from overnight.planning.gpus import facts as facts_of
 from overnight.planning.table import Prices, gpt2_loss
+from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.report.curve import draw_curve
@@ -54,6 +56,7 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     """
     recipe, records = read_run(run)
     end = finished(run)[budget]
+    recipe = as_trained(recipe, records, end)
     folder = run / "report" / folder_name(budget)
     folder.mkdir(parents=True, exist_ok=True)
     draw_curve([run], folder / CURVE)
@@ -113,7 +116,7 @@ def corpus(recipe: Recipe) -> str:
     if recipe.data.source == "embedded":
         return "the documentation of Python, NumPy and PyTorch"
     if recipe.data.source == "adopted":
-        return "token files of others" + (f", said to be of {recipe.data.path}" if recipe.data.path else "")
+        return "token files that were adopted" + (f", said to be of {recipe.data.path}" if recipe.data.path else "")
     paths = paths_of(recipe)
     return paths if isinstance(paths, str) else ", ".join(paths or [])
 
@@ -143,10 +146,10 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "new_tokens": min(40, context // 2),
         "claimed": bool(claims(recipe)),
         "needed": needed(recipe),
-        "changes": changes(records, end),
+        "changes": changes(recipe, records, end),
         "baselines": next((r for r in records if r.get("event") == "ngram baselines"), None),
         "budgets": budgets(recipe, records, facts["unique_tokens"]),
-        "in_fit_range": not scaling_law.unknown(recipe),
+        "unknown": scaling_law.unknown(stored_recipe(shown(recipe))),
         "recipe_yaml": yaml.safe_dump(shown(recipe), sort_keys=False),
         "dataset": dataset,
         "gpt2": gpt2_loss(dataset) if dataset else None,
@@ -189,7 +192,8 @@ def scores_of(run: Path, model: str) -> dict[str, Any] | None:
 
 def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> ModelCardData:
     """What the Hub reads: license, data set, results."""
-    measured = [("validation set of the run", corpus(recipe), "loss", end["val_loss"])]
+    origin = recipe.data.path if recipe.data.source in ("datasets", "adopted") else None
+    measured = [("validation set of the run", for_others(origin or "custom"), "loss", round(end["val_loss"], 4))]
     for name, found in (scores["models"][0]["tasks"] if scores else {}).items():
         if found["metric"] in found["metrics"]:
             measured.append((name, name, found["metric"], found["metrics"][found["metric"]]))
@@ -219,14 +223,32 @@ def needed(recipe: Recipe) -> str | None:
     return None
 
 
-def changes(records: list[Record], end: Record) -> list[str]:
+def changes(recipe: Recipe, records: list[Record], end: Record) -> list[str]:
     """The keys of the recipe that were changed on the way to a finished model, each in words."""
     return [
         f"`{record['key']}` was {text(record['before'])} and is {text(record['now'])} from iteration"
         f" {record['iteration']:,} on"
         for record in records
-        if record.get("event") == "changed" and record["iteration"] < end["iteration"]
+        if on_the_way(record, recipe, records, end)
     ]
+
+
+def on_the_way(record: Record, recipe: Recipe, records: list[Record], end: Record) -> bool:
+    """Whether a record is of a change that a finished model saw: made before it ended, in its decay or before that."""
+    changed = record.get("event") == "changed" and records.index(record) < records.index(end)
+    leaves = branch_point(towards(recipe.schedule, end["iteration"]))
+    return changed and (record.get("cooldown") == end["iteration"] or record["iteration"] <= leaves)
+
+
+def as_trained(recipe: Recipe, records: list[Record], end: Record) -> Recipe:
+    """The recipe of a finished model: changes that it did not see are taken back."""
+    found = recipe.model_dump()
+    for record in reversed([r for r in records if r.get("event") == "changed"]):
+        *sections, key = record["key"].split(".")
+        place = functools.reduce(lambda section, name: section.get(name, {}), sections, found)
+        if key in place and not on_the_way(record, recipe, records, end):
+            place[key] = record["before"]
+    return stored_recipe(found)
 
 
 def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[list[str]]:

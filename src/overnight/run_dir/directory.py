@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import uuid
 from collections.abc import Collection
 from pathlib import Path
@@ -96,7 +97,7 @@ class RunDirectory:
     def _refusal(self, refused: list[dict[str, Any]]) -> str:
         keys = [change["key"] for change in refused]
         never = [key for key in keys if key in immutable_keys(self.recipe)]
-        options = " ".join(f"--allow-change {key}" for key in keys)
+        options = " ".join(f"--allow-change {shlex.quote(key)}" for key in keys)
         way_on = f"`{never[0]}` can never change" if never else f"`{options}` continues this one with the new value"
         names = (f"{self.recipe.name}-{number}" for number in itertools.count(2))
         free = next(name for name in names if not (RUNS / name).exists())
