@@ -18,7 +18,7 @@ from overnight.errors import InputError
 from overnight.recipe.identity import flat, nested
 from overnight.recipe.schedule import decay_iters, fits
 from overnight.recipe.schema import Recipe, leaves
-from overnight.recipe.text import pairs, read_yaml, objections, shown
+from overnight.recipe.text import objections, pairs, read_yaml, shown
 
 # What other tools call the same thing, by the key, or the habit, that takes its place here.
 WORDS_OF_OTHERS = {
