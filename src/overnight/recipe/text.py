@@ -113,7 +113,7 @@ def typed(text: str, key: str = "") -> Any:
     meant = value is None or isinstance(value, list) or text[:1] in ("'", '"')
     if meant and not objections(key, value):
         return value
-    return value if objections(key, text) else text
+    return text if value is None or not objections(key, text) else value
 
 
 def objections(key: str, value: Any) -> list[Any]:

@@ -139,7 +139,7 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "changes": changes(records, end),
         "baselines": next((r for r in records if r.get("event") == "ngram baselines"), None),
         "budgets": budgets(recipe, records, facts["unique_tokens"]),
-        "in_fit_range": not scaling_law.unknown(recipe),
+        "in_fit_range": scaling_law.in_fit_range(recipe),
         "recipe_yaml": yaml.safe_dump(shown(recipe), sort_keys=False),
         "dataset": dataset,
         "gpt2": gpt2_loss(dataset) if dataset else None,
@@ -227,7 +227,7 @@ def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[l
     claimed, rows = claims(recipe), []
     for budget, end in sorted(finished_in(records).items()):
         before = "-"
-        if not scaling_law.unknown(recipe):
+        if scaling_law.in_fit_range(recipe):
             before = interval(*scaling_law.expected(recipe, budget, unique_tokens).interval())
         length = [f"{budget:,}", count(budget * recipe.batch.tokens_per_iter)]
         claim = [claimed.get(budget, "-")] if claimed else []
