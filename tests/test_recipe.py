@@ -168,6 +168,7 @@ def test_a_missing_recipe_is_answered_with_the_ones_that_are_there():
         ("--data.dir=\udcff", "no text in UTF-8"),
         ("--schedule.max_iters=99999999999999999999", "less than or equal to"),
         ("--model", "`model` is True"),
+        ("--data.dir=", "`data.dir` is ''"),
         ("--logging.trackers=tensorboard", "`[tensorboard]` would work"),
     ],
 )

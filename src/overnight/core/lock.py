@@ -19,7 +19,7 @@ from overnight.errors import InputError
 
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL}
-TRIES = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+TAKE_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
 
 def hold(folder: Path, otherwise: str) -> FileLock:
@@ -71,7 +71,7 @@ def unsafe(folder: Path) -> str | None:
             sync(path)
             sync(folder)
             with kernel_lock(path):
-                second = subprocess.run([sys.executable, "-c", TRIES, path], capture_output=True, check=False)
+                second = subprocess.run([sys.executable, "-c", TAKE_LOCK, path], capture_output=True, check=False)
         except (OSError, NotImplementedError) as error:
             return f"locks and syncing fail there ({error})"
     return None if second.returncode else "two processes get the same lock there"

@@ -28,24 +28,14 @@ def mind_unusable_gpu(recipe: Recipe, accelerator: Accelerator, console: Console
     for longer than a day.
     """
     if accelerator.device.type == "cuda":
-        refuse_without_kernels()
-    elif not gpus_hidden() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        mind_unseen_gpu(recipe, accelerator, console)
-
-
-def refuse_without_kernels() -> None:
-    """Raise `InputError` for a CUDA device that is older than what this PyTorch was built for."""
-    free, total = torch.cuda.mem_get_info()
-    gpu = DetectedGpu(torch.cuda.get_device_name(), free / GIB, total / GIB, torch.cuda.get_device_capability())
-    check = check_gpu(gpu, tuple(torch.cuda.get_arch_list()))
-    if check.status == "fail":
-        raise InputError(f"{check.text}; mend: {check.mend}; {ALL_THE_SAME}")
-
-
-def mind_unseen_gpu(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
-    """Say that there is a GPU which PyTorch does not see, and why."""
+        free, total = torch.cuda.mem_get_info()
+        gpu = DetectedGpu(torch.cuda.get_device_name(), free / GIB, total / GIB, torch.cuda.get_device_capability())
+        check = check_gpu(gpu, tuple(torch.cuda.get_arch_list()))
+        if check.status == "fail":
+            raise InputError(f"{check.text}; mend: {check.mend}; {ALL_THE_SAME}")
+        return
     found = driver()
-    if found is None:
+    if found is None or gpus_hidden() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return
     check = check_torch(torch_build(), found, is_wsl(platform.release()), hidden=False)
     why = f"PyTorch does not see the {found.gpus[0].name} of this machine: {check.text}"

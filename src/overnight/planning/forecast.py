@@ -204,7 +204,7 @@ def prior_of(recipe: Recipe, tokens: float, loss: float) -> Prior:
 
     The gain inside of the law's range is what facts/scaling_law.json says of 124M, as a share of the loss.
     """
-    if scaling_law.unknown(recipe):
+    if not scaling_law.in_fit_range(recipe):
         mean = np.array([loss, SLOPE * loss, GAIN * loss])
         sigma = np.array([2.0, SLOPE_SIGMA * loss, GAIN * loss])
         return Prior(mean, sigma, np.array(BETAS), np.zeros(len(BETAS)), (DRIFT,), SLOPE_DRIFT * loss**3, MEMORIES)

@@ -144,6 +144,11 @@ def unknown(recipe: Recipe) -> str | None:
     return None
 
 
+def in_fit_range(recipe: Recipe) -> bool:
+    """Whether the law was fitted to models and text like these."""
+    return unknown(recipe) is None
+
+
 def epochs(recipe: Recipe, max_iters: int, unique: int | None) -> float | None:
     """How often a run of `max_iters` reads each of its unique tokens."""
     return max_iters * recipe.batch.tokens_per_iter / unique if unique else None
@@ -151,7 +156,7 @@ def epochs(recipe: Recipe, max_iters: int, unique: int | None) -> float | None:
 
 def caveats(recipe: Recipe, iterations: list[int], unique: int | None = None) -> list[str]:
     """What to mind of a plan: repeated text, and where a forecast is outside the data that the law was fitted to."""
-    most, known = epochs(recipe, max(iterations), unique) or 0, unknown(recipe) is None
+    most, known = epochs(recipe, max(iterations), unique) or 0, in_fit_range(recipe)
     low, high = constants()["valid_range"]["D"]
     least, longest = (iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations)))
     muon, cosine = recipe.optim.name == "muon", recipe.schedule.kind == "cosine"

@@ -18,7 +18,7 @@ from overnight.errors import InputError
 from overnight.recipe.identity import flat, nested
 from overnight.recipe.schedule import decay_iters, fits
 from overnight.recipe.schema import Recipe, leaves
-from overnight.recipe.text import pairs, read_yaml, refusals, shown
+from overnight.recipe.text import objections, pairs, read_yaml, shown
 
 # What other tools call the same thing, by the key, or the habit, that takes its place here.
 WORDS_OF_OTHERS = {
@@ -107,7 +107,7 @@ def _refuse_unwritable(place: str, value: Any) -> None:
 
 def _problem(key: str, value: Any) -> str | None:
     """What is wrong with a dotted key or its value by itself, and what would work; None where nothing is."""
-    known, items = dict(leaves()), refusals(key, value)
+    known, items = dict(leaves()), objections(key, value)
     if not items:
         return None
     if items[0]["type"] == "extra_forbidden":

@@ -111,12 +111,12 @@ def typed(text: str, key: str = "") -> Any:
     except (InputError, *UNREADABLE):
         return text
     meant = value is None or isinstance(value, list) or text[:1] in ("'", '"')
-    if meant and not refusals(key, value):
+    if meant and not objections(key, value):
         return value
-    return value if refusals(key, text) else text
+    return text if value is None or not objections(key, text) else value
 
 
-def refusals(key: str, value: Any) -> list[Any]:
+def objections(key: str, value: Any) -> list[Any]:
     """What pydantic has against a value of a dotted key, whatever the others are."""
     try:
         Recipe.model_validate(nested({key: value}))

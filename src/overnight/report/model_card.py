@@ -256,7 +256,7 @@ def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[l
     claimed, rows = claims(recipe), []
     for budget, end in sorted(finished_in(records).items()):
         before = "-"
-        if not scaling_law.unknown(recipe):
+        if scaling_law.in_fit_range(recipe):
             before = interval(*scaling_law.expected(recipe, budget, unique_tokens).interval())
         length = [f"{budget:,}", count(budget * recipe.batch.tokens_per_iter)]
         claim = [claimed.get(budget, "-")] if claimed else []
