@@ -44,7 +44,7 @@ from overnight.evaluation.tasks import (
 )
 from overnight.recipe.schema import QUICK, Evaluation, Recipe
 from overnight.report.model_card import corpus
-from overnight.run_dir.layout import Origin
+from overnight.run_dir.layout import MEASURED, Origin
 
 LONG = 1800  # seconds, after which a CPU is told of --quick
 Item = dict[str, Any]
@@ -77,11 +77,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the result, for results.json."""
-        return {
-            "against": self.config.against,
-            "tasks": self.config.tasks,
-            "texts": self.config.texts,
-            "limit": self.config.limit,
+        return self.config.model_dump(include=MEASURED) | {
             "dtype": self.dtype,
             "seed": SEED,
             "lm_eval": lm_eval.__version__,

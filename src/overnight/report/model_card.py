@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,24 +143,23 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "prompt": json.dumps(next((each for each in recipe.validation.prompts if len(each) <= context // 2), "The")),
         "new_tokens": min(40, context // 2),
         "claimed": bool(claims(recipe)),
-        "needed": needed(recipe),
-        "changes": changes(records, end),
+        "changes": [r for r in records if r.get("event") == "changed" and r["iteration"] < end["iteration"]],
         "baselines": next((r for r in records if r.get("event") == "ngram baselines"), None),
         "budgets": budgets(recipe, records, facts["unique_tokens"]),
         "in_fit_range": scaling_law.in_fit_range(recipe),
-        "recipe_yaml": yaml.safe_dump(shown(recipe), sort_keys=False),
+        "shown": shown(recipe),
         "dataset": dataset,
         "gpt2": gpt2_loss(dataset) if dataset else None,
     }
-    values |= {
+    functions: dict[str, Any] = {
         "text": text,
         "standing": standing,
         "fenced": fenced,
         "count": count,
         "duration": duration,
-        "thousands": "{:,}".format,
     }
-    return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values)) + "\n"
+    functions |= {"thousands": "{:,}".format, "yaml": partial(yaml.safe_dump, sort_keys=False)}
+    return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values, **functions)) + "\n"
 
 
 def last_samples(recipe: Recipe, records: list[Record], end: Record) -> list[tuple[str, str]]:
@@ -210,44 +210,15 @@ def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> Mode
     )
 
 
-def needed(recipe: Recipe) -> str | None:
-    """What must be at hand, beside the repository of Overnight and the recipe, to train the model again."""
-    if recipe.data.source == "adopted":
-        return f"the same token files, taken into `{text(shown(recipe)['data']['dir'])}` with `--adopt`"
-    if recipe.data.source == "files" and recipe.data.local:
-        return f"the text itself, {text(corpus(recipe))}, with the SHA-256 above"
-    return None
-
-
-def changes(records: list[Record], end: Record) -> list[str]:
-    """The keys of the recipe that were changed on the way to a finished model, each in words."""
-    return [
-        f"`{record['key']}` was {text(record['before'])} and is {text(record['now'])} from iteration"
-        f" {record['iteration']:,} on"
-        for record in records
-        if record.get("event") == "changed" and record["iteration"] < end["iteration"]
-    ]
-
-
 def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[list[str]]:
     """A row for each budget of the run: its length, what was claimed, predicted and forecast of it, what it reached."""
     claimed, rows = claims(recipe), []
     for budget, end in sorted(finished_in(records).items()):
-        before = "-"
-        if scaling_law.in_fit_range(recipe):
-            before = interval(*scaling_law.expected(recipe, budget, unique_tokens).interval())
-        length = [f"{budget:,}", count(budget * recipe.batch.tokens_per_iter)]
-        claim = [claimed.get(budget, "-")] if claimed else []
-        rows.append(
-            [
-                f"`{folder_name(budget)}`",
-                *length,
-                *claim,
-                before,
-                forecast_of(recipe, records, budget),
-                f"{end['val_loss']:.3f}",
-            ]
-        )
+        row = [f"`{folder_name(budget)}`", f"{budget:,}", count(budget * recipe.batch.tokens_per_iter)]
+        row += [claimed.get(budget, "-")] if claimed else []
+        within = scaling_law.in_fit_range(recipe)
+        row += [interval(*scaling_law.expected(recipe, budget, unique_tokens).interval()) if within else "-"]
+        rows.append([*row, forecast_of(recipe, records, budget), f"{end['val_loss']:.3f}"])
     return rows
 
 
