@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,6 @@ from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, he
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
 STANDARD_ERRORS = 3  # from the published figure, beyond which our measurement of GPT-2 is worth a warning
 PAGE = Path(__file__).with_name("comparison.md")
-
-
-@dataclass
-class Scores:
-    """What one model reached: `validation` and `texts` as TokenLoss gives them, `tasks` by name."""
-
-    facts: dict[str, Any]
-    validation: dict[str, Any] | None = None
-    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def compared(opponent: str, verdicts: Sequence[Verdict], validation: dict[str, float] | None) -> dict[str, Any]:
