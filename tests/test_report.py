@@ -148,6 +148,16 @@ def test_the_nights_card_has_what_was_claimed_beside_what_was_expected_and_reach
     assert not claims(load(root / "recipes" / "quickstart.yaml"))
 
 
+def test_a_card_names_the_keys_that_were_changed_during_the_run_and_promises_no_command(run):
+    changed = shutil.copytree(run, "runs/changed")
+    assert "The same again, with Overnight and the [recipe.yaml]" in readme(run)
+    event = {"kind": "event", "event": "changed", "iteration": 9, "tokens": 9, "key": "optim.lr"}
+    with (changed / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(event | {"before": 0.1, "now": "<b>"}) + "\n")
+    card = readme(changed)
+    assert "- `optim.lr` was 0.1 and is &lt;b&gt; from iteration 9 on\n" in card and "The same again" not in card
+
+
 @pytest.mark.slow
 def test_the_code_of_the_card_runs(run):
     code = re.search(r"^(`{3,})python\n(.*?)\n\1$", readme(run), re.MULTILINE | re.DOTALL)
