@@ -95,16 +95,6 @@ def test_the_page_can_be_read_on_its_own(measured: tuple[dict, Path]):
 
 
 @pytest.mark.slow
-def test_what_was_answered_before_is_not_asked_again(workplace, measured, asked, tmp_path: Path):
-    out = measured[1]
-    before = {path: path.read_bytes() for path in sorted((out.parent / "cache").rglob("*.jsonl"))}
-    again = evaluate(workplace, out.with_name("again"), MODEL, "--against", "untrained", "unigram", *asked)
-    assert len(before) == 3 and before == {path: path.read_bytes() for path in before}
-    first = (out / "results.json").read_bytes()
-    assert first == (out.with_name("again") / "results.json").read_bytes() and again["models"]
-
-
-@pytest.mark.slow
 def test_two_processes_measure_the_same(workplace, measured, asked, tmp_path: Path):
     two = evaluate(workplace, tmp_path / "out", MODEL, "--against", "untrained", *asked, launcher=two_processes())
     for one, other in zip(measured[0]["models"], two["models"], strict=False):
