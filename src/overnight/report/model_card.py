@@ -44,6 +44,15 @@ CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "cur
 REPORT_FILES = re.compile("|".join(map(re.escape, (CARD, RECIPE, METRICS, CURVE))))
 EVALUATION_FILES = re.compile(r"results\.json|comparison\.md|against-[A-Za-z0-9._-]+\.png")
 TEMPLATE, UNFINISHED = (Path(__file__).with_name(name) for name in ("model_card.md", "unfinished_card.md"))
+FUNCTIONS: dict[str, Any] = {  # of the template
+    "text": text,
+    "fenced": fenced,
+    "standing": standing,
+    "count": count,
+    "duration": duration,
+    "thousands": "{:,}".format,
+    "yaml": partial(yaml.safe_dump, sort_keys=False),
+}
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb")
 
 
@@ -151,15 +160,7 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "dataset": dataset,
         "gpt2": gpt2_loss(dataset) if dataset else None,
     }
-    functions: dict[str, Any] = {
-        "text": text,
-        "standing": standing,
-        "fenced": fenced,
-        "count": count,
-        "duration": duration,
-    }
-    functions |= {"thousands": "{:,}".format, "yaml": partial(yaml.safe_dump, sort_keys=False)}
-    return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values, **functions)) + "\n"
+    return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values, **FUNCTIONS)) + "\n"
 
 
 def last_samples(recipe: Recipe, records: list[Record], end: Record) -> list[tuple[str, str]]:
