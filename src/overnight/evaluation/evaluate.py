@@ -150,7 +150,7 @@ class Session:
             self._tell("validation set", f"{found.validation['loss']:.4f} nats per token")
         for spec, documents in self.texts.items():
             self.meter.begin(spec, "windows")
-            text = text_rows(documents, eval_model, self.accelerator, self.meter)
+            text = text_rows(documents, eval_model, eval_model.context, self.accelerator, self.meter)
             found.texts[spec] = losses_over([text], eval_model, kept, self.accelerator, self.meter).summary
             self._tell(spec, f"{found.texts[spec]['loss']:.4f} nats per token")
         for benchmark in self.benchmarks:

@@ -106,16 +106,18 @@ def validation_rows(
         yield [Request((row[0],), tuple(after)) for row, after in zip(ids.tolist(), targets.tolist(), strict=True)]
 
 
-def text_rows(documents: list[str], of: EvalModel, accelerator: Accelerator, meter: Meter) -> list[Request]:
-    """Documents in windows of a context's tokens that overlap by half, each token scored once.
+def text_rows(
+    documents: list[str], of: EvalModel, context: int, accelerator: Accelerator, meter: Meter
+) -> list[Request]:
+    """Documents in windows of `context` tokens that overlap by half, each token scored once.
 
     A document begins after the token that the model's texts begin with, or without one after the end of text, as in
     lm-eval; that is no target. Every token but those of the first window has at least half a context before it.
     """
     bos, eos = of.tokenizer.bos_token_id, of.tokenizer.eos_token_id
-    first, stride = int(eos if bos is None else bos), max(1, of.context // 2)
+    first, stride = int(eos if bos is None else bos), max(1, context // 2)
     encoded = of.tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
-    windows = [window for ids in encoded for window in windows_of([first, *ids], of.context, stride)]
+    windows = [window for ids in encoded for window in windows_of([first, *ids], context, stride)]
     mine = windows[accelerator.process_index :: accelerator.num_processes]
     meter.expect(sum(len(tokens) - 1 for tokens, _ in mine))
     return [Request(tuple(tokens[: counted + 1]), tuple(tokens[counted + 1 :])) for tokens, counted in mine]
