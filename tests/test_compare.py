@@ -35,10 +35,6 @@ def table(random: np.random.Generator, items, ours: float, theirs: float) -> lis
     ]
 
 
-def family_wise(p_of_tables: list[list[float]]) -> float:
-    return float(np.mean([min(holm(p_values)) < ALPHA for p_values in p_of_tables]))
-
-
 def p_values_of(tasks: list[Paired]) -> list[float]:
     return [mcnemar(int((t.ours > t.theirs).sum()), int((t.ours < t.theirs).sum())) for t in tasks]
 
@@ -47,15 +43,8 @@ def p_values_of(tasks: list[Paired]) -> list[float]:
 def test_equal_models_get_a_verdict_on_any_of_nine_tasks_in_at_most_one_table_of_twenty():
     random = np.random.default_rng(0)
     sizes = [min(each, 2_000) for each in ITEMS]
-    rate = family_wise([p_values_of(table(random, sizes, 0.35, 0.35)) for _ in range(1_000)])
-    assert 0.01 < rate <= 0.065
-
-
-@pytest.mark.slow
-def test_without_holm_equal_models_would_get_one_much_more_often():
-    random = np.random.default_rng(0)
-    tables = [p_values_of(table(random, [1_000] * 9, 0.35, 0.35)) for _ in range(300)]
-    assert np.mean([min(p_values) < ALPHA for p_values in tables]) > 0.2
+    tables = [holm(p_values_of(table(random, sizes, 0.35, 0.35))) for _ in range(1_000)]
+    assert 0.01 < np.mean([min(p_values) < ALPHA for p_values in tables]) <= 0.065
 
 
 def test_two_points_on_hellaswag_are_found_four_times_in_five():
@@ -72,13 +61,8 @@ def test_two_points_on_hellaswag_are_found_four_times_in_five():
 def test_a_verdict_names_the_better_model_and_counts_the_items_only_one_has_right():
     random = np.random.default_rng(2)
     ours, theirs = answers(random, 5_000, 0.40, 0.33)
-    better, worse, same = verdicts(
-        [
-            Paired("a", "acc", 0.25, ours, theirs),
-            Paired("b", "acc", 0.25, theirs, ours),
-            Paired("c", "acc", 0.25, ours, ours),
-        ]
-    )
+    pairs = ((ours, theirs), (theirs, ours), (ours, ours))
+    better, worse, same = verdicts([Paired("a", "acc", 0.25, *pair) for pair in pairs])
     assert (better.word, worse.word, same.word) == ("better", "worse", "no difference shown")
     assert (better.only_ours, better.only_theirs) == (worse.only_theirs, worse.only_ours)
     assert better.low < better.difference < better.high and 0 < better.low
@@ -88,9 +72,8 @@ def test_a_verdict_names_the_better_model_and_counts_the_items_only_one_has_righ
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (0, 6), (11, 3), (40, 60), (500, 420)])
 def test_mcnemar_is_the_exact_two_sided_binomial_test(won: int, lost: int):
-    expected = scipy.stats.binomtest(min(won, lost), won + lost).pvalue if won + lost else 1.0
     tail = scipy.stats.binom.cdf(min(won, lost), won + lost, 0.5)
-    assert mcnemar(won, lost) == pytest.approx(expected) == pytest.approx(min(1.0, 2 * tail))
+    assert mcnemar(won, lost) == pytest.approx(min(1.0, 2 * tail))
 
 
 @pytest.mark.parametrize("kind", ["answers", "losses"])
@@ -99,12 +82,9 @@ def test_the_interval_is_that_of_scipy(kind: str):
     ours, theirs = answers(random, 800, 0.4, 0.36)
     values = ours - theirs if kind == "answers" else random.normal(0.05, 0.4, 800)
     mine = bootstrap_interval(values)
-    other = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=10_000, method="percentile", rng=4
-    ).confidence_interval
-    assert mine == pytest.approx(
-        (other.low, other.high), abs=0.003
-    )  # a fourteenth of the width, noise of the resamples
+    other = scipy.stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=4)
+    interval = (other.confidence_interval.low, other.confidence_interval.high)
+    assert mine == pytest.approx(interval, abs=0.003)  # a fourteenth of the width, noise of the resamples
     assert mine == bootstrap_interval(values) != bootstrap_interval(values, seed=5)
 
 

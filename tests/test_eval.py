@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from benchmarks_on_disk import make_tasks, sentences, write_task
-from runs import ROOT, environment, records, train, two_processes
-from safetensors.torch import load_file, save_file
+from runs import ROOT, environment, records, tiny, train, two_processes
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from overnight.data.batches import TrainingBatches
+from overnight.data.ngrams import ngram_losses, seen_tokens
+from overnight.data.shards import open_shards
 from overnight.data.tokenizer import load_tokenizer
 from overnight.evaluation import models
 from overnight.evaluation.loss import TokenLoss, bytes_of_tokens, windows_of
 from overnight.evaluation.scoring import Request, Scorer, batches_of
+from overnight.prepare.prepare import prepare
+from overnight.recipe.schema import Data
 
 EVAL = str(ROOT / "recipes" / "eval.py")
 MODEL = "runs/tiny/models/iter-000040"
@@ -70,12 +75,6 @@ def test_the_validation_loss_is_that_of_the_trainer(workplace: Path, measured: t
 
 
 def test_the_unigram_opponent_has_the_loss_of_the_unigrams(workplace: Path, measured: tuple[dict, Path]):
-    from runs import tiny
-
-    from overnight.data.batches import TrainingBatches
-    from overnight.data.ngrams import ngram_losses, seen_tokens
-    from overnight.data.shards import open_shards
-
     recipe, shards = tiny(workplace), open_shards(workplace / "data")
     rows = seen_tokens(TrainingBatches(shards.train, recipe.batch, recipe.seed), recipe.schedule.max_iters)
     expected = ngram_losses(rows, shards.val.read_all())["unigram"]
@@ -96,16 +95,6 @@ def test_the_page_can_be_read_on_its_own(measured: tuple[dict, Path]):
 
 
 @pytest.mark.slow
-def test_what_was_answered_before_is_not_asked_again(workplace, measured, asked, tmp_path: Path):
-    out = measured[1]
-    before = {path: path.read_bytes() for path in sorted((out.parent / "cache").rglob("*.jsonl"))}
-    again = evaluate(workplace, out.with_name("again"), MODEL, "--against", "untrained", "unigram", *asked)
-    assert len(before) == 3 and before == {path: path.read_bytes() for path in before}
-    first = (out / "results.json").read_bytes()
-    assert first == (out.with_name("again") / "results.json").read_bytes() and again["models"]
-
-
-@pytest.mark.slow
 def test_two_processes_measure_the_same(workplace, measured, asked, tmp_path: Path):
     two = evaluate(workplace, tmp_path / "out", MODEL, "--against", "untrained", *asked, launcher=two_processes())
     for one, other in zip(measured[0]["models"], two["models"], strict=False):
@@ -118,43 +107,43 @@ def test_two_processes_measure_the_same(workplace, measured, asked, tmp_path: Pa
             assert one["tasks"][task]["items"] == other["tasks"][task]["items"]
 
 
-def test_a_kill_in_the_middle_of_a_task_costs_no_answer_and_changes_none(workplace, undisturbed, tmp_path: Path):
+@pytest.fixture
+def many(undisturbed: str, tmp_path: Path) -> list[str]:
+    """A command whose task has many batches."""
     make_tasks(tmp_path / "many", items=len(sentences()) // 5)
-    command = [MODEL, "--against", "none", "--texts", "none", "--tasks", "on_choices"]
-    command += ["--tasks-dir", str(tmp_path / "many")]
+    what = ["--against", "none", "--texts", "none", "--tasks", "on_choices"]
+    return [MODEL, *what, "--tasks-dir", str(tmp_path / "many")]
+
+
+def test_a_kill_in_the_middle_of_a_task_costs_no_answer_and_changes_none(workplace, many, tmp_path: Path):
     whole = tmp_path / "whole" / "out"
-    evaluate(workplace, whole, *command)
+    evaluate(workplace, whole, *many)
     expected = [line for line in journal_lines(whole.parent / "cache") if line]
 
     out = tmp_path / "killed" / "out"
     changes = environment(XDG_CACHE_HOME=str(out.parent / "cache"))
-    process = subprocess.Popen([sys.executable, EVAL, *command, "--out", str(out)], cwd=workplace, env=changes)
+    process = subprocess.Popen([sys.executable, EVAL, *many, "--out", str(out)], cwd=workplace, env=changes)
     while not (kept := len(journal_lines(out.parent / "cache"))) and process.poll() is None:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and 0 < kept < len(expected)
-    evaluate(workplace, out, *command)
+    evaluate(workplace, out, *many)
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert (out / "items" / "on_choices.jsonl").read_bytes() == (whole / "items" / "on_choices.jsonl").read_bytes()
     batches = [json.loads(line)[0] for line in journal_lines(out.parent / "cache")]
     assert len(batches) == len(set(batches)) == len(expected)
 
 
-def test_g1_a_device_that_is_lost_in_an_evaluation_ends_it_with_75_and_no_answer_is_lost(
-    workplace, undisturbed, tmp_path: Path
-):
-    make_tasks(tmp_path / "many", items=len(sentences()) // 5)
-    command = [MODEL, "--against", "none", "--texts", "none", "--tasks", "on_choices"]
-    command += ["--tasks-dir", str(tmp_path / "many")]
+def test_g1_a_device_that_is_lost_in_an_evaluation_ends_it_with_75_and_no_answer_is_lost(workplace, many, tmp_path):
     out, cache = tmp_path / "out", str(tmp_path / "cache")
-    script = str(ROOT / "tests" / "reliability" / "lost_in_eval.py")  # one batch tries the model, two are timed
-    lost = train(workplace, *command, "--out", str(out), script=script, XDG_CACHE_HOME=cache, CALLS="5")
+    script = str(ROOT / "tests" / "reliability" / "lost_in_eval.py")  # two batches try the model, two are timed
+    lost = train(workplace, *many, "--out", str(out), script=script, XDG_CACHE_HOME=cache, CALLS="6")
     assert lost.returncode == 75
     assert "the device was lost (CUDA error: unspecified launch failure)" in lost.stderr
     assert "the same command continues from there" in lost.stderr and "Traceback" not in lost.stderr
     kept = journal_lines(tmp_path / "cache")
     assert len(kept) == 2
-    evaluate(workplace, out, *command)
+    evaluate(workplace, out, *many)
     whole = journal_lines(tmp_path / "cache")
     assert whole[:2] == kept and len(whole) > 2
 
@@ -165,27 +154,22 @@ def test_g2_what_does_not_fit_the_memory_at_once_is_scored_in_halves(workplace, 
     ids = torch.randint(0, 500, (7, 20))
     requests = [Request(tuple(row[:12].tolist()), tuple(row[12:].tolist())) for row in ids]
     [trees], _ = batches_of(requests, 64, 512)
-    expected, losses = scorer.score(trees), scorer.losses(ids, ids)
-    for name in ("_score", "_losses"):
-        monkeypatch.setattr(Scorer, name, at_most(at_once, getattr(Scorer, name)))
+    expected, whole = scorer.score(trees), Scorer._score
+
+    def at_most(rows: int):
+        def act(self, trees):
+            if len(trees) > rows:
+                raise torch.cuda.OutOfMemoryError("boom")
+            return whole(self, trees)
+
+        monkeypatch.setattr(Scorer, "_score", act)
+
+    at_most(at_once)
     found = [answer.loglikelihood for answer in scorer.score(trees)]
     assert found == pytest.approx([answer.loglikelihood for answer in expected], abs=1e-4)
-    np.testing.assert_allclose(scorer.losses(ids, ids), losses, atol=1e-4)
-    for name in ("_score", "_losses"):
-        monkeypatch.setattr(Scorer, name, at_most(0, getattr(Scorer, name)))
+    at_most(0)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="a single row of"):
         scorer.score(trees)
-
-
-def at_most(rows: int, real):
-    """`real`, with memory for so many rows."""
-
-    def act(self, given, *rest):
-        if len(given) > rows:
-            raise torch.cuda.OutOfMemoryError("boom")
-        return real(self, given, *rest)
-
-    return act
 
 
 def test_g1_a_device_that_is_lost_is_not_taken_for_a_model_that_reads_no_trees(workplace, undisturbed, monkeypatch):
@@ -210,20 +194,12 @@ def test_an_opponent_with_a_shorter_context_is_cut_and_that_is_said(workplace, u
     assert found["models"][1]["tasks"]["on_choices"]["cut to the context"] > 0
     assert "requests cut to the context" in found["said"]
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=8, n_embd=16, n_layer=1, n_head=1)).save_pretrained(
-        tmp_path / "short"
+    shorter = GPT2Config(vocab_size=500, n_positions=8, n_embd=16, n_layer=1, n_head=1)
+    GPT2LMHeadModel(shorter).save_pretrained(tmp_path / "short")
+    command = [MODEL, "--against", str(tmp_path / "short"), *asked, "--shards", "none"]
+    refused = train(
+        workplace, *command, "--out", str(tmp_path / "other"), script=EVAL, XDG_CACHE_HOME=str(tmp_path / "cache")
     )
-    command = [
-        MODEL,
-        "--against",
-        str(tmp_path / "short"),
-        *asked,
-        "--shards",
-        "none",
-        "--out",
-        str(tmp_path / "other"),
-    ]
-    refused = train(workplace, *command, script=EVAL, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert refused.returncode == 2 and not (tmp_path / "other").exists()
     assert "on_choices: " in refused.stderr and "in a context of 8" in refused.stderr
 
@@ -248,99 +224,76 @@ def test_a_night_ends_with_the_comparison_and_does_not_repeat_it(
 
 
 @pytest.fixture
-def script(workplace: Path, undisturbed: str, tmp_path: Path, monkeypatch) -> ModuleType:
-    """recipes/eval.py as a module, to be called in this process."""
-    spec = importlib.util.spec_from_file_location("eval_script", EVAL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def evaluate_here(workplace: Path, undisturbed: str, tmp_path: Path, monkeypatch) -> Callable[..., int]:
+    """recipes/eval.py in this process, without texts; returns its exit code."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return module
+    main = runpy.run_path(EVAL)["main"]
+
+    def act(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [EVAL, *arguments, "--texts", "none", "--out", str(tmp_path / "out")])
+        return main()
+
+    return act
 
 
-def refusal(script: ModuleType, monkeypatch, capsys, *arguments: str) -> str:
+@pytest.fixture
+def said(evaluate_here, tmp_path: Path, capsys) -> Callable[..., str]:
     """What the script says when it ends with code 2, having written nothing."""
-    monkeypatch.setattr(sys, "argv", [EVAL, *arguments, "--texts", "none", "--out", "nothing-there"])
-    capsys.readouterr()
-    assert script.main() == 2
-    assert not Path("nothing-there").exists()
-    return capsys.readouterr().err
+
+    def refusal(*arguments: str) -> str:
+        capsys.readouterr()
+        assert evaluate_here(*arguments) == 2 and not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    return refusal
 
 
-def test_what_is_no_model_is_refused(script: ModuleType, workplace: Path, tmp_path: Path, monkeypatch, capsys):
-    def said(*arguments: str) -> str:
-        return refusal(script, monkeypatch, capsys, *arguments, "--tasks", "none", "--shards", "none")
+def test_what_is_no_model_is_refused(said, workplace: Path, tmp_path: Path):
+    nothing = ("--tasks", "none", "--shards", "none")
+    assert "no config.json there" in said(str(workplace / "data"), *nothing)
+    assert "is no folder" in said(str(tmp_path / "nowhere"), *nothing)
+    assert "no config.json there" in said(MODEL, "--against", str(tmp_path), *nothing)
 
-    assert "no config.json there" in said(str(workplace / "data"))
-    assert "is no folder" in said(str(tmp_path / "nowhere"))
-    assert "no config.json there" in said(MODEL, "--against", str(tmp_path))
-
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in (workplace / MODEL).iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(workplace / MODEL, tmp_path / "copy")
     (copy / "SHA256SUMS").unlink()  # a model from elsewhere
-    config = json.loads((copy / "config.json").read_text())
-    evil = tmp_path / "ran"
-    (copy / "evil.py").write_text(f"open({str(evil)!r}, 'w')\n")
-    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
-    assert "auto_map" in said(str(copy)) and not evil.exists()
-
-    (copy / "config.json").write_text(json.dumps(config))
-    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
-    (copy / "model.safetensors").unlink()
-    assert "no model can be loaded" in said(str(copy))  # a pickle is not read
-
-    save_file(torch.load(copy / "pytorch_model.bin"), copy / "model.safetensors", metadata={"format": "pt"})
     tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
     for special in ("eos_token", "bos_token", "unk_token"):
         tokenizer[special] = None
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    assert "no end-of-text token" in said(str(copy))
+    assert "no end-of-text token" in said(str(copy), *nothing)
 
 
-def test_data_that_do_not_belong_to_the_model_are_refused(
-    script: ModuleType, workplace: Path, gpt2_folder: Path, tmp_path: Path, monkeypatch, capsys
-):
-    from overnight.prepare.prepare import prepare
-    from overnight.recipe.schema import Data
-
+def test_data_that_do_not_belong_to_the_model_are_refused(said, workplace: Path, gpt2_folder: Path, tmp_path: Path):
     text = tmp_path / "other.jsonl"
     text.write_text("".join(json.dumps({"text": each}) + "\n" for each in sentences()), encoding="utf-8")
     other = Data(source="files", path=str(text), tokenizer=str(workplace / "data" / "tokenizer"),
                  dir=str(tmp_path / "other"), val_tokens=500, reserved_fraction=0.2)  # fmt: skip
     prepare(other, 500, report=lambda line: None)
-    said = refusal(script, monkeypatch, capsys, MODEL, "--tasks", "none", "--shards", str(tmp_path / "other"))
-    assert "holds other data" in said and "runs/tiny" in said
+    words = said(MODEL, "--tasks", "none", "--shards", str(tmp_path / "other"))
+    assert "holds other data" in words and "runs/tiny" in words
 
     GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / "big")
     load_tokenizer(str(gpt2_folder)).save_pretrained(tmp_path / "big")
-    said = refusal(script, monkeypatch, capsys, MODEL, "--tasks", "none", "--against", str(tmp_path / "big"))
-    assert "its vocabulary is not that of" in said and "--shards none" in said
+    words = said(MODEL, "--tasks", "none", "--against", str(tmp_path / "big"))
+    assert "its vocabulary is not that of" in words and "--shards none" in words
 
 
 @pytest.mark.slow
-def test_tasks_that_are_not_there_or_not_scored_by_log_likelihoods_are_refused(
-    script: ModuleType, tmp_path: Path, monkeypatch, capsys
-):
-    def said(*arguments: str) -> str:
-        return refusal(script, monkeypatch, capsys, MODEL, "--against", "none", *arguments)
-
-    make_tasks(tmp_path / "tasks")
-    assert "did you mean on_choices" in said("--tasks", "on_choice", "--tasks-dir", str(tmp_path / "tasks"))
-    assert "no such folder" in said("--tasks", "on_choices", "--tasks-dir", str(tmp_path / "nowhere"))
-    write_task(
-        tmp_path / "tasks", "written", [{"a": "b"}], output_type="generate_until", doc_to_text="a", doc_to_target="a"
-    )
-    assert "of the type generate_until" in said("--tasks", "written", "--tasks-dir", str(tmp_path / "tasks"))
-    assert "no test split of sciq" in said("--tasks", "sciq", "--data-dir", str(tmp_path))
-    assert "cannot be read from allenai/sciq on the Hub" in said("--tasks", "sciq")
-    assert "`--limit` is 0" in said("--tasks", "sciq", "--limit", "0")
+def test_tasks_that_are_not_there_or_not_scored_by_log_likelihoods_are_refused(said, tmp_path: Path):
+    folder, alone = tmp_path / "tasks", (MODEL, "--against", "none", "--tasks")
+    make_tasks(folder)
+    assert "did you mean on_choices" in said(*alone, "on_choice", "--tasks-dir", str(folder))
+    assert "no such folder" in said(*alone, "on_choices", "--tasks-dir", str(tmp_path / "nowhere"))
+    write_task(folder, "written", [{"a": "b"}], output_type="generate_until", doc_to_text="a", doc_to_target="a")
+    assert "of the type generate_until" in said(*alone, "written", "--tasks-dir", str(folder))
+    assert "no test split of sciq" in said(*alone, "sciq", "--data-dir", str(tmp_path))
+    assert "cannot be read from allenai/sciq on the Hub" in said(*alone, "sciq")
+    assert "`--limit` is 0" in said(*alone, "sciq", "--limit", "0")
 
 
-def test_f4_a_task_file_runs_no_code_unless_it_is_trusted(script: ModuleType, tmp_path: Path, monkeypatch, capsys):
+def test_f4_a_task_file_runs_no_code_unless_it_is_trusted(evaluate_here, said, tmp_path: Path):
     folder, ran = tmp_path / "tasks", tmp_path / "ran"
     items = [{"context": "The", "choices": ["end", "start"], "answer": 0}] * 4
     how = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
@@ -351,27 +304,26 @@ def test_f4_a_task_file_runs_no_code_unless_it_is_trusted(script: ModuleType, tm
     path = folder / "sly.yaml"
     plain = path.read_text()
     path.write_text(plain.replace("doc_to_text: '{{context}}'", "doc_to_text: !function code.text"))
-    said = refusal(script, monkeypatch, capsys, *asked)
-    assert "`!function code.text` is code" in said and "--trust-tasks" in said and not ran.exists()
+    words = said(*asked)
+    assert "`!function code.text` is code" in words and "--trust-tasks" in words and not ran.exists()
     for line in (
         "class: !function code.Task",
         "metric_list: [{metric: accuracy}]",
         "metric_list: [{metric: acc, hf_evaluate: true}]",
     ):
         path.write_text(plain + line + "\n")
-        assert "code" in refusal(script, monkeypatch, capsys, *asked)
+        assert "code" in said(*asked)
     (folder / "part").write_text("doc_to_text: !function code.text\n")
     path.write_text(plain + "include: part\n")
-    assert "is code" in refusal(script, monkeypatch, capsys, *asked) and not ran.exists()
+    assert "is code" in said(*asked) and not ran.exists()
     (folder / "part").unlink()
 
     reach = "{{ context.__class__.__mro__[1].__subclasses__() }}"
     path.write_text(plain.replace("'{{context}}'", f"'{reach}'"))
-    assert "unsafe" in refusal(script, monkeypatch, capsys, *asked)
+    assert "unsafe" in said(*asked)
 
     path.write_text(plain.replace("doc_to_text: '{{context}}'", "doc_to_text: !function code.text"))
-    monkeypatch.setattr(sys, "argv", [EVAL, *asked, "--trust-tasks", "--texts", "none", "--out", str(tmp_path / "out")])
-    assert script.main() == 0 and ran.exists()
+    assert evaluate_here(*asked, "--trust-tasks") == 0 and ran.exists()
 
 
 def test_every_token_of_a_text_is_scored_once_with_half_a_context_before_it():

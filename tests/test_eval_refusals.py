@@ -43,10 +43,8 @@ def test_a_model_without_a_limit_of_positions_has_lm_evals(tokenizer):
 
 def test_a_text_begins_with_the_token_that_the_models_texts_begin_with(tokenizer):
     def first_token():
-        of = SimpleNamespace(tokenizer=tokenizer, scorer=SimpleNamespace(budget=512, device=torch.device("cpu")))
-        alone = SimpleNamespace(process_index=0, num_processes=1)
-        batches = text_rows(["a few words"], of, 16, alone, SimpleNamespace(expect=lambda tokens: None))
-        return next(iter(batches))[0][0, 0].item()
+        of, alone = SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(process_index=0, num_processes=1)
+        return text_rows(["a few words"], of, 16, alone, SimpleNamespace(expect=lambda tokens: None))[0].context[0]
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     assert first_token() == tokenizer.bos_token_id

@@ -17,7 +17,7 @@ from overnight.core.console import plain
 from overnight.core.published import fenced, text
 from overnight.errors import InputError
 from overnight.recipe.load import load
-from overnight.report.model_card import as_trained, budgets, changes, claims, report
+from overnight.report.model_card import as_trained, budgets, claims, on_the_way, report
 from overnight.training import train as train_module
 
 HOSTILE = "---\nlicense: evil\n---\n<script>alert(1)</script> [x](http://evil.example) ![](http://evil.example/y.png)"
@@ -80,7 +80,7 @@ def test_a_card_has_the_recipe_that_its_model_was_trained_with(in_process):
     change = {"event": "changed", "key": "optim.lr", "before": 5e-3, "now": 1e-3, "iteration": 24}
     records = [{"event": "finished", "iteration": 30}, change, {"event": "finished", "iteration": 40}]
     assert [as_trained(recipe, records, end).optim.lr for end in records[::2]] == [5e-3, 1e-3]
-    assert [len(changes(recipe, records, end)) for end in records[::2]] == [0, 1]
+    assert [on_the_way(change, recipe, records, end) for end in records[::2]] == [False, True]
 
 
 def test_the_card_has_the_values_of_the_files(run, in_process):
@@ -155,6 +155,16 @@ def test_the_nights_card_has_what_was_claimed_beside_what_was_expected_and_reach
         ["`iter-020000`", "20,000", "10.5B", "2.42-2.55 in 15-20 hours", "3.113 to 3.311", "-", "3.300"],
     ]
     assert not claims(load(root / "recipes" / "quickstart.yaml"))
+
+
+def test_a_card_names_the_keys_that_were_changed_during_the_run_and_promises_no_command(run):
+    changed = Path(shutil.copytree(run, "runs/changed"))
+    assert "The same again, with Overnight and the [recipe.yaml]" in readme(run)
+    event = {"kind": "event", "event": "changed", "iteration": 9, "tokens": 9, "key": "optim.lr"}
+    metrics = changed / "metrics.jsonl"
+    metrics.write_text(json.dumps(event | {"before": 0.1, "now": "<b>"}) + "\n" + metrics.read_text())
+    card = readme(changed)
+    assert "- `optim.lr` was 0.1 and is &lt;b&gt; from iteration 9 on\n" in card and "The same again" not in card
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ PHASES = {
     "samples": ("overnight.model.generate", "Writer.after"),
     "checkpoint": ("overnight.model.checkpoint", "state_tensors"),
     "export": ("overnight.training.finish", "export"),
-    "evaluation": ("overnight.evaluation.scoring", "Scorer.losses"),
+    "evaluation": ("overnight.evaluation.scoring", "Scorer.score"),
 }
 
 

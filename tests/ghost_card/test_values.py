@@ -41,9 +41,10 @@ def test_samples_export_and_evaluation_are_those_of_the_cpu(workplace, on_card, 
     models = [workplace / "runs" / name / "models" / "iter-000040" for name in ("card", "cpu")]
     assert models[0].joinpath("model.safetensors").read_bytes() == models[1].joinpath("model.safetensors").read_bytes()
     arguments = [str(models[0]), "--against", "unigram", "--tasks", "none", "--texts", "none", "--out"]
-    done = run_on(USUAL, workplace, "eval.py", *arguments, "on-card")
+    kept = {"XDG_CACHE_HOME": str(workplace / "answers")}
+    done = run_on(USUAL, workplace, "eval.py", *arguments, "on-card", **kept)
     assert done.returncode == 0, done.stdout + done.stderr
-    train(workplace, *arguments, "on-cpu", script=str(ROOT / "recipes" / "eval.py"), CUDA_VISIBLE_DEVICES="")
+    train(workplace, *arguments, "on-cpu", script=str(ROOT / "recipes" / "eval.py"), CUDA_VISIBLE_DEVICES="", **kept)
     results = [json.loads((workplace / out / "results.json").read_text()) for out in ("on-card", "on-cpu")]
     found, expected = ([model["validation"]["loss"] for model in each["models"]] for each in results)
     assert found == pytest.approx(expected, rel=1e-6)

@@ -63,7 +63,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "neox")
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", *SLOW])
 def test_every_choice_has_the_log_likelihood_that_lm_eval_gives(architecture: str, workplace: Path, tmp_path: Path):
     names, model = make_tasks(tmp_path / "tasks"), make(architecture, workplace)
-    assert model.scorer.reads_trees == (architecture != "bloom")  # alibi takes no positions: lm-eval's code serves
+    assert model.scorer.reads_trees == (architecture != "bloom")  # alibi takes no positions
     meter = Meter(Console(quiet=True))
     lm = SharedContextLM(model, ResponseCache(tmp_path / "journal"), Accelerator(cpu=True), meter)
     upstream = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4, max_length=lm.max_length)

@@ -13,7 +13,8 @@ import json
 import os
 from pathlib import Path
 
-from overnight.evaluation.scoring import Answer, Tree
+from overnight.evaluation.progress import Meter
+from overnight.evaluation.scoring import Answer, Scorer, Tree
 
 
 def cache_folder() -> Path:
@@ -56,3 +57,16 @@ def sum_of(key: str, answers: list[Answer]) -> str:
 def key_of(trees: list[Tree]) -> str:
     """SHA-256 of the tokens of a batch's requests, in their order."""
     return hashlib.sha256(json.dumps([tree.requests for tree in trees]).encode()).hexdigest()
+
+
+def answer(batches: list[list[Tree]], scorer: Scorer, kept: ResponseCache, meter: Meter) -> dict[int, Answer]:
+    """The answer to each request by its number; a batch that was answered before is not computed again."""
+    answers: dict[int, Answer] = {}
+    for trees in batches:
+        key = key_of(trees)
+        if key not in kept.known:
+            kept.add(key, scorer.score(trees))
+        numbers = [number for tree in trees for number in tree.numbers]
+        answers |= zip(numbers, kept.known[key], strict=True)
+        meter.advance(sum(map(len, trees)), len(numbers))
+    return answers

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from overnight.evaluation.lm import SharedContextLM, answer_items
 from overnight.evaluation.loss import RowLosses, losses_over, read_texts, text_rows, validation_rows
 from overnight.evaluation.models import UNIGRAM, UNTRAINED, EvalModel
 from overnight.evaluation.progress import Meter
-from overnight.evaluation.results import Scores
 from overnight.evaluation.statistics import SEED, Paired, bootstrap_interval, metric_of, verdicts
 from overnight.evaluation.tasks import (
     ENGLISH_CHARACTERS_PER_TOKEN,
@@ -44,7 +43,7 @@ from overnight.evaluation.tasks import (
 )
 from overnight.recipe.schema import QUICK, Evaluation, Recipe
 from overnight.report.model_card import corpus
-from overnight.run_dir.layout import Origin
+from overnight.run_dir.layout import MEASURED, Origin
 
 LONG = 1800  # seconds, after which a CPU is told of --quick
 Item = dict[str, Any]
@@ -54,11 +53,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Measured:
-    """One model: its scores, the losses of the validation rows, and its items by benchmark (main process alone)."""
+    """What one model reached: `validation` and `texts` as TokenLoss gives them, `tasks` and their `items` by benchmark.
 
-    scores: Scores
-    losses: RowLosses | None
-    items: dict[str, list[Item]]
+    The last two are there on the main process alone.
+    """
+
+    facts: dict[str, Any]
+    validation: dict[str, Any] | None = None
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losses: RowLosses | None = None  # of the rows of the validation set
+    items: dict[str, list[Item]] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """What results.json tells of it."""
+        return {"facts": self.facts, "validation": self.validation, "texts": self.texts, "tasks": self.tasks}
 
 
 @dataclass
@@ -77,11 +87,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the result, for results.json."""
-        return {
-            "against": self.config.against,
-            "tasks": self.config.tasks,
-            "texts": self.config.texts,
-            "limit": self.config.limit,
+        return self.config.model_dump(include=MEASURED) | {
             "dtype": self.dtype,
             "seed": SEED,
             "lm_eval": lm_eval.__version__,
@@ -130,42 +136,41 @@ class Session:
 
     def measure(self, eval_model: EvalModel) -> Measured:
         """One model on every text and task: scores, the rows' losses, and the items by benchmark."""
-        scores = Scores(eval_model.facts)
-        self.console.log(f"{eval_model.name}: {scores.facts['parameters']:,} parameters, context {eval_model.context}")
+        found = Measured(eval_model.facts)
+        self.console.log(f"{eval_model.name}: {found.facts['parameters']:,} parameters, context {eval_model.context}")
         if not eval_model.scorer.reads_trees:
-            self.console.log("  its architecture takes no mask of our own: lm-eval's code scores it, choice by choice")
+            self.console.log("  its architecture takes no mask of our own: it is asked choice by choice")
         self._expect(eval_model)
-        losses = None
+        kept = ResponseCache(cache_folder() / eval_model.fingerprint, self.accelerator.process_index)
         if self.shards is not None:
             self.meter.begin("validation set", "rows")
             rows = validation_rows(self.shards.val, self.length, eval_model, self.accelerator, self.meter)
-            losses = losses_over(rows, eval_model, self.accelerator, self.meter)
-            scores.validation = losses.summary
-            self._tell("validation set", f"{losses.summary['loss']:.4f} nats per token")
+            found.losses = losses_over(rows, eval_model, kept, self.accelerator, self.meter)
+            found.validation = found.losses.summary
+            self._tell("validation set", f"{found.validation['loss']:.4f} nats per token")
         for spec, documents in self.texts.items():
             self.meter.begin(spec, "windows")
             text = text_rows(documents, eval_model, eval_model.context, self.accelerator, self.meter)
-            scores.texts[spec] = losses_over(text, eval_model, self.accelerator, self.meter).summary
-            self._tell(spec, f"{scores.texts[spec]['loss']:.4f} nats per token")
-        items = self._benchmarks(eval_model, scores)
-        return Measured(scores, losses, items)
-
-    def _benchmarks(self, eval_model: EvalModel, scores: Scores) -> dict[str, list[Item]]:
-        response_cache = ResponseCache(cache_folder() / eval_model.fingerprint, self.accelerator.process_index)
-        found: dict[str, list[Item]] = {}
+            found.texts[spec] = losses_over([text], eval_model, kept, self.accelerator, self.meter).summary
+            self._tell(spec, f"{found.texts[spec]['loss']:.4f} nats per token")
         for benchmark in self.benchmarks:
-            lm = SharedContextLM(eval_model, response_cache, self.accelerator, self.meter)
-            self.meter.begin(benchmark.name, parts=len(benchmark.tasks))
-            answered = [answer_items(lm, task, self.plan.config.limit) for task in benchmark.tasks]
-            items = [item for each in answered for item in each or []]
-            cut = self.accelerator.reduce(torch.tensor(lm.cut, device=self.accelerator.device), "sum").item()
-            if self.accelerator.is_main_process:
-                scores.tasks[benchmark.name] = summary(benchmark, items, int(cut))
-                found[benchmark.name] = items
-                shown = ", ".join(f"{key} {v:.4f}" for key, v in scores.tasks[benchmark.name]["metrics"].items())
-                tied = results.tie_note(scores.tasks[benchmark.name])
-                self._tell(benchmark.name, shown + tied + (f"; {cut} requests cut to the context" if cut else ""))
+            self._ask(benchmark, eval_model, kept, found)
         return found
+
+    def _ask(self, benchmark: Benchmark, eval_model: EvalModel, kept: ResponseCache, found: Measured) -> None:
+        """Ask a model the items of a benchmark; what it answered goes into `found`."""
+        lm = SharedContextLM(eval_model, kept, self.accelerator, self.meter)
+        self.meter.begin(benchmark.name, parts=len(benchmark.tasks))
+        answered = [answer_items(lm, task, self.plan.config.limit) for task in benchmark.tasks]
+        cut = self.accelerator.reduce(torch.tensor(lm.cut, device=self.accelerator.device), "sum").item()
+        if not self.accelerator.is_main_process:
+            return
+        items = found.items[benchmark.name] = [item for each in answered for item in each or []]
+        scores = found.tasks[benchmark.name] = summary(benchmark, items, int(cut))
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
+        self._tell(
+            benchmark.name, shown + results.tie_note(scores) + (f"; {cut} requests cut to the context" if cut else "")
+        )
 
     def finalize(self, measured: list[Measured]) -> None:
         """Compare the first model with each other one, write the folder, and print the answer."""
@@ -174,12 +179,12 @@ class Session:
         for theirs in others:
             pairs = [pair for b in self.benchmarks if (pair := paired(b.name, ours, theirs)) is not None]
             loss = difference(ours.losses, theirs.losses)
-            comparisons.append(results.compared(theirs.scores.facts["name"], verdicts(pairs), loss))
+            comparisons.append(results.compared(theirs.facts["name"], verdicts(pairs), loss))
         settings = self.plan.settings
         home = corpus(as_prepared(Recipe(), self.shards.manifest)) if self.shards is not None else None
         outcome = {
             "settings": settings,
-            "models": [asdict(each.scores) for each in measured],
+            "models": [each.scores for each in measured],
             "comparisons": comparisons,
             "notes": results.notes(settings, home),
         }
@@ -262,7 +267,7 @@ def paired(benchmark: str, ours: Measured, theirs: Measured) -> Paired | None:
         return None
     assert [i["doc"] for i in both[0]] == [i["doc"] for i in both[1]], f"{benchmark}: the models saw other items"
     right = [np.array([item["metrics"][metric] for item in items], float) for items in both]
-    return Paired(benchmark, metric, ours.scores.tasks[benchmark]["chance"], *right)
+    return Paired(benchmark, metric, ours.tasks[benchmark]["chance"], *right)
 
 
 def difference(ours: RowLosses | None, theirs: RowLosses | None) -> dict[str, float] | None:
@@ -277,7 +282,7 @@ def by_item(measured: list[Measured]) -> dict[str, list[Item]]:
     """The lines of items/<benchmark>.jsonl: an item, and what every model answered."""
     lines: dict[str, list[Item]] = {}
     for benchmark, items in measured[0].items.items():
-        each = [(one.scores.facts["name"], one.items[benchmark]) for one in measured]
+        each = [(one.facts["name"], one.items[benchmark]) for one in measured]
         lines[benchmark] = [
             {key: item[key] for key in ("task", "id", "doc", "target")}
             | {"models": {name: {key: answers[at][key] for key in ANSWERED} for name, answers in each}}

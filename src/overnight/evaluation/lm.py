@@ -13,29 +13,22 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from overnight.errors import InputError, first_line
-from overnight.evaluation.cache import ResponseCache, key_of
+from overnight.evaluation.cache import ResponseCache, answer
 from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
-from overnight.evaluation.scoring import Answer, Request, batches_of
+from overnight.evaluation.scoring import Request, batches_of
 from overnight.recipe.text import shown
 
 SAME = 1e-6  # of a log-likelihood: equal sums of float32 in another order differ by less
-LM_EVAL_BATCH = 8  # rows, where a model reads no trees and lm-eval's own code serves
 
 
 class SharedContextLM(HFLM):
     """lm-eval's own `hf` model but for one method, which shares contexts and remembers what was answered before."""
 
     def __init__(self, eval_model: EvalModel, response_cache: ResponseCache, accelerator: Accelerator, meter: Meter):
-        super().__init__(
-            pretrained=eval_model.model, tokenizer=eval_model.tokenizer, batch_size=LM_EVAL_BATCH, truncation=True
-        )
-        self.name, self.scorer, self.response_cache, self.meter = (
-            eval_model.name,
-            eval_model.scorer,
-            response_cache,
-            meter,
-        )
+        super().__init__(pretrained=eval_model.model, tokenizer=eval_model.tokenizer, truncation=True)
+        self.name, self.scorer = eval_model.name, eval_model.scorer
+        self.response_cache, self.meter = response_cache, meter
         self.cut = 0  # requests that did not fit into the model's context
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self._world_size > 1:
@@ -59,30 +52,17 @@ class SharedContextLM(HFLM):
                     " tokenizer has no token of the continuation's own there; leave one of them out"
                 )
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        share = self.scorer.reads_trees
         try:
-            batches, cut = batches_of(asked, self.max_length, self.scorer.budget)
+            batches, cut = batches_of(asked, self.max_length, self.scorer.budget, share=share)
         except ValueError as error:
             raise InputError(
                 f"{self.meter.name}: {self.name} cannot be asked: {error}; leave one of them out"
             ) from None
         self.cut += cut
         self.meter.expect(sum(len(tree) for trees in batches for tree in trees))
-        answers: list[Answer] = [Answer(0.0, False)] * len(asked)
-        for trees in batches:
-            key = key_of(trees)
-            found = self.response_cache.known.get(key)
-            if found is None:
-                found = self.scorer.score(trees) if self.scorer.reads_trees else self._one_by_one(trees)
-                self.response_cache.add(key, found)
-            numbers = [number for tree in trees for number in tree.numbers]
-            for number, answer in zip(numbers, found, strict=True):
-                answers[number] = answer
-            self.meter.advance(sum(map(len, trees)), len(numbers))
-        return [(answer.loglikelihood, answer.greedy) for answer in answers]
-
-    def _one_by_one(self, trees: list[Any]) -> list[Answer]:
-        requests = [(None, list(each.context), list(each.continuation)) for tree in trees for each in tree.requests]
-        return [Answer(*each) for each in super()._loglikelihood_tokens(requests, disable_tqdm=True)]
+        answers = answer(batches, self.scorer, self.response_cache, self.meter)
+        return [(answers[number].loglikelihood, answers[number].greedy) for number in range(len(asked))]
 
 
 def answer_items(lm: SharedContextLM, task: Task, limit: int | None) -> list[dict[str, Any]] | None:
@@ -123,7 +103,6 @@ def item_of(task: Task, sample: dict[str, Any]) -> dict[str, Any]:
         "task": str(task.task_name),
         "id": sample["doc_id"],
         "doc": sample["doc_hash"][:16],
-        "prompt": sample["prompt_hash"][:16],
         "target": sample["target"],
         "loglikelihoods": [answer[0] for answer in answers],
         "greedy": [answer[1] for answer in answers],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from overnight.core.files import errno_of
-from overnight.data.batches import to_device, validation_batches
+from overnight.data.batches import validation_batches
 from overnight.data.shards import Split
 from overnight.errors import InputError, first_line
+from overnight.evaluation.cache import ResponseCache, answer
 from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
+from overnight.evaluation.scoring import Request, batches_of
 from overnight.prepare.documents import FORMATS, format_of, rows
 
 
@@ -63,22 +64,20 @@ class RowLosses:
     tokens: np.ndarray  # (rows,) int64
 
 
-RowBatches = Iterable[tuple[torch.Tensor, torch.Tensor, int]]
-"""Batches of ids and targets, (rows, time) int64 each, and from which column on the targets count."""
-
-
-def losses_over(batches: RowBatches, of: EvalModel, accelerator: Accelerator, meter: Meter) -> RowLosses:
-    """Score every target once on one of the processes; all of them return the same."""
+def losses_over(
+    batches: Iterable[list[Request]], of: EvalModel, kept: ResponseCache, accelerator: Accelerator, meter: Meter
+) -> RowLosses:
+    """Score every continuation on one of the processes; all of them return the same."""
     sizes = bytes_of_tokens(of.tokenizer)
     mine: list[tuple[float, int, int]] = []
-    for ids, targets, counted in batches:
-        nats = of.scorer.losses(ids, targets)[:, counted:].sum(axis=1)
-        size = sizes[targets[:, counted:].cpu().numpy()].sum(axis=1)
-        mine += zip(nats.tolist(), [targets.shape[1] - counted] * len(nats), size.tolist(), strict=True)
-        meter.advance(ids.numel(), len(ids))
+    for requests in batches:
+        trees, _ = batches_of(requests, of.context, of.scorer.budget, share=of.scorer.reads_trees)
+        answers = answer(trees, of.scorer, kept, meter)
+        for number, (_, targets) in enumerate(requests):
+            mine.append((-answers[number].loglikelihood, len(targets), int(sizes[list(targets)].sum())))
     nats, tokens, size = (np.array(column) for column in zip(*gather_object(mine), strict=True))
     metric = TokenLoss(keep_in_memory=True)
-    metric.add_batch(nats=nats, tokens=tokens.astype(np.int64), bytes=size.astype(np.int64))
+    metric.add_batch(nats=nats, tokens=tokens, bytes=size)
     return RowLosses(metric.compute() or {}, nats, tokens)
 
 
@@ -96,27 +95,24 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return sizes
 
 
-def validation_rows(val: Split, length: int, of: EvalModel, accelerator: Accelerator, meter: Meter) -> RowBatches:
+def validation_rows(
+    val: Split, length: int, of: EvalModel, accelerator: Accelerator, meter: Meter
+) -> Iterator[list[Request]]:
     """The whole validation set in the trainer's rows, strided over the processes without filling up."""
-    device = of.scorer.device
-    meter.expect(val.tokens // accelerator.num_processes)
-    for ids, targets in validation_batches(
-        val,
-        length,
-        max(1, of.scorer.budget // length),
-        device,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    ):
-        yield ids, targets, 0
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    at_once, host = max(1, of.scorer.budget // length), torch.device("cpu")
+    meter.expect(val.tokens // processes)
+    for ids, targets in validation_batches(val, length, at_once, host, rank=rank, num_processes=processes):
+        yield [Request((row[0],), tuple(after)) for row, after in zip(ids.tolist(), targets.tolist(), strict=True)]
 
 
-def text_rows(documents: list[str], of: EvalModel, context: int, accelerator: Accelerator, meter: Meter) -> RowBatches:
+def text_rows(
+    documents: list[str], of: EvalModel, context: int, accelerator: Accelerator, meter: Meter
+) -> list[Request]:
     """Documents in windows of `context` tokens that overlap by half, each token scored once.
 
     A document begins after the token that the model's texts begin with, or without one after the end of text, as in
-    lm-eval; that is no target. Every token but those of the first window has at least half a context before it. Windows
-    of one length go through the model together.
+    lm-eval; that is no target. Every token but those of the first window has at least half a context before it.
     """
     bos, eos = of.tokenizer.bos_token_id, of.tokenizer.eos_token_id
     first, stride = int(eos if bos is None else bos), max(1, context // 2)
@@ -124,13 +120,7 @@ def text_rows(documents: list[str], of: EvalModel, context: int, accelerator: Ac
     windows = [window for ids in encoded for window in windows_of([first, *ids], context, stride)]
     mine = windows[accelerator.process_index :: accelerator.num_processes]
     meter.expect(sum(len(tokens) - 1 for tokens, _ in mine))
-    alike = sorted(mine, key=lambda window: (len(window[0]), window[1]))
-    for (length, counted), group in groupby(alike, key=lambda window: (len(window[0]), window[1])):
-        same = [np.array(tokens) for tokens, _ in group]
-        at_once = max(1, of.scorer.budget // length)
-        for start in range(0, len(same), at_once):
-            ids, targets = to_device(same[start : start + at_once], of.scorer.device)
-            yield ids, targets, counted
+    return [Request(tuple(tokens[: counted + 1]), tuple(tokens[counted + 1 :])) for tokens, counted in mine]
 
 
 def windows_of(tokens: list[int], context: int, stride: int) -> Iterator[tuple[list[int], int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,6 @@ from overnight.evaluation.statistics import ALPHA, LEVEL, RESAMPLES, Verdict, he
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
 STANDARD_ERRORS = 3  # from the published figure, beyond which our measurement of GPT-2 is worth a warning
 PAGE = Path(__file__).with_name("comparison.md")
-
-
-@dataclass
-class Scores:
-    """What one model reached: `validation` and `texts` as TokenLoss gives them, `tasks` by name."""
-
-    facts: dict[str, Any]
-    validation: dict[str, Any] | None = None
-    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def compared(opponent: str, verdicts: Sequence[Verdict], validation: dict[str, float] | None) -> dict[str, Any]:
@@ -143,8 +133,8 @@ def notes(settings: dict[str, Any], home: str | None) -> list[str]:
     ]
     if home:
         found.append(
-            f"The validation set is held out from {home}, on which ours was trained and an opponent from elsewhere "
-            "was not: that loss favours ours."
+            f"The validation set is of {home}, like the text that ours was trained on. An opponent from elsewhere was "
+            "not trained on it: that loss favours ours."
         )
     if settings["limit"]:
         found.append(f"Only the first {settings['limit']} items of each task were used: a first look, not a result.")

@@ -8,11 +8,10 @@ its own sequence. Logits are made only where a continuation is predicted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,9 +22,6 @@ HEAD_ROWS = {"cpu": 128, "cuda": 2048}  # of logits that exist at once
 LARGEST_TREE = 256  # tokens, or twice a sequence: attention is dense, so a large tree pays for pairs without a use
 LEAST_SHARED = 0.25  # of a sequence, for it to join a tree
 TREE_TOLERANCE = 1e-3  # of log-probabilities, for a model to be taken for one that reads trees
-
-
-TreesOrTensor = TypeVar("TreesOrTensor", list["Tree"], Tensor)
 
 
 class Request(NamedTuple):
@@ -89,11 +85,14 @@ class Tree:
         return mask
 
 
-def batches_of(requests: Sequence[Request], context: int, budget: int) -> tuple[list[list[Tree]], int]:
+def batches_of(
+    requests: Sequence[Request], context: int, budget: int, *, share: bool = True
+) -> tuple[list[list[Tree]], int]:
     """Trees over all requests, in batches of about `budget` tokens, and how many requests were cut to the context.
 
-    Of a request that is too long for `context` tokens the last are kept, as lm-eval does. The result depends on the
-    requests alone. Raises ValueError for a continuation that is longer than the context.
+    Without `share` each request is a tree of its own. Of one that is too long for `context` tokens the last are kept,
+    as lm-eval does. The result depends on the requests alone. Raises ValueError for a continuation that is longer than
+    the context.
     """
     cut, sequences = 0, []
     for number, request in enumerate(requests):
@@ -106,7 +105,7 @@ def batches_of(requests: Sequence[Request], context: int, budget: int) -> tuple[
     for inputs, number, request in sorted(sequences):  # equal beginnings come together
         shared = trees[-1].shared(inputs) if trees else 0
         size = len(trees[-1]) + len(inputs) - shared if trees else 0
-        if shared < max(1.0, LEAST_SHARED * len(inputs)) or size > max(LARGEST_TREE, 2 * len(inputs)):
+        if not share or shared < max(1.0, LEAST_SHARED * len(inputs)) or size > max(LARGEST_TREE, 2 * len(inputs)):
             trees.append(Tree())
             shared = 0
         trees[-1].add(number, request, inputs, shared)
@@ -123,7 +122,7 @@ class Scorer:
     """A causal language model, in evaluation mode on its device, that answers batches of trees.
 
     `reads_trees` was found out by comparing a small tree with its sequences one by one: an architecture that takes no
-    mask of our own, or changes its logits after the head, does not.
+    mask of our own, or changes its logits after the head, does not, and is given trees without branches.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -131,36 +130,23 @@ class Scorer:
         self.device = model.device
         self.head = model.get_output_embeddings()
         self.budget = BATCH_TOKENS[self.device.type]
+        self.reads_trees = False
         self.reads_trees = self._reads_trees()
 
     def score(self, trees: list[Tree]) -> list[Answer]:
         """The answers to the requests of `trees`, in their order; in halves where the memory is short."""
         with until_memory_runs_out():
             return self._score(trees)
-        first, second = self._halves(trees)
-        return self.score(first) + self.score(second)
-
-    def losses(self, ids: Tensor, targets: Tensor) -> np.ndarray:
-        """Cross-entropy in nats of every target (rows, time) given the ids (rows, time) before it, float64.
-
-        In halves where the memory is short.
-        """
-        with until_memory_runs_out():
-            return self._losses(ids, targets)
-        pairs = zip(self._halves(ids), self._halves(targets), strict=True)
-        return np.concatenate([self.losses(*half) for half in pairs])
-
-    def _halves(self, rows: TreesOrTensor) -> tuple[TreesOrTensor, TreesOrTensor]:
-        """Two halves of what does not fit into the memory at once, which is given back as far as nothing holds it."""
-        if len(rows) == 1:
-            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory with a single row of {len(rows[0])} tokens")
+        if len(trees) == 1:
+            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory with a single row of {len(trees[0])} tokens")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        middle = len(trees) // 2
+        return self.score(trees[:middle]) + self.score(trees[middle:])
 
     @torch.inference_mode()
     def _score(self, trees: list[Tree]) -> list[Answer]:
-        hidden = self._hidden(trees)  # (rows * longest, n_embd)
+        hidden = self._hidden(trees)
         longest = len(trees[0])
         places = [row * longest + nodes for row, tree in enumerate(trees) for nodes in tree.scored]
         targets = [request.continuation for tree in trees for request in tree.requests]
@@ -173,21 +159,15 @@ class Scorer:
             for loss, hit in zip(np.split(losses, ends), np.split(hits, ends), strict=True)
         ]
 
-    @torch.inference_mode()
-    def _losses(self, ids: Tensor, targets: Tensor) -> np.ndarray:
-        if not self.reads_trees:
-            logits = self.model(ids, use_cache=False).logits.float()
-            return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu().numpy()
-        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        losses, _ = self._predict(hidden, np.arange(len(hidden)), targets.flatten())
-        return losses.reshape(targets.shape)
-
     def _hidden(self, trees: list[Tree]) -> Tensor:
+        """What the head reads, (rows * longest, n_embd); the logits themselves of a model that reads no trees."""
         longest = len(trees[0])
         ids = np.zeros((len(trees), longest), np.int64)
         positions = np.zeros_like(ids)
         for row, tree in enumerate(trees):
             ids[row, : len(tree)], positions[row, : len(tree)] = tree.tokens, tree.positions
+        if not self.reads_trees:
+            return self.model(torch.as_tensor(ids, device=self.device), use_cache=False).logits.flatten(0, 1)
         how = {}
         if any(tree.branches for tree in trees):
             mask = np.stack([tree.attends(longest) for tree in trees])[:, None]  # (rows, 1, longest, longest)
@@ -211,29 +191,29 @@ class Scorer:
         for number, start in enumerate(borders[:-1]):
             asked = torch.as_tensor(order[starts[number] : starts[number + 1]], device=self.device)
             row = torch.as_tensor(place, device=self.device)[asked] - start
-            logits = self.head(hidden[start : start + at_once]).float()
+            rows = hidden[start : start + at_once]
+            logits = (self.head(rows) if self.reads_trees else rows).float()
             wanted = target[asked]
             losses[asked] = (torch.logsumexp(logits, 1)[row] - logits[row, wanted]).double()
             hits[asked] = logits.argmax(1)[row] == wanted
         return losses.cpu().numpy(), hits.cpu().numpy()
 
-    @torch.inference_mode()
     def _reads_trees(self) -> bool:
         vocabulary = self.model.config.get_text_config().vocab_size
         tokens = np.random.default_rng(0).integers(0, vocabulary, 9).tolist()
         context, left, right = tuple(tokens[:3]), tuple(tokens[3:5]), tuple(tokens[5:9])
         requests = [Request(context, left), Request(context, right), Request(context[:2], right[:2])]
-        found = []
         try:
-            trees = batches_of(requests, 64, self.budget)[0][0]
-            answers = dict(zip([number for tree in trees for number in tree.numbers], self.score(trees), strict=True))
-            for number, (before, after) in enumerate(requests):
-                logits = self.model(torch.tensor([before + after], device=self.device), use_cache=False).logits
-                plain = logits[0, len(before) - 1 : -1].float().log_softmax(-1)
-                total = plain.gather(1, torch.tensor(after, device=self.device)[:, None]).sum()
-                found.append(abs(answers[number].loglikelihood - total.item()))
+            apart = self._likelihoods(requests)
+            self.reads_trees = True
+            return bool(np.abs(self._likelihoods(requests) - apart).max() <= TREE_TOLERANCE)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # no such arguments or parts
             if out_of_memory(error) or lost(error):
                 raise
             return False
-        return max(found) <= TREE_TOLERANCE
+
+    def _likelihoods(self, requests: list[Request]) -> np.ndarray:
+        """Log-likelihoods of a few short requests, float64 (requests,)."""
+        [trees], _ = batches_of(requests, 64, self.budget, share=self.reads_trees)
+        numbers = [number for tree in trees for number in tree.numbers]
+        return np.array([answer.loglikelihood for answer in self.score(trees)])[np.argsort(numbers)]

@@ -24,6 +24,7 @@ class Uploader:
         """`active` on the process that may send, where the recipe names a repository."""
         self.run, self.hub, self.console = directory.path, directory.recipe.hub, console
         self.active = active and self.hub.repo_id is not None  # until the Hub refuses
+        self.later = f"What is still missing, this sends: {script_command('publish.py', self.run)}"
         self.last_line = ""
         self.over = False  # the run: what is missing is still sent
         self.news = True  # what an earlier session may have left
@@ -37,8 +38,7 @@ class Uploader:
 
     def poll(self) -> None:
         """Tell what an upload that ended has said, and start another where there is news and none is underway."""
-        if self.helper is not None and self.helper.code is not None:
-            self._wait(0)
+        self._wait(0)
         if self.helper is None and self.active and (self.news or time.monotonic() >= self.checkpoints_due):
             self._start()
 
@@ -55,7 +55,7 @@ class Uploader:
         if self.helper is not None:
             self.helper.stop()
             self._tell(self.helper.said())
-            self._tell(f"hub: no answer. {self._later()}" if self.over else "")
+            self._tell(f"hub: no answer. {self.later}" if self.over else "")
 
     def _start(self) -> None:
         arguments = ["-m", "overnight.hub.upload", str(self.run)]
@@ -66,7 +66,7 @@ class Uploader:
         try:
             self.helper = Helper(*arguments, environment=ENVIRONMENT)
         except OSError as error:  # no memory to fork with
-            self._tell(f"hub: the upload cannot be started ({error}). {self._later()}")
+            self._tell(f"hub: the upload cannot be started ({error}). {self.later}")
 
     def _wait(self, seconds: float) -> None:
         """Wait for the upload, where there is one, but no longer than this; then tell how it ended."""
@@ -76,12 +76,9 @@ class Uploader:
         code, self.helper = self.helper.code or 0, None
         self.active = code in (0, EXIT_INTERRUPTED) or code < 0
         if code < 0:
-            self._tell(f"hub: the upload was ended by signal {-code}. {self._later()}")
+            self._tell(f"hub: the upload was ended by signal {-code}. {self.later}")
 
     def _tell(self, lines: str) -> None:
         for line in lines.splitlines():
             self.console.log(line)
             self.last_line = line
-
-    def _later(self) -> str:
-        return f"What is still missing, this sends: {script_command('publish.py', self.run)}"

@@ -12,14 +12,13 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from overnight.core.published import allowed_files
 from overnight.core.sums import write_sums
 from overnight.errors import DamagedData, InputError, Unreachable, first_line
-from overnight.hub.contents import MODEL_FILES, RUN_FILES, STATE, STATE_FILES, fresh, staging
+from overnight.hub.contents import MODEL_FILES, STATE, STATE_FILES, fresh, staging
 from overnight.hub.upload import HubRepo, differing
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import finished_in, folder_name
 from overnight.run_dir.metrics import Metrics
 
 FROM_HUB = "hub:"
-FETCHED = re.compile(f"{MODEL_FILES.pattern}|{STATE_FILES.pattern}")
 
 
 def fetch_state(source: str, directory: RunDirectory) -> None:
@@ -37,7 +36,7 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
             f"{directory.path} holds a run already: without `--resume` it continues; `--name NAME` starts another"
         )
     try:
-        staged = fetch(repo_id, STATE, directory, [*RUN_FILES, "checkpoints/*"])
+        staged = fetch(repo_id, STATE, directory, STATE_FILES)
         for target in finished_in(Metrics(staged / "metrics.jsonl").records()):
             fetch_model(repo_id, folder_name(target), directory)
     except InputError:
@@ -46,23 +45,20 @@ def fetch_state(source: str, directory: RunDirectory) -> None:
         raise InputError(f"`--resume {source}`: no state to be seen there ({first_line(error)})") from None
     except Exception as error:  # huggingface_hub passes on httpx's transport errors, which have no class in common
         raise Unreachable(f"`--resume {source}`: {type(error).__name__}: {first_line(error)}") from None
-    for name, path in allowed_files(staged, STATE_FILES).items():
-        there = directory.path / name
-        there.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(there)
+    move(staged, STATE_FILES, directory.path)
     shutil.rmtree(staging(directory.path))
 
 
-def fetch(repo_id: str, branch: str, directory: RunDirectory, names: list[str] | None = None) -> Path:
-    """A branch as it is now, verified, in a folder of its commit, so that an interrupted transfer continues.
+def fetch(repo_id: str, branch: str, directory: RunDirectory, names: re.Pattern[str]) -> Path:
+    """A branch as it is now in a folder of its commit, so that an interrupted transfer continues; `names` are verified.
 
     huggingface_hub compares sizes alone, and takes what lies there already for right.
     """
     repo = HubRepo(repo_id)
     commit = repo.api.model_info(repo_id, revision=branch).sha or branch
     staged = staging(directory.path) / f"{branch}-{commit}"
-    snapshot_download(repo_id, revision=commit, local_dir=staged, allow_patterns=names)
-    if wrong := differing(allowed_files(staged, FETCHED), repo.digests(commit)):
+    snapshot_download(repo_id, revision=commit, local_dir=staged)
+    if wrong := differing(allowed_files(staged, names), repo.digests(commit)):
         shutil.rmtree(staged)
         raise DamagedData(
             f"{repo_id}, {branch}: {', '.join(wrong)} did not arrive as sent; the same command tries again"
@@ -73,10 +69,16 @@ def fetch(repo_id: str, branch: str, directory: RunDirectory, names: list[str] |
 def fetch_model(repo_id: str, name: str, directory: RunDirectory) -> None:
     """A finished model from its own branch; one that was never pushed is left out, and is trained again."""
     try:
-        staged = fetch(repo_id, name, directory)
+        staged = fetch(repo_id, name, directory, MODEL_FILES)
     except RevisionNotFoundError:
         return
     folder = fresh(directory.models / name)
-    for file, path in allowed_files(staged, MODEL_FILES).items():
-        path.rename(folder / file)
+    move(staged, MODEL_FILES, folder)
     write_sums(folder)
+
+
+def move(staged: Path, names: re.Pattern[str], folder: Path) -> None:
+    """Move the files that are allowed from where they were fetched into their folder."""
+    for name, path in allowed_files(staged, names).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / name)

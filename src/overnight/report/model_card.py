@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "cur
 REPORT_FILES = re.compile("|".join(map(re.escape, (CARD, RECIPE, METRICS, CURVE))))
 EVALUATION_FILES = re.compile(r"results\.json|comparison\.md|against-[A-Za-z0-9._-]+\.png")
 TEMPLATE, UNFINISHED = (Path(__file__).with_name(name) for name in ("model_card.md", "unfinished_card.md"))
+FUNCTIONS: dict[str, Any] = {  # of the template
+    "text": text,
+    "fenced": fenced,
+    "standing": standing,
+    "count": count,
+    "duration": duration,
+    "thousands": "{:,}".format,
+    "yaml": partial(yaml.safe_dump, sort_keys=False),
+}
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb")
 
 
@@ -145,24 +155,15 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "prompt": json.dumps(next((each for each in recipe.validation.prompts if len(each) <= context // 2), "The")),
         "new_tokens": min(40, context // 2),
         "claimed": bool(claims(recipe)),
-        "needed": needed(recipe),
-        "changes": changes(recipe, records, end),
+        "changes": [r for r in records if on_the_way(r, recipe, records, end)],
         "baselines": next((r for r in records if r.get("event") == "ngram baselines"), None),
         "budgets": budgets(recipe, records, facts["unique_tokens"]),
         "unknown": scaling_law.unknown(stored_recipe(shown(recipe))),
-        "recipe_yaml": yaml.safe_dump(shown(recipe), sort_keys=False),
+        "shown": shown(recipe),
         "dataset": dataset,
         "gpt2": gpt2_loss(dataset) if dataset else None,
     }
-    values |= {
-        "text": text,
-        "standing": standing,
-        "fenced": fenced,
-        "count": count,
-        "duration": duration,
-        "thousands": "{:,}".format,
-    }
-    return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values)) + "\n"
+    return str(ModelCard.from_template(metadata(recipe, end, scores), str(TEMPLATE), **values, **FUNCTIONS)) + "\n"
 
 
 def last_samples(recipe: Recipe, records: list[Record], end: Record) -> list[tuple[str, str]]:
@@ -214,25 +215,6 @@ def metadata(recipe: Recipe, end: Record, scores: dict[str, Any] | None) -> Mode
     )
 
 
-def needed(recipe: Recipe) -> str | None:
-    """What must be at hand, beside the repository of Overnight and the recipe, to train the model again."""
-    if recipe.data.source == "adopted":
-        return f"the same token files, taken into `{text(shown(recipe)['data']['dir'])}` with `--adopt`"
-    if recipe.data.source == "files" and recipe.data.local:
-        return f"the text itself, {text(corpus(recipe))}, with the SHA-256 above"
-    return None
-
-
-def changes(recipe: Recipe, records: list[Record], end: Record) -> list[str]:
-    """The keys of the recipe that were changed on the way to a finished model, each in words."""
-    return [
-        f"`{record['key']}` was {text(record['before'])} and is {text(record['now'])} from iteration"
-        f" {record['iteration']:,} on"
-        for record in records
-        if on_the_way(record, recipe, records, end)
-    ]
-
-
 def on_the_way(record: Record, recipe: Recipe, records: list[Record], end: Record) -> bool:
     """Whether a record is of a change that a finished model saw: made before it ended, in its decay or before that."""
     changed = record.get("event") == "changed" and records.index(record) < records.index(end)
@@ -255,21 +237,11 @@ def budgets(recipe: Recipe, records: list[Record], unique_tokens: int) -> list[l
     """A row for each budget of the run: its length, what was claimed, predicted and forecast of it, what it reached."""
     claimed, rows = claims(recipe), []
     for budget, end in sorted(finished_in(records).items()):
-        before = "-"
-        if scaling_law.in_fit_range(recipe):
-            before = interval(*scaling_law.expected(recipe, budget, unique_tokens).interval())
-        length = [f"{budget:,}", count(budget * recipe.batch.tokens_per_iter)]
-        claim = [claimed.get(budget, "-")] if claimed else []
-        rows.append(
-            [
-                f"`{folder_name(budget)}`",
-                *length,
-                *claim,
-                before,
-                forecast_of(recipe, records, budget),
-                f"{end['val_loss']:.3f}",
-            ]
-        )
+        row = [f"`{folder_name(budget)}`", f"{budget:,}", count(budget * recipe.batch.tokens_per_iter)]
+        row += [claimed.get(budget, "-")] if claimed else []
+        within = scaling_law.in_fit_range(recipe)
+        row += [interval(*scaling_law.expected(recipe, budget, unique_tokens).interval()) if within else "-"]
+        rows.append([*row, forecast_of(recipe, records, budget), f"{end['val_loss']:.3f}"])
     return rows
 
 
