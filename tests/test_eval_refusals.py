@@ -1,6 +1,9 @@
 """What an evaluation cannot use is refused with its model, task and item, and what it can is used as lm-eval does."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +36,17 @@ def test_a_tokenizer_with_more_ids_than_its_model_has_rows_is_refused_where_the_
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="ids up to 270, and the model 270 rows"):
         load_model(str(tmp_path), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.slow
+def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_model_or_the_text(tmp_path):
+    away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    model = "from overnight.model.load import load_model; load_model('openai-community/gpt2')"
+    texts = "from overnight.evaluation.loss import read_texts; read_texts('someone/texts')"
+    for read in (model, texts):
+        code = "from overnight import errors\n" + f"try:\n    {read}\nexcept errors.Unreachable as error: print(error)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | away)
+        assert "the Hub cannot be reached" in done.stdout and "the same command continues" in done.stdout, done.stderr
 
 
 def test_a_model_without_a_limit_of_positions_has_lm_evals(tokenizer):

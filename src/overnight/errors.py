@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
 IN_WHEEL = Path(__file__).with_name("recipes").is_dir()  # where setup.py puts them; a checkout has them beside src/
+AWAY = {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError"}
 EXIT_INPUT, EXIT_DAMAGED, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 4, 75
 
 
@@ -26,6 +28,20 @@ class Unreachable(InputError):
     """A server or a disk that refuses for now; what was done is kept."""
 
     code = EXIT_INTERRUPTED
+
+
+def network_away(error: BaseException | None) -> bool:
+    """Whether a Hub client's error comes of a server that cannot be reached, and was not told to stay offline.
+
+    huggingface_hub, httpx, datasets and transformers share no base class, and importing them takes seconds.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    while error is not None:
+        if type(error).__name__ in AWAY:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def refused_by_system(error: Exception) -> Unreachable:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from overnight.core.files import errno_of
 from overnight.data.batches import validation_batches
 from overnight.data.shards import Split
-from overnight.errors import InputError, first_line
+from overnight.errors import InputError, Unreachable, first_line, network_away
 from overnight.evaluation.cache import ResponseCache, answer
 from overnight.evaluation.models import EvalModel
 from overnight.evaluation.progress import Meter
@@ -152,10 +152,14 @@ def read_texts(spec: str) -> list[str]:
         except Exception as error:  # the Hub client, its transport and the builders share no base class
             if errno_of(error) is not None:
                 raise
+            if network_away(error):
+                raise Unreachable(
+                    f"`--texts`: {spec}: the Hub cannot be reached ({first_line(error)}); the same command continues"
+                    " when it can, and `--texts none` needs no network"
+                ) from error
             raise InputError(
                 f"`--texts`: {spec} is neither a {FORMATS} file nor a dataset that can be read "
-                f"({first_line(error)}); EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test:page is one, "
-                "`--texts none` leaves it out"
+                f"({first_line(error)}); `--texts none` leaves it out"
             ) from error
     if not found:
         raise InputError(f"`--texts`: {spec} holds no text")

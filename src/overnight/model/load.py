@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from overnight.core.files import errno_of
-from overnight.errors import InputError, first_line
+from overnight.errors import InputError, Unreachable, first_line, network_away
 from overnight.recipe.text import refuse_missing_folder
 from overnight.run_dir.layout import refuse_damaged_model
 
@@ -51,6 +51,11 @@ def load_model(name: str, **how: Any) -> tuple[Any, dict[str, Any], Any]:
     except Exception as error:  # the Hub client, its transport and the parsers share no base class
         if errno_of(error) is not None:
             raise
+        if network_away(error):
+            raise Unreachable(
+                f"{name}: the Hub cannot be reached ({first_line(error)}); the same command continues when it can, and"
+                " a model in a folder needs no network"
+            ) from error
         raise InputError(f"{name}: no model can be loaded from there: {first_line(error)}") from error
 
 
