@@ -48,6 +48,7 @@ def list_files(run: Path, recipe: Recipe) -> None:
         print(f"{recipe.hub.repo_id}, {commit.branch}: {commit.message}")
         for name, path in sorted((commit.files | commit.report()).items()):
             print(f"  {name:<32}{path.stat().st_size:>13,} bytes")
+    print(f"nothing was sent; a new repository would be {'private' if recipe.hub.private else 'public'}")
 
 
 def run(options: argparse.Namespace) -> int:

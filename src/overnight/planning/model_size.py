@@ -188,7 +188,7 @@ def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
     tokens, processes = f"{batch.sequence_length} tokens", f"{derived.num_processes} processes"
     cut = f"{first} rows x {tokens} x {rows // first} accumulated x {processes}"
     if derived.measured:
-        cut = f"{rows} rows x {tokens} x {processes}, up to {first} rows at once, as the start measures"
+        cut = f"{rows} rows x {tokens} x {processes}; how many rows go at once, the start measures"
     ending = f"linear to zero over the last {decay_iters(schedule):,}" if schedule.kind == "wsd" else "cosine"
     on_the_way = goals(schedule)[:-1]
     finished = [

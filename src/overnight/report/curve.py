@@ -18,6 +18,7 @@ from overnight.run_dir.layout import finished_in, read_run
 from overnight.run_dir.metrics import Record
 
 HIGHEST = 1.2  # nats above the median validation loss that are shown
+PLATE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}  # behind words on lines
 WINDOWS = 50  # a run's training loss is smoothed over its length divided by this
 
 
@@ -30,11 +31,12 @@ def draw_curve(runs: Sequence[Path], file: Path) -> None:
     axes = new_axes(f"{', '.join(read)}: loss along the training", "a curve")
     bounds = []
     for number, (name, (recipe, records)) in enumerate(read.items()):
-        bounds.append(_draw_run(axes, name, recipe, records, f"C{number}"))
+        whose = f"{name}, " if len(read) > 1 else ""
+        bounds.append(_draw_run(axes, whose, recipe, records, f"C{number}"))
     for dataset in {each for recipe, _ in read.values() if (each := gpt2_dataset(recipe))}:
         draw_gpt2(axes, dataset, loss := gpt2_loss(dataset))
         bounds.append((loss, loss))
-    axes.set_ylim(min(low for low, _ in bounds) - 0.15, max(high for _, high in bounds))
+    axes.set_ylim(min(low for low, _ in bounds) - 0.2, max(high for _, high in bounds))
     axes.set_ylabel("loss, nats per token")
     recipes = [recipe for recipe, _ in read.values()]
     most = max(record["tokens"] for _, records in read.values() for record in records)
@@ -43,58 +45,70 @@ def draw_curve(runs: Sequence[Path], file: Path) -> None:
     write_figure(file, axes.figure)
 
 
-def _draw_run(axes: Any, name: str, recipe: Recipe, records: list[Record], color: str) -> tuple[float, float]:
-    """One run; returns the losses between which it is worth looking at."""
-    _draw_training(axes, name, records, color)
-    validations = _draw_validations(axes, name, records, color)
-    _draw_marks(axes, name, recipe, records, color)
-    expected = _draw_forecasts(axes, name, recipe, records, color)
+def _draw_run(axes: Any, whose: str, recipe: Recipe, records: list[Record], color: str) -> tuple[float, float]:
+    """One run, named in the legend where there are several; returns the losses between which it is worth looking at."""
+    _draw_training(axes, whose, recipe, records, color)
+    validations = _draw_validations(axes, whose, recipe, records, color)
+    _draw_marks(axes, whose, recipe, records, color)
+    expected = _draw_forecasts(axes, whose, recipe, records, color)
     return min([validations.min(), *expected]), float(np.median(validations)) + HIGHEST
 
 
-def _draw_training(axes: Any, name: str, records: list[Record], color: str) -> None:
+def _branches(recipe: Recipe, records: list[Record]) -> dict[int, list[Record]]:
+    """The records of each decay behind the last one of the trunk before it, by the milestone; of the trunk under 0."""
+    trunk = [record for record in records if record.get("cooldown") is None]
+    found = {0: trunk}
+    for decay in sorted({record["cooldown"] for record in records if record.get("cooldown")}):
+        leaves = branch_point(towards(recipe.schedule, decay))
+        before = [record for record in trunk if record["iteration"] <= leaves]
+        found[decay] = [*before[-1:], *(record for record in records if record.get("cooldown") == decay)]
+    return found
+
+
+def _draw_training(axes: Any, whose: str, recipe: Recipe, records: list[Record], color: str) -> None:
     """The training loss of the trunk and of each decay: a mean over neighbouring lines, the lines themselves behind."""
     training = [record for record in records if record["kind"] == "train"]
     window = max(1, len(training) // WINDOWS)
-    label = f"{name}, training" + (f", mean of {window} lines" if window > 1 else "")
-    for decay in sorted({record.get("cooldown") or 0 for record in training}):
-        tokens, losses = _series([record for record in training if (record.get("cooldown") or 0) == decay])
+    label = f"{whose}training" + (f", mean of {window} lines" if window > 1 else "")
+    for branch in _branches(recipe, training).values():
+        tokens, losses = _series(branch)
         axes.plot(tokens, losses, color, alpha=0.2, linewidth=0.6)
         axes.plot(tokens, _moving_mean(losses, window), color, alpha=0.6, linewidth=1.2, label=label)
         label = "_"  # matplotlib's word for a curve that no legend names
 
 
-def _draw_validations(axes: Any, name: str, records: list[Record], color: str) -> np.ndarray:
+def _draw_validations(axes: Any, whose: str, recipe: Recipe, records: list[Record], color: str) -> np.ndarray:
     """The validation losses, each decay joined to its trunk, and the finished models; returns all losses."""
     validations = [record for record in records if record["kind"] == "val"]
-    trunk = [record for record in validations if record.get("cooldown") is None]
-    axes.plot(*_series(trunk), color=color, marker=".", label=f"{name}, validation")
-    for decay in sorted({record["cooldown"] for record in validations if record.get("cooldown")}):
-        points = [record for record in validations if record.get("cooldown") == decay]
-        before = [record for record in trunk if record["tokens"] < points[0]["tokens"]]
-        axes.plot(*_series([*before[-1:], *points]), color=color, marker=".", linestyle=":")
-    for end in finished_in(records).values():
-        axes.plot(end["tokens"], end["val_loss"], color=color, marker="*", markersize=13, linestyle="")
-        below = {"xytext": (-4, -14), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+    branches = _branches(recipe, validations)
+    axes.plot(*_series(branches.pop(0)), color=color, marker=".", label=f"{whose}validation")
+    for number, branch in enumerate(branches.values()):
+        label = "_" if number else f"{whose}validation in a decay"
+        axes.plot(*_series(branch), color=color, marker=".", linestyle=":", label=label)
+    ends = list(finished_in(records).values())
+    where = [end["tokens"] for end in ends], [end["val_loss"] for end in ends]
+    axes.plot(*where, color=color, marker="*", markersize=13, linestyle="", label=f"{whose}finished" if ends else "_")
+    for end in ends:
+        below = {"xytext": (0, -20), "textcoords": "offset points", "ha": "center", "fontsize": 8, "bbox": PLATE}
         axes.annotate(f"{end['iteration']:,}: {end['val_loss']:.3f}", (end["tokens"], end["val_loss"]), **below)
     return _series(validations)[1]
 
 
-def _draw_marks(axes: Any, name: str, recipe: Recipe, records: list[Record], color: str) -> None:
+def _draw_marks(axes: Any, whose: str, recipe: Recipe, records: list[Record], color: str) -> None:
     """Where the run was resumed, where a decay began, and where a key of its recipe was changed."""
     decays = {record["cooldown"] for record in records if record.get("cooldown")}
     begun = [branch_point(towards(recipe.schedule, decay)) * recipe.batch.tokens_per_iter for decay in decays]
     resumed = [record["tokens"] for record in records if record.get("event") == "resumed"]
     for tokens, marker, height, word in ((begun, "v", 0.05, "decay begins"), (resumed, "^", 0.015, "resumed")):
         where = {"transform": axes.get_xaxis_transform(), "linestyle": "", "markersize": 6, "color": color}
-        axes.plot(tokens, [height] * len(tokens), marker=marker, label=f"{name}, {word}" if tokens else "_", **where)
+        axes.plot(tokens, [height] * len(tokens), marker=marker, label=f"{whose}{word}" if tokens else "_", **where)
     for change in [record for record in records if record.get("event") == "changed"]:
         axes.axvline(change["tokens"], color=color, linestyle=":", linewidth=1)
         beside = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "bottom", "fontsize": 7}
         axes.annotate(f"{change['key']} {change['now']}", (change["tokens"], 0.1), **beside)
 
 
-def _draw_forecasts(axes: Any, name: str, recipe: Recipe, records: list[Record], color: str) -> list[float]:
+def _draw_forecasts(axes: Any, whose: str, recipe: Recipe, records: list[Record], color: str) -> list[float]:
     """What was said of the longest budget at each validation, and the newest at that budget's end; the losses."""
     forecasts = [record for record in records if record["kind"] == "forecast"]
     if not forecasts:
@@ -105,7 +119,7 @@ def _draw_forecasts(axes: Any, name: str, recipe: Recipe, records: list[Record],
     tokens = [at for at, _ in said]
     low, high = ([row[key] for _, row in said] for key in ("loss_low", "loss_high"))
     axes.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
-    label = f"{name}, forecast of {budget:,} iterations, 90 %"
+    label = f"{whose}forecast of {budget:,} iterations, 90 %"
     expected = [row["loss"] for _, row in said]
     axes.plot(tokens, expected, color=color, linestyle="--", linewidth=1, label=label)
     if budget not in finished_in(records):

@@ -83,13 +83,14 @@ def resume(run: Run) -> None:
         return
     state = checkpoint.read_state(found)
     checkpoint.load_checkpoint(found, run.model, run.optimizers)
-    if not run.iteration:  # otherwise it is this session that goes back to its own trunk
+    back = run.iteration > 0  # it is this session that goes back to its own trunk
+    if not back:
         run.joules, run.seconds = state["joules"], state.get("seconds", 0.0)
     run.iteration = state["iteration"]
     run.history = LossHistory.from_json(state["history"])
     forget_after(run, run.iteration)
     if run.accelerator.is_main_process:
-        run.record("event", event="resumed", checkpoint=found.name)
+        run.record("event", event="returned" if back else "resumed", checkpoint=found.name)
         for change in run.directory.changes[len(state["changes"]) :]:
             run.record("event", event="changed", **change)
     for change in run.directory.changes[len(state["changes"]) :]:
