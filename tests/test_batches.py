@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from overnight.data.batches import TrainingBatches, permutation, validation_batches
-from overnight.data.shards import ShardWriter, Split
+from overnight.data.shards import Split, SplitWriter
 from overnight.errors import InputError
 from overnight.recipe.schema import Batch
 
@@ -16,11 +16,12 @@ CPU = torch.device("cpu")
 
 def split_of(tmp_path: Path, *sizes: int) -> Split:
     """Files whose tokens count up from 0 over the whole split, so that a token tells its place."""
-    records, start = [], 0
+    start, records = 0, []
     for number, size in enumerate(sizes):
-        with ShardWriter(tmp_path / "train" / f"{number:05d}.ds", 60_000) as writer:
-            writer.write(range(start, start + size))
-        records.append(writer.record)
+        writer = SplitWriter(tmp_path / f"{number}", 60_000, None)
+        writer.write(range(start, start + size))
+        writer.close()
+        records += writer.records
         start += size
     return Split(tmp_path, records, "uint16")
 

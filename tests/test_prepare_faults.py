@@ -221,13 +221,6 @@ def test_a_disk_without_room_is_refused_before_the_start(data, monkeypatch):
     assert not list(Path(data.dir + ".partial").glob("stage/*"))
 
 
-def test_a_folder_without_parquet_is_refused(data, tmp_path):
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "README.md").write_text("no text")
-    with pytest.raises(InputError, match=r"`data\.path` is .*none: no file found there"):
-        prepare(data.model_copy(update={"path": str(tmp_path / "none")}), GPT2_VOCABULARY, **SILENT)
-
-
 def test_d13_more_iterations_than_tokens_are_said_up_front(workplace):
     done = train(workplace, "tiny.yaml", "--dry-run", "--schedule.max_iters", "4000", "--data.train_tokens", "100000")
     assert "40.96 epochs" in done.stdout, done.stdout

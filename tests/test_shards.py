@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from overnight.data.manifest import Manifest
-from overnight.data.shards import ShardWriter, SplitWriter, open_shards, verify
+from overnight.data.shards import SplitWriter, open_shards, verify
 from overnight.errors import DamagedData, InputError
 from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
@@ -32,23 +32,23 @@ def folder(prepared, tmp_path) -> Path:
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
 def test_a_shard_is_raw_little_endian_tokens_and_an_index_of_ends(tmp_path, vocab_size, dtype):
-    with ShardWriter(tmp_path / "train" / "00000.ds", vocab_size) as writer:
-        writer.write([1, 65_535, 0])
-        writer.write([7, 0])
+    writer = SplitWriter(tmp_path / "train", vocab_size, None)
+    writer.write([1, 65_535, 0])
+    writer.write([7, 0])
+    writer.close()
     raw = (tmp_path / "train" / "00000.ds").read_bytes()
     assert numpy.frombuffer(raw, dtype).tolist() == [1, 65_535, 0, 7, 0]
     assert numpy.frombuffer((tmp_path / "train" / "00000.ds.index").read_bytes(), "<u8").tolist() == [3, 5]
-    assert writer.record.path == "train/00000.ds"
-    assert (writer.record.tokens, writer.record.documents, writer.record.bytes) == (5, 2, len(raw))
-    assert writer.record.sha256 == hashlib.sha256(raw).hexdigest()
+    [record] = writer.records
+    assert (record.path, record.tokens, record.documents, record.bytes) == ("train/00000.ds", 5, 2, len(raw))
+    assert record.sha256 == hashlib.sha256(raw).hexdigest()
 
 
-@pytest.mark.parametrize("ids", [[300], [-1], [65_541], []])
-def test_ids_outside_the_vocabulary_are_refused_and_leave_no_file(tmp_path, ids):
-    with pytest.raises(ValueError, match="outside"), ShardWriter(tmp_path / "00000.ds", 300) as writer:  # noqa: PT012
-        writer.write([299])
-        writer.write(ids)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("wrong", [300, -1, 65_541])
+def test_ids_outside_the_vocabulary_are_refused(tmp_path, wrong):
+    writer = SplitWriter(tmp_path, 300, None)
+    with pytest.raises(ValueError, match="outside"):
+        writer.write([299, wrong])
 
 
 def test_a_side_is_cut_at_its_limit_and_split_into_bounded_files(tmp_path, monkeypatch):

@@ -12,12 +12,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from overnight.core import files
 from overnight.data.encoder import json_fingerprint
-from overnight.data.manifest import DType, FileRecord, Manifest, dtype_for, little_endian, narrowed, read_manifest
+from overnight.data.manifest import DType, FileRecord, Manifest, little_endian, narrowed, read_manifest
 from overnight.errors import DamagedData
 
 TOKENS_PER_FILE = 100_000_000
@@ -26,78 +27,19 @@ TOKENS_AT_ONCE = 16_000_000
 Ids = Sequence[int] | np.ndarray
 
 
-class ShardWriter:
-    """Writes one `.ds` file and its index, under temporary names until the `with` block ends without an error.
-
-        with ShardWriter(folder / "train" / "00000.ds", vocab_size) as writer:
-            writer.write(ids)
-        writer.record  # FileRecord
-
-    The caller ends each document with the end-of-text token; the writer adds nothing.
-    """
-
-    def __init__(self, path: Path, vocab_size: int):
-        self.path, self.vocab_size, self.dtype = path, vocab_size, dtype_for(vocab_size)
-        self.tokens = 0
-        self._ends: list[np.ndarray] = []
-        self._sha256 = hashlib.sha256()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = path.with_name(path.name + ".partial")
-        self._index_partial = path.with_name(path.name + ".index.partial")
-        self._file = self._partial.open("wb")
-
-    def write(self, ids: Ids, lengths: Ids | None = None) -> None:
-        """Append documents: their ids one after the other, and the tokens of each; without `lengths` it is one.
-
-        Raises ValueError when an id is not in [0, vocab_size) or a document is empty.
-        """
-        tokens = np.asarray(ids)
-        sizes = np.asarray([len(tokens)] if lengths is None else lengths, dtype=np.int64)
-        if sizes.min() <= 0:
-            raise ValueError(f"{self.path}: a document is empty")
-        raw = narrowed(tokens, self.vocab_size, self.path).tobytes()
-        self._file.write(raw)
-        self._sha256.update(raw)
-        self._ends.append(self.tokens + np.cumsum(sizes))
-        self.tokens += len(tokens)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:
-            self._file.close()
-            self._partial.unlink()
-            return
-        ends = np.concatenate(self._ends).astype("<u8")
-        index = ends.tobytes()
-        self._index_partial.write_bytes(index)
-        self._file.close()
-        files.sync(self._index_partial)
-        files.sync(self._partial)
-        self._index_partial.rename(self.path.with_name(self.path.name + ".index"))
-        self._partial.rename(self.path)  # last: where a .ds stands, its index stands
-        self.record = FileRecord(
-            path=f"{self.path.parent.name}/{self.path.name}",
-            tokens=self.tokens,
-            documents=len(ends),
-            bytes=self.tokens * little_endian(self.dtype).itemsize,
-            sha256=self._sha256.hexdigest(),
-            index_sha256=hashlib.sha256(index).hexdigest(),
-        )
-
-
 class SplitWriter:
     """Writes one side of the data as numbered shards of about TOKENS_PER_FILE tokens, up to `limit` tokens.
 
-    The document that crosses the limit is cut there and then does not end with the end-of-text token.
+    The caller ends each document with the end-of-text token. The document that crosses the limit is cut there and
+    does not end with it. The files have their names at once: the folder around them gets its own when all is whole.
     """
 
     def __init__(self, folder: Path, vocab_size: int, limit: int | None):
         self.folder, self.vocab_size, self.limit = folder, vocab_size, limit
-        self.tokens = 0
         self.records: list[FileRecord] = []
-        self._writer: ShardWriter | None = None
+        self.tokens = 0
+        self._file: BinaryIO | None = None
+        folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def full(self) -> bool:
@@ -105,29 +47,56 @@ class SplitWriter:
         return self.tokens == self.limit
 
     def write(self, ids: Ids, lengths: Ids | None = None) -> None:
-        """Append documents, as `ShardWriter.write` takes them while there is room; a `full` side takes none."""
+        """Append documents: their ids one after the other, and the tokens of each; without `lengths` it is one.
+
+        Raises ValueError when an id is not in [0, vocab_size). A `full` side takes no more.
+        """
         tokens = np.asarray(ids)
         sizes = np.asarray([len(tokens)] if lengths is None else lengths, dtype=np.int64)
         if self.limit is not None and self.tokens + len(tokens) > self.limit:
             tokens, sizes = _cut(tokens, sizes, self.limit - self.tokens)
         while len(sizes):
-            if self._writer is None:
-                self._writer = ShardWriter(self.folder / f"{len(self.records):05d}.ds", self.vocab_size)
-            ends = np.cumsum(sizes)
-            whole = int(np.searchsorted(ends, TOKENS_PER_FILE - self._writer.tokens)) + 1  # documents of this file
-            here = int(ends[:whole][-1])
-            self._writer.write(tokens[:here], sizes[:whole])
-            tokens, sizes = tokens[here:], sizes[whole:]
+            file = self._open()
+            ends = self._in_file + np.cumsum(sizes)
+            whole = int(np.searchsorted(ends, TOKENS_PER_FILE)) + 1  # documents of this file
+            here = int(sizes[:whole].sum())
+            raw = narrowed(tokens[:here], self.vocab_size, self._path).tobytes()
+            file.write(raw)
+            self._sha256.update(raw)
+            self._ends.append(ends[:whole])
+            self._in_file += here
             self.tokens += here
-            if self._writer.tokens >= TOKENS_PER_FILE:
+            tokens, sizes = tokens[here:], sizes[whole:]
+            if self._in_file >= TOKENS_PER_FILE:
                 self.close()
 
+    def _open(self) -> BinaryIO:
+        """The shard being written, or the next one."""
+        if self._file is None:
+            self._path = self.folder / f"{len(self.records):05d}.ds"
+            self._file = self._path.open("wb")
+            self._in_file, self._sha256 = 0, hashlib.sha256()
+            self._ends: list[np.ndarray] = []
+        return self._file
+
     def close(self) -> None:
-        """Finish the shard being written."""
-        if self._writer is not None:
-            self._writer.__exit__(None)
-            self.records.append(self._writer.record)
-            self._writer = None
+        """Finish the shard being written: its index and its record."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        index = np.concatenate(self._ends).astype("<u8").tobytes()
+        self._path.with_name(f"{self._path.name}.index").write_bytes(index)
+        self.records.append(
+            FileRecord(
+                path=f"{self.folder.name}/{self._path.name}",
+                tokens=self._in_file,
+                documents=len(index) // 8,
+                bytes=self._path.stat().st_size,
+                sha256=self._sha256.hexdigest(),
+                index_sha256=hashlib.sha256(index).hexdigest(),
+            )
+        )
 
 
 def _cut(tokens: np.ndarray, sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,11 +134,6 @@ class Split:
         """Return all tokens of the side, shape (tokens,): for validation, which fits in memory."""
         return np.concatenate([self.read(index, 0, record.tokens) for index, record in enumerate(self.files)])
 
-    def close(self) -> None:
-        """Close the files."""
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-
 
 @dataclass(frozen=True)
 class Shards:
@@ -187,20 +151,19 @@ def open_shards(folder: str | Path, *, verify: bool = True) -> Shards:
     Raises InputError when the folder or its manifest is missing, and DamagedData naming each file that differs.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    _check(folder, manifest, hashed=verify)
+    manifest = _checked(folder, hashed=verify)
     train, val = (Split(folder, records, manifest.dtype) for records in (manifest.train, manifest.val))
     return Shards(folder, manifest, train, val)
 
 
 def verify(folder: str | Path) -> Manifest:
     """Hash every file of a prepared folder against its manifest, which is returned. Raises as `open_shards` does."""
-    manifest = read_manifest(Path(folder))
-    _check(Path(folder), manifest, hashed=True)
-    return manifest
+    return _checked(Path(folder), hashed=True)
 
 
-def _check(folder: Path, manifest: Manifest, *, hashed: bool) -> None:
+def _checked(folder: Path, *, hashed: bool) -> Manifest:
+    """The manifest of a folder whose files have its sizes, and its checksums where they are to be `hashed`."""
+    manifest = read_manifest(folder)
     problems = []
     for record in (*manifest.val, *manifest.train):
         path, index = files.within(folder, record.path), files.within(folder, f"{record.path}.index")
@@ -209,6 +172,7 @@ def _check(folder: Path, manifest: Manifest, *, hashed: bool) -> None:
     problems += tokenizer_problems(folder, manifest)
     if problems:
         raise DamagedData(problems)
+    return manifest
 
 
 def tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:

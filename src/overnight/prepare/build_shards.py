@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
@@ -23,12 +22,12 @@ from overnight.data.manifest import (
 from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter
 from overnight.errors import InputError
 from overnight.prepare.dedup_split import Allotment, Stage, allot, read_stage
-from overnight.prepare.documents import NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG
-from overnight.prepare.tokenize_files import DUPLICATE, EMPTY, Job
+from overnight.prepare.documents import DUPLICATE, EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG
+from overnight.prepare.tokenize_files import Job
 from overnight.recipe.schema import Data
 
 
-def build_shards(job: Job, folder: Path, commit: str | None) -> Manifest:
+def build_shards(job: Job) -> Manifest:
     """Put the staged files together and give the folder its name. Raises InputError when they fall short."""
     staged, chosen = _staged(job)
     whole = job.folder / "whole"
@@ -43,8 +42,7 @@ def build_shards(job: Job, folder: Path, commit: str | None) -> Manifest:
         _require_enough(job.data, val.tokens, train.tokens)
         val.close()
         train.close()
-        manifest = _manifest(job, commit, staged, chosen, val, train)
-        return name_prepared(whole, manifest, folder)
+        return name_prepared(whole, _manifest(job, staged, chosen, val, train), job.target)
     except BaseException:
         shutil.rmtree(whole, ignore_errors=True)
         raise
@@ -117,17 +115,10 @@ def _require_enough(data: Data, val_tokens: int, train_tokens: int) -> None:
         raise InputError(problems)
 
 
-def _manifest(
-    job: Job,
-    commit: str | None,
-    staged: list[Stage],
-    chosen: Allotment,
-    val: SplitWriter,
-    train: SplitWriter,
-) -> Manifest:
+def _manifest(job: Job, staged: list[Stage], chosen: Allotment, val: SplitWriter, train: SplitWriter) -> Manifest:
     counts = sum((Counter(stage.counts) for stage in staged), Counter())
     about = job.data.model_dump(include=SOURCE_KEYS)
-    about |= {"commit": commit, "path": ordered_path(job.data), "licence": job.data.license}
+    about |= {"commit": job.commit, "path": ordered_path(job.data), "licence": job.data.license}
     return Manifest(
         tokenizer=TokenizerRecord(name=job.data.tokenizer, sha256=job.tokenizer_sha256),
         vocab_size=job.vocab_size,

@@ -6,7 +6,6 @@ Nothing here executes what it reads: sources are parsed with `ast`, never import
 from __future__ import annotations
 
 import ast
-import contextlib
 import gc
 import hashlib
 import importlib.metadata
@@ -26,7 +25,7 @@ from overnight.errors import InputError
 from overnight.prepare.documents import text_hash
 
 READER_VERSION = 1
-"""Part of the cache key: raise it whenever the embedded corpus would come out differently."""
+"""Part of the corpus's version: raise it whenever the embedded corpus would come out differently."""
 SHORTEST = 200
 """Characters below which a piece of documentation is too short to be a document."""
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "lib2to3", "idlelib", "_vendor"}
@@ -37,16 +36,21 @@ DOCSTRING_CALLS = {"add_docstr", "add_newdoc"}
 def embedded_documents() -> list[str]:
     """Return the documentation of the standard library, numpy and torch: one document per module, class or topic.
 
-    About 10 MB, deduplicated, in the order of package and path. It is kept in a cache below $XDG_CACHE_HOME; a cache
-    that is damaged, or cannot be written, only costs the time to read the sources again.
+    About 10 MB, deduplicated, in the order of package and path.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "overnight"
-    cache /= f"embedded-{embedded_version()}.json"
-    texts = _load_cache(cache)
-    if texts is None:
-        texts = _read_packages(_package_roots())
-        _save_cache(cache, texts)
-    return texts
+    sources = [
+        (root, package, path)
+        for package, root in _package_roots().items()
+        for path in sorted(root.rglob("*.py"))
+        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
+    ]
+    # Forked: a spawned worker would import the caller's script, and with it torch, before it reads a line. The garbage
+    # collector is off in the workers: syntax trees have no cycles, and it would walk all that the caller has loaded.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=fork, initializer=gc.disable) as pool:
+        read = pool.map(_read_module, *zip(*sources, strict=True), chunksize=16)
+        unique = {text_hash(text): text for texts in read for text in texts if len(text) >= SHORTEST}
+    return list(unique.values())
 
 
 def embedded_version() -> str:
@@ -64,22 +68,6 @@ def _package_roots() -> dict[str, Path]:
             raise InputError(f"`data.source` is embedded, but {name} is not installed: pip install {name}")
         roots[name] = Path(spec.origin).parent
     return roots
-
-
-def _read_packages(roots: dict[str, Path]) -> list[str]:
-    sources = [
-        (root, package, path)
-        for package, root in roots.items()
-        for path in sorted(root.rglob("*.py"))
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
-    ]
-    # Forked: a spawned worker would import the caller's script, and with it torch, before it reads a line. The garbage
-    # collector is off in the workers: syntax trees have no cycles, and it would walk all that the caller has loaded.
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=fork, initializer=gc.disable) as pool:
-        read = pool.map(_read_module, *zip(*sources, strict=True), chunksize=16)
-        unique = {text_hash(text): text for texts in read for text in texts if len(text) >= SHORTEST}
-    return list(unique.values())
 
 
 def _read_module(root: Path, package: str, path: Path) -> list[str]:
@@ -127,23 +115,3 @@ def _strings_of_dict(tree: ast.Module) -> list[str]:
 def _strings(node: ast.AST) -> list[str]:
     constants = [child for child in ast.walk(node) if isinstance(child, ast.Constant) and isinstance(child.value, str)]
     return [str(child.value) for child in sorted(constants, key=lambda child: (child.lineno, child.col_offset))]
-
-
-def _load_cache(path: Path) -> list[str] | None:
-    try:
-        checksum, body = path.read_bytes().split(b"\n", 1)
-    except (OSError, ValueError):
-        return None
-    return json.loads(body) if hashlib.sha256(body).hexdigest().encode() == checksum else None
-
-
-def _save_cache(path: Path, texts: list[str]) -> None:
-    body = json.dumps(texts).encode()
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        partial.replace(path)
-    except OSError:  # a full disk or a read-only home: the next run reads the sources again
-        with contextlib.suppress(OSError):
-            partial.unlink()

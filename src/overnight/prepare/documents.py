@@ -9,7 +9,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,17 +33,22 @@ NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG = (
     "no text there",
     f"over {LONGEST_ROW >> 20} MiB",
 )
+EMPTY, DUPLICATE = "empty", "duplicate"
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 LONG_RUN = 64
 """Combining characters in a row that are put in order before Python normalises them."""
 
 
 class SourceRow(NamedTuple):
-    """One row of a file: its text or else why it has none, and how much of the file was read with it (0 to 1)."""
+    """One row of a file: its text, why it is not used, how much of the file was read with it (0 to 1), and its key.
 
-    text: str | None
+    Only a row with a text has a key, and that from `keyed` on.
+    """
+
+    text: str
     rejected: str
     share: float
+    key: bytes = b""
 
 
 FORMATS = ".txt, .jsonl (both also .gz, .bz2, .zst), .parquet"
@@ -115,19 +120,26 @@ def rows(path: Path, form: str, column: str, name: str) -> Iterator[SourceRow]:
     found = _read_parquet(path, column, name) if form == ".parquet" else _read_text(path, form, column, name)
     for raw, share in found:
         if isinstance(raw, str):
-            yield SourceRow(None, raw, share)
+            yield SourceRow("", raw, share)
         elif len(raw) > LONGEST_ROW:
-            yield SourceRow(None, TOO_LONG, share)
+            yield SourceRow("", TOO_LONG, share)
         else:
-            text = _decoded(raw)
-            yield SourceRow(text, "" if text is not None else NOT_UTF8, share)
+            try:
+                yield SourceRow(raw.decode("utf-8"), "", share)
+            except UnicodeDecodeError:
+                yield SourceRow("", NOT_UTF8, share)
 
 
-def _decoded(raw: bytes) -> str | None:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+def keyed(found: Iterable[SourceRow], seen: set[bytes]) -> Iterator[SourceRow]:
+    """Give each row with a text its key, mark those that are empty or `seen` before, and note the key there."""
+    for row in found:
+        if row.rejected:
+            yield row
+            continue
+        key = text_hash(row.text)
+        rejected = DUPLICATE if key in seen else "" if row.text.strip() else EMPTY
+        seen.add(key)
+        yield row._replace(rejected=rejected, key=key)
 
 
 Raw = bytes | str

@@ -5,7 +5,7 @@
     files-KEY.json  the input files, as they were found
     inputs/         files that are being fetched
     tokenizer-KEY/  the tokenizer
-    stage/KEY/      a staged file (staging.py)
+    stage/KEY/      a staged file (tokenize_files.py)
     whole/          the prepared folder, before it gets its name
 """
 
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datatrove.pipeline.base import PipelineStep
 from transformers import PreTrainedTokenizerFast
 
 from overnight.core.files import atomic_write, disk_full_error, refuse_dangling
@@ -43,11 +42,11 @@ from overnight.errors import InputError
 from overnight.prepare import sources
 from overnight.prepare.build_shards import build_shards
 from overnight.prepare.cost import require_room, require_same_text
-from overnight.prepare.documents import FORMATS, is_reserved, rows, text_hash
+from overnight.prepare.documents import FORMATS, is_reserved, keyed, rows
 from overnight.prepare.progress import watched
 from overnight.prepare.sources import SourceFile
-from overnight.prepare.tokenize_files import Job, pipeline
-from overnight.prepare.workers import raise_left, run_here, run_local, run_ray, submit_slurm
+from overnight.prepare.tokenize_files import Job, stage_file
+from overnight.prepare.workers import Task, raise_left, run_local, run_ray, submit_slurm
 from overnight.recipe.schema import Data
 
 TOKENIZER_CHARACTERS = 50_000_000
@@ -88,17 +87,14 @@ def prepare(
         folder = folder.resolve()
     workers = workers or Workers()
     with _claimed(folder) as partial, disk_full_error(partial, "data.dir"):
-        commit = sources.pinned_commit(data)
-        job = _job(partial, data, commit, vocab_size, workers.count, report)
+        job = _job(partial, folder, data, vocab_size, workers.count, report)
         if workers.executor == "slurm":
-            number = _submit(job, folder, commit, workers)
+            number = _submit(job, workers)
             report(f"{folder}: handed to Slurm; it is there when job {number} has ended, and says so in {partial}/logs")
             return None
         with watched(job, report):
             _stage(job, workers)
-        raise_left(job.error(0).parent)
-        manifest = build_shards(job, folder, commit)
-    shutil.rmtree(partial)
+        manifest = finish(job)
     train, val = (sum(record.tokens for record in side) for side in (manifest.train, manifest.val))
     report(f"{folder}: {train:,} training and {val:,} validation tokens{_left_out(manifest.counts)}")
     return manifest
@@ -136,10 +132,9 @@ def _claimed(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _job(
-    partial: Path, data: Data, commit: str | None, vocab_size: int, workers: int, report: Callable[[str], None]
-) -> Job:
+def _job(partial: Path, target: Path, data: Data, vocab_size: int, workers: int, report: Callable[[str], None]) -> Job:
     """What the tasks need: the files, found and with room for what they become, and the tokenizer in the folder."""
+    commit = sources.pinned_commit(data)
     files = sources.find(data, commit, report)
     require_room(partial, data, vocab_size, files, workers)
     about = [data.tokenizer, vocab_size]
@@ -157,7 +152,9 @@ def _job(
     atomic_write(partial / f"files-{key}.json", listed)
     return Job(
         folder=partial.absolute(),  # tasks on a cluster may start elsewhere
+        target=target.absolute(),
         data=data,
+        commit=commit,
         key=key,
         tokenizer=name,
         tokenizer_sha256=fingerprint(tokenizer),
@@ -189,18 +186,15 @@ def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Itera
     left = TOKENIZER_CHARACTERS
     for file in files:
         path, _ = sources.fetch(file, inputs)
-        for row in rows(path, file.form, data.text_column, file.name):
-            if not row.text or not row.text.strip() or (key := text_hash(row.text)) in seen:
-                found[row.rejected] += 1
-                continue
-            seen.add(key)
-            if not is_reserved(key, data.reserved_fraction):
+        for row in keyed(rows(path, file.form, data.text_column, file.name), seen):
+            found[row.rejected] += 1
+            if not row.rejected and not is_reserved(row.key, data.reserved_fraction):
                 yield row.text
                 left -= len(row.text)
                 if left <= 0:
                     return
-    if not seen:
-        why = ", ".join(f"{number:,} times {reason or 'empty'}" for reason, number in found.items()) or "no row at all"
+    if not found[""]:
+        why = ", ".join(f"{number:,} times {reason}" for reason, number in found.items() if number) or "no row at all"
         raise InputError(f"`data.path` is {data.path}, where no row has a text: {why}; {FORMATS} files with one work")
 
 
@@ -209,33 +203,25 @@ def _stage(job: Job, workers: Workers) -> None:
     tasks, logs, options = len(job.files), job.folder / "logs", workers.options or {}
     count = min(workers.count, tasks)
     if workers.executor == "ray":
-        run_ray(lambda: pipeline(job), tasks, count, logs, options)
+        run_ray(Task(stage_file, job), tasks, count, logs, options)
     elif count > 1:
-        run_local(lambda: pipeline(job), tasks, count, logs, options)
+        run_local(Task(stage_file, job), tasks, count, logs, options)
     else:
-        run_here(lambda: pipeline(job), tasks)
+        for rank in range(tasks):
+            stage_file(job, rank)
 
 
-class Finish(PipelineStep):
-    """The last task on a cluster: raises what the others left, or puts their output together."""
-
-    type, name = "WRITER", "prepared folder"
-
-    def __init__(self, job: Job, folder: Path, commit: str | None):
-        super().__init__()
-        self.job, self.folder, self.commit = job, folder, commit
-
-    def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
-        """Make the prepared folder."""
-        raise_left(self.job.error(0).parent)
-        build_shards(self.job, self.folder, self.commit)
-        shutil.rmtree(self.job.folder)
+def finish(job: Job, rank: int = 0) -> Manifest:
+    """Make the prepared folder of what the tasks have staged, or raise what they left; on a cluster the last task."""
+    raise_left(job.error(0).parent)
+    manifest = build_shards(job)
+    shutil.rmtree(job.folder)
+    return manifest
 
 
-def _submit(job: Job, folder: Path, commit: str | None, workers: Workers) -> str:
+def _submit(job: Job, workers: Workers) -> str:
     options = {"venv_path": f"{sys.prefix}/bin/activate", "workers": workers.count} | (workers.options or {})
-    finishing: list[PipelineStep] = [Finish(job, folder.absolute(), commit)]
-    return submit_slurm(pipeline(job), len(job.files), finishing, job.folder / "logs", options)
+    return submit_slurm(Task(stage_file, job), len(job.files), Task(finish, job), job.folder / "logs", options)
 
 
 if __name__ == "__main__":

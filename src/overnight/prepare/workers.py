@@ -1,6 +1,6 @@
-"""Where the tasks of a preparation run: in this process, on its cores, on a Slurm or on a Ray cluster.
+"""Where the tasks of a preparation run: on the cores of this machine, on a Slurm or on a Ray cluster.
 
-The last three are datatrove's executors; options for them go through as they are. Its marks of completed tasks carry
+These are datatrove's executors; options for them go through as they are. Its marks of completed tasks carry
 no identity of the input, so they are not used: a task is done when its staged file is there.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +26,18 @@ from overnight.core.processes import die_with_parent
 from overnight.errors import DamagedData, InputError, Unreachable
 
 
-def run_here(pipeline: Callable[[], list[PipelineStep]], tasks: int) -> None:
-    """Run the tasks one after the other in this process."""
-    for rank in range(tasks):
-        data: Any = None
-        for step in pipeline():
-            data = step(data, rank, tasks)
-        deque(data or (), maxlen=0)
+class Task(PipelineStep):
+    """A function of a job and of a task's number, as datatrove runs it."""
+
+    type, name = "WRITER", "token shards"
+
+    def __init__(self, function: Callable[[Any, int], object], job: Any):
+        super().__init__()
+        self.function, self.job = function, job
+
+    def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
+        """Call it for task number `rank`."""
+        self.function(self.job, rank)
 
 
 class Silent(LocalPipelineExecutor):
@@ -46,33 +50,32 @@ class Silent(LocalPipelineExecutor):
             logger.remove()  # which ending the task's log has added again
 
 
-def run_local(pipeline: Callable[[], list[PipelineStep]], tasks: int, workers: int, logs: Path, options: dict) -> None:
+def run_local(task: Task, tasks: int, workers: int, logs: Path, options: dict) -> None:
     """Run the tasks on the cores of this machine, `workers` at once, each in a process that is single-threaded."""
     logger.remove()
     os.register_at_fork(after_in_child=die_with_parent)  # datatrove's manager would outlive a killed command
-    multiprocess.get_context("forkserver").set_forkserver_preload(
-        [__name__, "overnight.prepare.tokenize_files"]
-    )  # once for all workers
+    preloaded = [__name__, "overnight.prepare.tokenize_files"]  # once for all workers
+    multiprocess.get_context("forkserver").set_forkserver_preload(preloaded)
     os.environ["RAYON_NUM_THREADS"] = "1"  # of both tokenizers, in the workers: this process tokenises nothing
     try:
-        _made(Silent, pipeline(), tasks=tasks, workers=workers, logging_dir=str(logs), **options).run()
+        _made(Silent, task, tasks=tasks, workers=workers, logging_dir=str(logs), **options).run()
     finally:
         del os.environ["RAYON_NUM_THREADS"]
 
 
-def run_ray(pipeline: Callable[[], list[PipelineStep]], tasks: int, workers: int, logs: Path, options: dict) -> None:
+def run_ray(task: Task, tasks: int, workers: int, logs: Path, options: dict) -> None:
     """Run the tasks on a Ray cluster whose nodes share the folder, and wait for them."""
     try:
         import ray
     except ImportError:
         raise InputError("`--executor ray` needs Ray: pip install ray") from None
     ray.init(ignore_reinit_error=True)
-    _made(RayPipelineExecutor, pipeline(), tasks=tasks, workers=workers, logging_dir=str(logs), **options).run()
+    _made(RayPipelineExecutor, task, tasks=tasks, workers=workers, logging_dir=str(logs), **options).run()
 
 
-def submit_slurm(stage: list[PipelineStep], tasks: int, finish: list[PipelineStep], logs: Path, options: dict) -> str:
+def submit_slurm(task: Task, tasks: int, finish: Task, logs: Path, options: dict) -> str:
     """Hand the tasks to Slurm, and behind them the one that puts their output together; returns that job's id."""
-    first = _made(SlurmPipelineExecutor, stage, tasks=tasks, logging_dir=str(logs / "stage"), **options)
+    first = _made(SlurmPipelineExecutor, task, tasks=tasks, logging_dir=str(logs / "stage"), **options)
     alone = {name: value for name, value in options.items() if name != "workers"}
     last = _made(SlurmPipelineExecutor, finish, tasks=1, depends=first, logging_dir=str(logs / "finish"), **alone)
     last.run()
@@ -105,8 +108,8 @@ def bound_to_parent(folder: Path, rank: int) -> Iterator[None]:
         yield
 
 
-def _made(kind: type[PipelineExecutor], pipeline: list[PipelineStep], **options: Any) -> PipelineExecutor:
+def _made(kind: type[PipelineExecutor], task: Task, **options: Any) -> PipelineExecutor:
     try:
-        return kind(pipeline, **({"skip_completed": False} | options))
+        return kind([task], **({"skip_completed": False} | options))
     except TypeError as error:  # an option that the executor does not have, or one that it needs
         raise InputError(f"`--executor-options`: {kind.__name__} says: {error}") from error
