@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from overnight.data.batches import TrainingBatches, permutation, validation_batches
-from overnight.data.shards import Split, SplitWriter
+from overnight.data.batches import Split, TrainingBatches, permutation, validation_batches
+from overnight.data.shards import SplitWriter
 from overnight.errors import InputError
 from overnight.recipe.schema import Batch
 

@@ -1,6 +1,7 @@
 """An update is made as a whole or not at all: wherever memory runs out in it, it is made again with the same tokens."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -38,6 +39,19 @@ def run(in_process):
         train_step(run)
         run.iteration += 1
     return run
+
+
+def test_a_training_step_is_read_in_five_files(run):
+    entered = set()
+
+    def note(frame, event, _):
+        if event == "call" and "/src/overnight/" in frame.f_code.co_filename:
+            entered.add(frame.f_code.co_filename.rpartition("/")[2])
+
+    sys.setprofile(note)
+    train_step(run)
+    sys.setprofile(None)
+    assert entered == {"train.py", "batches.py", "gpt2.py", "loss.py", "optim.py"}
 
 
 def state_of(run):

@@ -1,16 +1,25 @@
-"""Which tokens an iteration trains on: a pure function of (seed, iteration), whatever the micro-batch or processes."""
+"""Which tokens an iteration trains on: a pure function of (seed, iteration), whatever the micro-batch or processes.
+
+They are read from the shards of one side of the data (shards.py has the format) by their place.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from overnight.data.shards import Split
-from overnight.errors import InputError
+from overnight.core import files
+from overnight.data.manifest import DType, FileRecord, little_endian
+from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
@@ -21,6 +30,34 @@ def permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
     """
     keys = np.random.Philox(key=[seed, epoch]).random_raw(rows)
     return np.argsort(keys, kind="stable")
+
+
+class Split:
+    """One side of prepared data, read by position with `os.pread`: memory does not grow, threads may share it.
+
+    `files` are the manifest's records in order and `tokens` their sum.
+    """
+
+    def __init__(self, folder: Path, records: list[FileRecord], dtype: DType):
+        self.files, self.tokens = records, sum(record.tokens for record in records)
+        self.dtype = little_endian(dtype)
+        self._paths = [files.within(folder, record.path) for record in records]
+        self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
+
+    def read(self, file_index: int, start: int, count: int) -> np.ndarray:
+        """Return tokens [start, start + count) of one file, shape (count,), in the dtype on disk.
+
+        Raises DamagedData naming the file when it ends before that, for it was longer when it was opened.
+        """
+        size = self.dtype.itemsize
+        raw = os.pread(self._descriptors[file_index], count * size, start * size)
+        if len(raw) != count * size:
+            raise DamagedData(f"{self._paths[file_index]}: {count} tokens at {start} expected, {len(raw)} bytes found")
+        return np.frombuffer(raw, dtype=self.dtype)
+
+    def read_all(self) -> np.ndarray:
+        """Return all tokens of the side, shape (tokens,): for validation, which fits in memory."""
+        return np.concatenate([self.read(index, 0, record.tokens) for index, record in enumerate(self.files)])
 
 
 class Rows:
@@ -106,6 +143,8 @@ def validation_batches(
 
 def to_device(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of t + 1 tokens as ids and targets, (rows, t) int64 each."""
+    import torch  # here alone: the workers that prepare data read shards too, and would wait seconds for it
+
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
     if device.type == "cuda":
         tokens = page_locked(tokens).to(device, non_blocking=True)

@@ -8,7 +8,6 @@ cumulative document ends as little-endian uint64: what datatrove's DocumentToken
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import BinaryIO
 import numpy as np
 
 from overnight.core import files
+from overnight.data.batches import Split
 from overnight.data.encoder import json_fingerprint
-from overnight.data.manifest import DType, FileRecord, Manifest, little_endian, narrowed, read_manifest
+from overnight.data.manifest import FileRecord, Manifest, narrowed, read_manifest
 from overnight.errors import DamagedData
 
 TOKENS_PER_FILE = 100_000_000
@@ -105,34 +105,6 @@ def _cut(tokens: np.ndarray, sizes: np.ndarray, room: int) -> tuple[np.ndarray, 
     kept = sizes[:whole].copy()
     kept[-1] -= kept.sum() - room
     return tokens[:room], kept
-
-
-class Split:
-    """One side of prepared data, read by position with `os.pread`: memory does not grow, threads may share it.
-
-    `files` are the manifest's records in order and `tokens` their sum.
-    """
-
-    def __init__(self, folder: Path, records: list[FileRecord], dtype: DType):
-        self.files, self.tokens = records, sum(record.tokens for record in records)
-        self.dtype = little_endian(dtype)
-        self._paths = [files.within(folder, record.path) for record in records]
-        self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
-
-    def read(self, file_index: int, start: int, count: int) -> np.ndarray:
-        """Return tokens [start, start + count) of one file, shape (count,), in the dtype on disk.
-
-        Raises DamagedData naming the file when it ends before that, for it was longer when it was opened.
-        """
-        size = self.dtype.itemsize
-        raw = os.pread(self._descriptors[file_index], count * size, start * size)
-        if len(raw) != count * size:
-            raise DamagedData(f"{self._paths[file_index]}: {count} tokens at {start} expected, {len(raw)} bytes found")
-        return np.frombuffer(raw, dtype=self.dtype)
-
-    def read_all(self) -> np.ndarray:
-        """Return all tokens of the side, shape (tokens,): for validation, which fits in memory."""
-        return np.concatenate([self.read(index, 0, record.tokens) for index, record in enumerate(self.files)])
 
 
 @dataclass(frozen=True)

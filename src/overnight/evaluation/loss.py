@@ -18,8 +18,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from overnight.core.files import errno_of
-from overnight.data.batches import validation_batches
-from overnight.data.shards import Split
+from overnight.data.batches import Split, validation_batches
 from overnight.errors import InputError, Unreachable, first_line, network_away
 from overnight.evaluation.cache import ResponseCache, answer
 from overnight.evaluation.models import EvalModel

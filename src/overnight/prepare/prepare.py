@@ -94,7 +94,7 @@ def prepare(
             return None
         with watched(job, report):
             _stage(job, workers)
-        manifest = finish(job)
+        manifest = put_together(job)
     train, val = (sum(record.tokens for record in side) for side in (manifest.train, manifest.val))
     report(f"{folder}: {train:,} training and {val:,} validation tokens{_left_out(manifest.counts)}")
     return manifest
@@ -211,7 +211,7 @@ def _stage(job: Job, workers: Workers) -> None:
             stage_file(job, rank)
 
 
-def finish(job: Job, rank: int = 0) -> Manifest:
+def put_together(job: Job, rank: int = 0) -> Manifest:
     """Make the prepared folder of what the tasks have staged, or raise what they left; on a cluster the last task."""
     raise_left(job.error(0).parent)
     manifest = build_shards(job)
@@ -221,7 +221,7 @@ def finish(job: Job, rank: int = 0) -> Manifest:
 
 def _submit(job: Job, workers: Workers) -> str:
     options = {"venv_path": f"{sys.prefix}/bin/activate", "workers": workers.count} | (workers.options or {})
-    return submit_slurm(Task(stage_file, job), len(job.files), Task(finish, job), job.folder / "logs", options)
+    return submit_slurm(Task(stage_file, job), len(job.files), Task(put_together, job), job.folder / "logs", options)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import numpy as np
 from accelerate import Accelerator
 
 from overnight.core.console import Console, count, duration
+from overnight.data.batches import Split
 from overnight.data.manifest import Manifest, dtype_for
-from overnight.data.shards import Shards, Split, SplitWriter
+from overnight.data.shards import Shards, SplitWriter
 from overnight.device.launch import launch
 from overnight.doctor.machine import environment
 from overnight.model import optim
