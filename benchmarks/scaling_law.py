@@ -235,6 +235,36 @@ def main() -> None:
         print(f"{width:>6}{line(errors)}")
     print(f"{'all':>6}{line([error for errors in left_out.values() for error in errors])}")
     predict_measured_runs()
+    fit_batches()
+
+
+def fit_batches() -> None:
+    """Refit what larger updates cost, and print it beside the sweep that it is fitted to."""
+    law = constants()["batch"]
+    print(f"\nlosses of updates of other sizes, at {law['at_tokens']:.1e} tokens and the width of 384")
+    print(f"{'':8}{'tokens':>10}{'loss':>8}{'fitted':>8}{'error':>8}{'rate':>8}")
+    for optimizer, factor in (("adamw", "adamw_tuned_linear_to_0"), ("muon", "muon_wsd")):
+        rows = [row for row in facts("batch_sizes.csv") if row["optimizer"] == optimizer]
+        sizes, losses = (np.array([float(row[key]) for row in rows]) for key in ("tokens_per_iter", "loss"))
+        found, at = fit_batch(sizes, losses, constants()["recipe_factor_on_loss"][factor])
+        for row, loss, fitted in zip(rows, losses, at, strict=True):
+            size, rate = int(row["tokens_per_iter"]), row["peak_lr"] or "-"
+            mark = "" if size >= law["range"][0] else "   left out"
+            print(f"{optimizer:8}{size:>10,}{loss:>8.3f}{fitted:>8.3f}{fitted - loss:>+8.3f}{rate:>8}{mark}")
+        print(f"{'':8}critical size {found[0]:,.0f} tokens, power {found[1]:.3f}")
+
+
+def fit_batch(sizes: np.ndarray, losses: np.ndarray, factor: float) -> tuple[tuple[float, float], np.ndarray]:
+    """The critical size and the power of the batch's term, and the losses (n,) that it then gives."""
+    law, beta = constants()["batch"], constants()["beta"]
+    scale = factor * constants()["datasets"]["fineweb-edu"]["B"] * (law["at_tokens"] / 1e9) ** -beta
+
+    def curve(of: np.ndarray) -> np.ndarray:  # of: the loss of small updates, the logarithm of the size, the power
+        return of[0] + scale * ((1 + (sizes / np.exp(of[1])) ** of[2]) ** beta - 1)
+
+    used = sizes >= law["range"][0]
+    found = least_squares(lambda of: (curve(of) - losses)[used], [losses.min(), np.log(8e5), 1.5]).x
+    return (float(np.exp(found[1])), float(found[2])), curve(found)
 
 
 def line(errors: list[float]) -> str:

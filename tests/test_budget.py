@@ -96,6 +96,18 @@ def test_the_law_is_the_one_that_its_authors_wrote():
     assert scaling_law.effective_tokens(100e9, 1e9) < 16.5e9
 
 
+def test_smaller_updates_are_expected_to_use_tokens_better_and_short_runs_gain_most(night):
+    """The sweep has 3.926 at 524,288 and 3.736 at 131,072 tokens an update, for AdamW after 0.6B tokens."""
+    worth = scaling_law.batch_worth("adamw", 131_072, 6e8)
+    losses = [scaling_law.annealed_loss(21e6, 6e8, None, "fineweb-edu", 0.98, each) for each in (1.0, worth)]
+    assert losses[0] - losses[1] == pytest.approx(3.926 - 3.736, abs=0.06)
+    assert [scaling_law.batch_worth(name, 524_288, 3e9) for name in ("muon", "adamw")] == [1, 1]
+    gains = [planned("--milestones", milestone)["gain_of_smaller_batch"] for milestone in ("6000", "20000")]
+    assert gains[0] > 2 * gains[1] > 0 and gains[1] == night["gain_of_smaller_batch"]
+    small = planned("--batch.tokens_per_iter", "131072", "--milestones", "24000")
+    assert small["rows"][0]["loss"] == pytest.approx(night["rows"][0]["loss"] - gains[0])
+
+
 def test_nothing_is_expected_of_what_the_law_does_not_know():
     quickstart = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "quickstart.yaml")).stdout
     assert "loss      nothing is expected: the scaling law covers FineWeb-Edu and FineWeb alone" in quickstart

@@ -218,6 +218,10 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
     data = f", and {bound} {byte_count(1e9 * budget.data_gb)} more while the data is prepared" if budget.data_gb else ""
     out.append(f"disk      {byte_count(1e9 * budget.disk_gb)} for the run{data}")
     out.append(f"loss      {budget.losses}")
+    if (gain := budget.gain_of_smaller_batch) is not None:
+        out.append(
+            f"batch     updates of a quarter of the tokens would end the longest run {gain:.3f} nats lower"
+        )
     return out + [f"WARNING   {caveat}" for caveat in budget.caveats]
 
 

@@ -3,7 +3,8 @@
     loss = factor * (E + A * (N / 1e7)^-alpha + B * (D_eff / 1e9)^-beta)    nats per GPT-2 token, after annealing
 
 N are the parameters of the blocks' matrices. D_eff are the tokens seen, each further pass over the unique ones worth
-less (Muennighoff et al. 2023, arXiv 2305.16264). The factor is the training recipe's, measured at 124M parameters.
+less (Muennighoff et al. 2023, arXiv 2305.16264), and all of them less in larger batches. The factor is the training
+recipe's, measured at 124M parameters and about half a million tokens an update.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ FACTORS = {
     ("adamw", "cosine"): "adamw_6e-4_cosine_to_10_percent",
 }
 GPT2_VOCABULARY = 50_257
+USUAL_BATCH = 524_288  # tokens of an update in the runs that the factors were measured in
+SMALLER = 4  # what the plan compares with: a batch of that part
 
 
 @cache
@@ -73,12 +76,25 @@ def effective_tokens(tokens: float, unique: float | None) -> float:
     return unique * (1 + REUSE * (1 - math.exp(-(tokens / unique - 1) / REUSE)))
 
 
-def annealed_loss(parameters: float, tokens: float, unique: float | None, dataset: str, factor: float = 1.0) -> float:
-    """The law itself; KeyError for a dataset that it has no constants of."""
+def batch_worth(optimizer: str, tokens_per_iter: int, tokens: float) -> float:
+    """The share of `tokens` that is left in updates of this size, beside what is left in those of USUAL_BATCH.
+
+    Above a critical size, which grows with the tokens, more tokens in an update teach hardly more.
+    """
+    law = constants()["batch"]
+    critical = law["of"][optimizer]["critical_tokens"] * (tokens / law["at_tokens"]) ** law["growth"]
+    lost = [(batch / critical) ** law["of"][optimizer]["power"] for batch in (tokens_per_iter, USUAL_BATCH)]
+    return (1 + lost[1]) / (1 + lost[0])
+
+
+def annealed_loss(
+    parameters: float, tokens: float, unique: float | None, dataset: str, factor: float = 1.0, worth: float = 1.0
+) -> float:
+    """The law itself, `worth` being the batch's; KeyError for a dataset that it has no constants of."""
     law = constants()
     of_data = law["datasets"][dataset]
     size = of_data["A"] * (parameters / 1e7) ** -law["alpha"]
-    data = of_data["B"] * (effective_tokens(tokens, unique) / 1e9) ** -law["beta"]
+    data = of_data["B"] * (worth * effective_tokens(tokens, unique) / 1e9) ** -law["beta"]
     return factor * (of_data["E"] + size + data)
 
 
@@ -124,11 +140,22 @@ def expected(recipe: Recipe, max_iters: int, unique: int | None, offset: float |
     Without one, the standard error is the law's own, otherwise that of a law that was set right on this set.
     """
     tokens = max_iters * recipe.batch.tokens_per_iter
-    loss = annealed_loss(block_parameters(recipe.model), tokens, unique, dataset_of(recipe), factor_of(recipe))
+    worth = batch_worth(recipe.optim.name, recipe.batch.tokens_per_iter, tokens)
+    loss = annealed_loss(block_parameters(recipe.model), tokens, unique, dataset_of(recipe), factor_of(recipe), worth)
     sigma = constants()["sigma_nats"]
     if offset is None:
         return Expected(loss, sigma["uncalibrated"])
     return Expected(loss + offset, sigma["after_one_point_on_the_same_validation_set"])
+
+
+def gain_of_smaller_batch(recipe: Recipe, max_iters: int, unique: int | None) -> float | None:
+    """Nats by which the same tokens would end lower in updates of a quarter of the size; None outside of the sweep."""
+    batch, (least, most) = recipe.batch, constants()["batch"]["range"]
+    if not in_fit_range(recipe) or not least <= batch.tokens_per_iter // SMALLER < batch.tokens_per_iter <= most:
+        return None
+    smaller = batch.model_copy(update={"tokens_per_iter": batch.tokens_per_iter // SMALLER})
+    other = recipe.model_copy(update={"batch": smaller})
+    return expected(recipe, max_iters, unique).loss - expected(other, SMALLER * max_iters, unique).loss
 
 
 def unknown(recipe: Recipe) -> str | None:
@@ -166,6 +193,8 @@ def caveats(recipe: Recipe, iterations: list[int], unique: int | None = None) ->
         and not low <= least <= longest <= high,
         "the factor of Muon was measured at 124M parameters on FineWeb and is carried over": known and muon,
         "Muon under a cosine was not measured; the factor is the one of a linear decay": known and muon and cosine,
+        f"updates of {recipe.batch.tokens_per_iter:,} tokens are outside of the sweep behind the law": known
+        and not constants()["batch"]["range"][0] <= recipe.batch.tokens_per_iter <= constants()["batch"]["range"][1],
         "no run behind the law had dropout, which costs a model that sees few epochs": known and recipe.model.dropout,
     }
     return [caveat for caveat, true in holds.items() if true]

@@ -97,6 +97,7 @@ class Budget:
     dataset: str | None
     rows: list[Row]
     in_one_run: dict[str, float] | None  # iterations, hours and so on of a run that finishes several on its way
+    gain_of_smaller_batch: float | None  # nats after the longest budget's tokens, in updates of a quarter of the size
     losses: str  # what they stand on
     caveats: list[str]
     cheapest_below_gpt2: int | None  # the fewest iterations whose expected loss is below GPT-2 124M's
@@ -154,6 +155,7 @@ def budget(
         dataset=dataset,
         rows=rows,
         in_one_run=_in_one_run(recipe, timing, gpu, prices),
+        gain_of_smaller_batch=scaling_law.gain_of_smaller_batch(recipe, milestones[-1], unique),
         losses=expected.source,
         caveats=expected.caveats,
         **_answers(rows, gpt2),
