@@ -219,9 +219,7 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
     out.append(f"disk      {byte_count(1e9 * budget.disk_gb)} for the run{data}")
     out.append(f"loss      {budget.losses}")
     if (gain := budget.gain_of_smaller_batch) is not None:
-        out.append(
-            f"batch     updates of a quarter of the tokens would end the longest run {gain:.3f} nats lower"
-        )
+        out.append(f"batch     updates of a quarter of the tokens would end the longest run {gain:.3f} nats lower")
     return out + [f"WARNING   {caveat}" for caveat in budget.caveats]
 
 
