@@ -137,7 +137,7 @@ def keyed(found: Iterable[SourceRow], seen: set[bytes]) -> Iterator[SourceRow]:
             yield row
             continue
         key = text_hash(row.text)
-        rejected = DUPLICATE if key in seen else "" if row.text.strip() else EMPTY
+        rejected = EMPTY if not row.text.strip() else DUPLICATE if key in seen else ""
         seen.add(key)
         yield row._replace(rejected=rejected, key=key)
 
