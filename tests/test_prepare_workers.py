@@ -29,12 +29,19 @@ def data(tmp_path, gpt2_folder) -> Data:
     return sample_data(str(tmp_path / "text"), tmp_path / "one", gpt2_folder)
 
 
-def script(data: Data, *more: str, **environment: str) -> subprocess.CompletedProcess:
+def running(data: Data, *more: str, **environment: str) -> subprocess.Popen:
     """`recipes/prepare.py` as a user types it."""
     recipe = Path(data.dir).parent / "prepared.yaml"
     recipe.write_text(yaml.safe_dump({"data": data.model_dump()}))
-    command = [sys.executable, SCRIPT, str(recipe), *more]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    command, pipe = [sys.executable, SCRIPT, str(recipe), *more], subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment)
+
+
+def script(data: Data, *more: str, **environment: str) -> subprocess.CompletedProcess:
+    """The same, to its end."""
+    process = running(data, *more, **environment)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def test_two_workers_and_a_shuffled_list_of_files_give_the_bytes_of_one(data, tmp_path):
@@ -126,16 +133,9 @@ def long_data(tmp_path, gpt2_folder) -> Data:
     return sample_data(str(tmp_path / "text"), tmp_path / "one", gpt2_folder)
 
 
-def running(data: Data) -> subprocess.Popen:
-    recipe = Path(data.dir).parent / "prepared.yaml"
-    recipe.write_text(yaml.safe_dump({"data": data.model_dump()}))
-    command = [sys.executable, SCRIPT, str(recipe), "--workers", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_command_with_75_and_a_word(long_data):
-    process = running(long_data)
+    process = running(long_data, "--workers", "2")
     os.kill(wait_for_worker(Path(long_data.dir + ".partial"), process), signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
@@ -146,7 +146,7 @@ def test_a_worker_that_is_killed_ends_the_command_with_75_and_a_word(long_data):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_the_command(long_data, number):
-    process = running(long_data)
+    process = running(long_data, "--workers", "2")
     wait_for_worker(Path(long_data.dir + ".partial"), process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) > 2

@@ -84,6 +84,17 @@ def load_tokenizer(name_or_dir: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def load_tokenizer_of(name_or_dir: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """`load_tokenizer`, and InputError naming `model.vocab_size` when that is not its number of entries."""
+    tokenizer = load_tokenizer(name_or_dir)
+    if len(tokenizer) != vocab_size:
+        raise InputError(
+            f"`model.vocab_size` is {vocab_size}, but the tokenizer {name_or_dir} has {len(tokenizer)} entries: "
+            f"use {len(tokenizer)}"
+        )
+    return tokenizer
+
+
 def fetched(name_or_dir: str) -> str:
     """The folder of a tokenizer's files; those of a Hub name are fetched, and asked for once."""
     if os.path.isdir(name_or_dir):

@@ -28,7 +28,7 @@ from overnight.data.manifest import (
     name_prepared,
 )
 from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter, verify
-from overnight.data.tokenizer import fingerprint, load_tokenizer
+from overnight.data.tokenizer import fingerprint, load_tokenizer_of
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data
 
@@ -68,9 +68,7 @@ def adopt(
         return manifest
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"`data.dir` is {folder}, which is not empty: name a new folder")
-    tokenizer = load_tokenizer(data.tokenizer)
-    if len(tokenizer) != vocab_size:
-        raise InputError(f"`model.vocab_size` is {vocab_size}, but {data.tokenizer} has {len(tokenizer)} entries")
+    tokenizer = load_tokenizer_of(data.tokenizer, vocab_size)
     for side, paths in sides.items():
         head = _tokens(paths[0], vocab_size, whole=False)[:SHOWN]
         report(f"{side}: {', '.join(map(str, paths))}, which begins {tokenizer.decode(head)!r}")
@@ -121,10 +119,7 @@ def _written(
     """Fill the folder `partial` with tokenizer, links and validation set; returns what its manifest will say."""
     vocab_size, eos_id = len(tokenizer), tokenizer.eos_token_id
     tokenizer.save_pretrained(partial / "tokenizer")
-    train = [
-        _linked(path, partial / "train" / f"{number:05d}.ds", vocab_size, eos_id)
-        for number, path in enumerate(sides["train"])
-    ]
+    train = _linked(sides["train"], partial / "train", vocab_size, eos_id)
     val = _validation(sides["val"], partial, data.val_tokens, vocab_size, eos_id)
     return Manifest(
         tokenizer=TokenizerRecord(name=data.tokenizer, sha256=fingerprint(tokenizer)),
@@ -133,9 +128,7 @@ def _written(
         dtype=dtype_for(vocab_size),
         source=SourceRecord(
             source="adopted",
-            path=said.get("path"),
-            files=said.get("files"),
-            revision=said.get("revision"),
+            **{key: said.get(key) for key in ("path", "files", "revision")},
             commit=None,
             text_column=data.text_column,
             licence=said.get("license"),
@@ -150,7 +143,7 @@ def _written(
         ),
         val=val,
         train=train,
-        counts=Counts(duplicates=0, reserved_unused=0, empty=0, unreadable=0, too_long=0, after_budget=0),
+        counts=Counts(**dict.fromkeys(Counts.model_fields, 0)),
     )
 
 
@@ -173,35 +166,39 @@ def find_sides(origin: Path) -> dict[str, list[Path]]:
     )
 
 
-def _linked(origin: Path, path: Path, vocab_size: int, eos_id: int) -> FileRecord:
-    """Link `path` to the token file and write its index: the one that came with it, or made by scanning."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokens = _tokens(origin, vocab_size)
-    came = origin.with_name(origin.name + ".index")
-    ends = np.fromfile(came, "<u8") if came.is_file() else _ends(tokens, eos_id)
-    if not len(ends) or ends[-1] != len(tokens) or (np.diff(ends.astype(np.int64)) <= 0).any():
-        raise DamagedData(f"{came}: does not rise to the {len(tokens):,} tokens of {origin.name}; remove or remake it")
-    path.symlink_to(origin.absolute())
-    index = path.with_name(path.name + ".index")
-    index.write_bytes(ends.astype("<u8").tobytes())
-    return FileRecord(
-        path=f"{path.parent.name}/{path.name}",
-        tokens=len(tokens),
-        documents=len(ends),
-        bytes=tokens.nbytes,
-        sha256=files.sha256(origin),
-        index_sha256=files.sha256(index),
-    )
+def _linked(origins: list[Path], folder: Path, vocab_size: int, eos_id: int) -> list[FileRecord]:
+    """Link the token files into `folder`, each with its index: the one that came with it, or made by scanning."""
+    folder.mkdir(parents=True)
+    records = []
+    for number, origin in enumerate(origins):
+        tokens = _tokens(origin, vocab_size)
+        came = origin.with_name(origin.name + ".index")
+        ends = np.fromfile(came, "<u8") if came.is_file() else _ends(tokens, eos_id)
+        if not len(ends) or ends[-1] != len(tokens) or (np.diff(ends.astype(np.int64)) <= 0).any():
+            raise DamagedData(
+                f"{came}: does not rise to the {len(tokens):,} tokens of {origin.name}; remove or remake it"
+            )
+        path, index = folder / f"{number:05d}.ds", folder / f"{number:05d}.ds.index"
+        path.symlink_to(origin.absolute())
+        index.write_bytes(ends.astype("<u8").tobytes())
+        records.append(
+            FileRecord(
+                path=f"{folder.name}/{path.name}",
+                tokens=len(tokens),
+                documents=len(ends),
+                bytes=tokens.nbytes,
+                sha256=files.sha256(origin),
+                index_sha256=files.sha256(index),
+            )
+        )
+    return records
 
 
 def _validation(origins: list[Path], partial: Path, limit: int, vocab_size: int, eos_id: int) -> list[FileRecord]:
     """The validation side: linked when it is no larger than `limit` tokens, otherwise its head, copied."""
     token_bytes = little_endian(dtype_for(vocab_size)).itemsize
     if sum(path.stat().st_size for path in origins) <= limit * token_bytes:
-        return [
-            _linked(path, partial / "val" / f"{number:05d}.ds", vocab_size, eos_id)
-            for number, path in enumerate(origins)
-        ]
+        return _linked(origins, partial / "val", vocab_size, eos_id)
     writer = SplitWriter(partial / "val", vocab_size, limit)
     for path in origins:
         if not writer.full:

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from overnight.core.files import atomic_write, disk_full_error, refuse_dangling
 from overnight.core.lock import hold, kernel_lock
 from overnight.core.scripts import no_command
@@ -37,7 +35,7 @@ from overnight.data.manifest import (
     require_same_request,
 )
 from overnight.data.shards import verify
-from overnight.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from overnight.data.tokenizer import fingerprint, load_tokenizer, load_tokenizer_of, train_tokenizer
 from overnight.errors import InputError
 from overnight.prepare import sources
 from overnight.prepare.build_shards import build_shards
@@ -93,8 +91,8 @@ def prepare(
             report(f"{folder}: handed to Slurm; it is there when job {number} has ended, and says so in {partial}/logs")
             return None
         with watched(job, report):
-            _stage(job, workers)
-        manifest = put_together(job)
+            _stage_all(job, workers)
+        manifest = complete(job)
     train, val = (sum(record.tokens for record in side) for side in (manifest.train, manifest.val))
     report(f"{folder}: {train:,} training and {val:,} validation tokens{_left_out(manifest.counts)}")
     return manifest
@@ -144,7 +142,11 @@ def _job(partial: Path, target: Path, data: Data, vocab_size: int, workers: int,
     if (partial / name).exists():
         tokenizer = load_tokenizer(str(partial / name))
     else:
-        tokenizer = _tokenizer(partial / "inputs", data, files, vocab_size, report)
+        if data.tokenizer == "trained":
+            report(f"training a tokenizer of {vocab_size:,} entries on the training documents")
+            tokenizer = train_tokenizer(_tokenizer_texts(partial / "inputs", data, files), vocab_size)
+        else:
+            tokenizer = load_tokenizer_of(data.tokenizer, vocab_size)
         tokenizer.save_pretrained(partial / f"{name}.partial")
         (partial / f"{name}.partial").rename(partial / name)
     listed = json.dumps(files)
@@ -162,21 +164,6 @@ def _job(partial: Path, target: Path, data: Data, vocab_size: int, workers: int,
         eos_id=tokenizer.eos_token_id,
         dtype=dtype_for(vocab_size),
     )
-
-
-def _tokenizer(
-    inputs: Path, data: Data, files: list[SourceFile], vocab_size: int, report: Callable[[str], None]
-) -> PreTrainedTokenizerFast:
-    if data.tokenizer == "trained":
-        report(f"training a tokenizer of {vocab_size:,} entries on the training documents")
-        return train_tokenizer(_tokenizer_texts(inputs, data, files), vocab_size)
-    tokenizer = load_tokenizer(data.tokenizer)
-    if len(tokenizer) != vocab_size:
-        raise InputError(
-            f"`model.vocab_size` is {vocab_size}, but the tokenizer {data.tokenizer} has {len(tokenizer)} entries: "
-            f"use {len(tokenizer)}"
-        )
-    return tokenizer
 
 
 def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Iterator[str]:
@@ -198,7 +185,7 @@ def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Itera
         raise InputError(f"`data.path` is {data.path}, where no row has a text: {why}; {FORMATS} files with one work")
 
 
-def _stage(job: Job, workers: Workers) -> None:
+def _stage_all(job: Job, workers: Workers) -> None:
     """Run the task of every file; a single worker is this process."""
     tasks, logs, options = len(job.files), job.folder / "logs", workers.options or {}
     count = min(workers.count, tasks)
@@ -211,7 +198,7 @@ def _stage(job: Job, workers: Workers) -> None:
             stage_file(job, rank)
 
 
-def put_together(job: Job, rank: int = 0) -> Manifest:
+def complete(job: Job, rank: int = 0) -> Manifest:
     """Make the prepared folder of what the tasks have staged, or raise what they left; on a cluster the last task."""
     raise_left(job.error(0).parent)
     manifest = build_shards(job)
@@ -221,7 +208,7 @@ def put_together(job: Job, rank: int = 0) -> Manifest:
 
 def _submit(job: Job, workers: Workers) -> str:
     options = {"venv_path": f"{sys.prefix}/bin/activate", "workers": workers.count} | (workers.options or {})
-    return submit_slurm(Task(stage_file, job), len(job.files), Task(put_together, job), job.folder / "logs", options)
+    return submit_slurm(Task(stage_file, job), len(job.files), Task(complete, job), job.folder / "logs", options)
 
 
 if __name__ == "__main__":
