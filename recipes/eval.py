@@ -87,7 +87,9 @@ def run(options: argparse.Namespace) -> int:
         out=out,
         origin=origin,
     )
-    Session(plan, launch_evaluation()).run()
+    accelerator = launch_evaluation()
+    Session(plan, accelerator).run()
+    accelerator.end_training()  # takes leave of the other processes; left to the interpreter's end, that may abort it
     return 0
 
 

@@ -85,7 +85,7 @@ def test_the_curve_of_several_runs_is_drawn(in_process, flat_run, root):
     drawn = [*report, "runs/flat", "--curve", "--out", "curve.svg"]
     subprocess.run(drawn, capture_output=True, check=True)
     words = set(re.findall("<!-- (.*) -->", Path("curve.svg").read_text()))
-    assert {"training tokens, thousands", "iterations", "flat: loss along the training", "flat, decay begins"} <= words
+    assert {"training tokens, thousands", "iterations", "flat: loss along the training", "decay begins"} <= words
     assert "20" in words and not any(word.startswith("1e") for word in words)
     for wrong, said in (
         (["data", "--curve"], "data is no run directory"),
