@@ -88,7 +88,7 @@ build/ghost/libghost.so: $(wildcard tests/ghost_card/*.c tests/ghost_card/*.h) t
 bench: $(VENV)/.assets ## speed, memory and learning beside others into docs/benchmarks.md, hours; ARGS="--nanogpt DIR"
 	@{ echo "# Benchmarks"; echo; \
 	echo "What \`make bench\` printed; the scripts are in [benchmarks/](../benchmarks)."; \
-	for words in loss.py "loss.py --rows 4096 --vocabulary 4096 --width 128" memory.py roofline.py "training_step.py $(ARGS)" \
+	for words in loss.py "loss.py --dtype bfloat16" "loss.py --rows 4096 --vocabulary 4096 --width 128" memory.py roofline.py "training_step.py $(ARGS)" \
 	prepare.py evaluation.py checkpoint.py hub.py scaling_law.py forecast.py tokens_to_loss.py; do \
 	printf '\n```sh\npython benchmarks/%s\n```\n\n```text\n' "$${words% }"; \
 	$(RUN) -W ignore benchmarks/$$words; \
