@@ -192,8 +192,8 @@ def ordered_path(data: Data) -> str | list[str] | None:
     return sorted(data.path) if isinstance(data.path, list) else data.path
 
 
-def require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
-    """Raise InputError with every key in which a prepared folder is not what is asked for.
+def require_same_request(folder: Path, data: Data, vocab_size: int) -> Manifest:
+    """The manifest of a prepared folder; raises InputError with every key in which it is not what is asked for.
 
     Of adopted tokens only the tokenizer counts: what a recipe says of their text has no bearing on them.
     """
@@ -214,6 +214,7 @@ def require_same_request(folder: Path, data: Data, vocab_size: int) -> None:
     ]
     if problems:
         raise InputError([*problems, f"`data.dir` is {folder}: name a new folder, or go back to those values"])
+    return manifest
 
 
 def as_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
@@ -237,8 +238,7 @@ def with_prepared_data(recipe: Recipe) -> tuple[Recipe, int | None]:
     folder = Path(recipe.data.dir)
     if not is_prepared(folder):
         return recipe, recipe.data.train_tokens
-    require_same_request(folder, recipe.data, recipe.model.vocab_size)
-    manifest = read_manifest(folder)
+    manifest = require_same_request(folder, recipe.data, recipe.model.vocab_size)
     return as_prepared(recipe, manifest), sum(record.tokens for record in manifest.train)
 
 

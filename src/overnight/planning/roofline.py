@@ -22,7 +22,7 @@ PRODUCT_SHARE = 0.80
 # hold 400 TFLOP/s. Set by llm.c's runs on A100 PCIe (250 W) and H100 (700 W), where it comes out between -8 and +5 %.
 JOULES_PER_FLOP = 1.45e-12
 # The same of Samsung's 8 nm, in which NVIDIA makes the chips of capability 8.6. An A10 (150 W) reaches 35.3 TFLOP/s in
-# tf32 with cuBLAS, by a public table of matmul kernels, and bf16 is twice as fast; llm.c's run on it comes out at +7 %.
+# tf32 with cuBLAS, by a public table of matmul kernels, and bf16 is twice as fast; llm.c's run on it comes out at +9 %.
 JOULES_PER_FLOP_8_NM = 2.1e-12
 # Of the memory's bandwidth: what a long copy reaches.
 BANDWIDTH_SHARE = 0.90

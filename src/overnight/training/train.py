@@ -171,7 +171,7 @@ def accumulate(run: Run) -> torch.Tensor | None:
     The loss of a micro-batch is its sum over tokens times processes / tokens_per_iter: accumulating adds these up, DDP
     averages over processes, and what remains is the mean over every token of the iteration.
     """
-    processes, micro_batches = run.accelerator.num_processes, run.derived.rows_per_process // run.micro_batch
+    processes = run.accelerator.num_processes
     share = processes / run.recipe.batch.tokens_per_iter
     torch.manual_seed(dropout_seed(run.recipe.seed, run.iteration, run.accelerator.process_index))
     last = False
@@ -179,7 +179,7 @@ def accumulate(run: Run) -> torch.Tensor | None:
         loss = torch.zeros((), device=run.device.torch)
         batches = run.batches.micro_batches(run.iteration, run.micro_batch, run.device.torch)
         for number, (ids, targets) in enumerate(batches, start=1):
-            last = number == micro_batches
+            last = number * run.micro_batch == run.derived.rows_per_process
             if last and processes > 1 and micro_batch.another_ran_out(run):
                 return None
             with contextlib.nullcontext() if last else run.accelerator.no_sync(run.prepared):
