@@ -20,7 +20,8 @@ NIGHT = ROOT / "recipes" / "fineweb_edu_40m.yaml"
 
 def plan(*arguments: str, recipe: str = str(NIGHT), **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "recipes" / "plan.py"), recipe, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    nothing = {"cwd": ROOT / "tests"}  # no data is prepared there, whatever this checkout was used for
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False, **nothing)
 
 
 def planned(*arguments: str, recipe: str = str(NIGHT)) -> dict:

@@ -364,12 +364,13 @@ def test_the_cost_of_files_follows_from_their_sizes_and_a_wrong_path_is_refused(
     recipe = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
     asked = ["--dry-run", "--data.source", "files", "--data.path", f"{data.path}/nowhere.txt"]
     script = Path(recipe).with_name("prepare.py")
-    done = subprocess.run([sys.executable, script, recipe, *asked], capture_output=True, text=True, check=False)
+    how = {"capture_output": True, "text": True, "cwd": Path(data.dir).parent}  # not where a quickstart may have run
+    done = subprocess.run([sys.executable, script, recipe, *asked], check=False, **how)
     assert done.returncode == 2 and "no file found there" in done.stderr
     prepare(data, VOCAB, **SILENT)
     for path in Path(data.path or "").iterdir():
         path.unlink()
     shape = ["--data.tokenizer", "trained", "--data.val_tokens", "1000", "--data.reserved_fraction", "0.1"]
     asked = [*asked[1:4], data.path, "--data.dir", data.dir, "--model.vocab_size", str(VOCAB), *shape]
-    done = subprocess.run([sys.executable, script, recipe, *asked], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, recipe, *asked], check=False, **how)
     assert done.returncode == 0 and "already prepared" in done.stdout, done.stderr
