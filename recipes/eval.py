@@ -19,8 +19,7 @@ from overnight.core.extras import require
 from overnight.core.files import file_name
 from overnight.errors import EXIT_INTERRUPTED, InputError
 from overnight.recipe.schema import QUICK, Evaluation
-from overnight.recipe.text import refuse_missing_folder
-from overnight.run_dir.layout import origin_of
+from overnight.run_dir.layout import model_at, origin_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +61,13 @@ def folder_of(options: argparse.Namespace, home: Path, config: Evaluation, defau
 
 def run(options: argparse.Namespace) -> int:
     require("eval", "an evaluation")
+    options.model = model_at(options.model)
     origin = origin_of(options.model)
     defaults = origin.recipe.evaluation if origin else Evaluation()
     config = config_of(options, defaults)
-    for name in {options.model, *config.against} - {"untrained", "unigram"}:
-        refuse_missing_folder(name)
+    for name in {*config.against} - {"untrained", "unigram"}:
+        if name != (found := model_at(name)):
+            raise InputError(f"`--against {name}` is a run; {found} would work")
     out = options.out or folder_of(options, origin.folder if origin else Path(), config, defaults)
     if options.dry_run:
         print(f"{options.model} against {', '.join(config.against) or 'nothing'}, into {out}")

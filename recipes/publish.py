@@ -17,7 +17,7 @@ from overnight.core.console import outlets
 from overnight.core.extras import require
 from overnight.errors import InputError
 from overnight.recipe.schema import Hub, Recipe
-from overnight.run_dir.layout import recipe_of
+from overnight.run_dir.layout import recipe_of, reported
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,6 @@ def list_files(run: Path, recipe: Recipe) -> None:
 def run(options: argparse.Namespace) -> int:
     recipe = with_repository(recipe_of(options.run), options.repo_id, public=options.public)
     from overnight.hub.upload import publish
-    from overnight.report.model_card import reported
 
     reported(options.run)  # or raise
     require("figures", "the curve on a card")

@@ -30,7 +30,8 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(line for folder in options.runs for line in status_lines(folder)))
         return 0
     from overnight.report.curve import draw_curve
-    from overnight.report.model_card import report, reported
+    from overnight.report.model_card import report
+    from overnight.run_dir.layout import reported
     from overnight.run_dir.metrics import Metrics
 
     if options.curve:

@@ -5,11 +5,11 @@ import sys
 
 from overnight.cli import exit_code
 from overnight.core.console import outlets
-from overnight.recipe.text import refuse_missing_folder
+from overnight.run_dir.layout import model_at
 
 
 def run(options: argparse.Namespace) -> int:
-    refuse_missing_folder(options.model)
+    options.model = model_at(options.model)
     from overnight.model.generate import Writer
 
     writer = Writer.load(options.model)

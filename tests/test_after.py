@@ -31,7 +31,7 @@ def test_sampling_takes_a_runs_newest_model_or_the_weights_of_a_checkpoint(in_pr
     wanted = Writer.load("runs/tiny/models/iter-000040").after("The", **how)
     assert Writer.load("runs/tiny").after("The", **how) == Writer.load(str(checkpoint)).after("The", **how) == wanted
     shutil.copytree("runs/tiny", tmp_path / "begun", ignore=shutil.ignore_patterns("models"))
-    with pytest.raises(InputError, match=r"begun has no finished model yet; .*checkpoints/iter-\.\.\. would"):
+    with pytest.raises(InputError, match=r"begun has no finished model yet; .*sample\.py takes its checkpoints"):
         Writer.load(str(tmp_path / "begun"))
 
 

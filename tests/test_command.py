@@ -91,9 +91,13 @@ WITHOUT_TORCH = [
     (["plan", "fineweb_edu_40m", "--gpu", "rtx-4070"], 0, "The sweet spot is"),
     (["train", "fineweb_edu_40m"], 2, "`data.dir`: data/fineweb_edu holds no prepared data"),
     slow(["train", "own_text"], 2, "`data.path` is texts: no file found there"),
-    (["eval", "runs/none/models/iter-000001", "--against", "none"], 2, "is no folder; one with a model"),
-    slow(["eval", "gpt2", "--against", "./none", "--dry-run"], 2, "./none is no folder; one with a model"),
-    slow(["sample", "runs/none/models/iter-000001"], 2, "is no folder; one with a model"),
+    (
+        ["eval", "runs/none/models/iter-000001", "--against", "none"],
+        2,
+        "nothing is there; there are no runs here",
+    ),
+    slow(["eval", "gpt2", "--against", "./none", "--dry-run"], 2, "./none is no model, nothing is there"),
+    slow(["sample", "runs/none/models/iter-000001"], 2, "nothing is there; there are no runs here"),
     *(slow([part, "--help"], 0, "usage: ") for part in SCRIPTS),
 ]
 

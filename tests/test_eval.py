@@ -251,9 +251,8 @@ def said(evaluate_here, tmp_path: Path, capsys) -> Callable[..., str]:
 
 def test_what_is_no_model_is_refused(said, workplace: Path, tmp_path: Path):
     nothing = ("--tasks", "none", "--shards", "none")
-    assert "no config.json there" in said(str(workplace / "data"), *nothing)
-    assert "is no folder" in said(str(tmp_path / "nowhere"), *nothing)
-    assert "no config.json there" in said(MODEL, "--against", str(tmp_path), *nothing)
+    assert "that is a folder without one" in said(str(workplace / "data"), *nothing)
+    assert "that is a folder without one" in said(MODEL, "--against", str(tmp_path), *nothing)
 
     copy = shutil.copytree(workplace / MODEL, tmp_path / "copy")
     (copy / "SHA256SUMS").unlink()  # a model from elsewhere

@@ -212,7 +212,7 @@ def test_all_of_the_day_runs_in_a_small_shape_and_fills_the_page(tmp_path):
     (tmp_path / "nano" / "model.py").write_text(NANOGPT)
     page = tmp_path / "gpu.md"
     shutil.copy(ROOT / "docs" / "gpu.md", page)
-    words = ["1", "2", "3", "check", "--device", "cpu", "--small", "--out", "out", "--nanogpt", "nano"]
+    words = ["1", "2", "3", "--device", "cpu", "--small", "--out", "out", "--nanogpt", "nano"]
     words += ["--text", str(write_parquet(tmp_path / "books.parquet", paragraphs()))]
     done = subprocess.run([sys.executable, str(DAY), *words], cwd=tmp_path, capture_output=True, text=True, check=False)
     logs = "".join(path.read_text() for path in sorted((tmp_path / "out").glob("*.log")))

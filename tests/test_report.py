@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -142,9 +143,31 @@ def test_report_writes_a_folder_for_each_finished_model(run, root):
     shown = subprocess.run([*command, str(run)], capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines() == [f"written: {run}/report/iter-0000{budget}/README.md" for budget in (30, 40)]
-    shutil.copytree(run, "runs/nothing-yet", ignore=shutil.ignore_patterns("models"))
-    refused = subprocess.run([*command, "runs/nothing-yet"], capture_output=True, text=True, check=False)
-    assert (refused.returncode, refused.stdout) == (2, "") and "no finished model yet" in refused.stderr
+
+
+def test_a_path_of_no_run_or_model_is_answered_with_what_is_there_and_what_would_work(run, root, monkeypatch, capsys):
+    begun = Path(shutil.copytree(run, "runs/begun", ignore=shutil.ignore_patterns("models")))
+    command = {"command": ["/somewhere/train.py", "tiny.yaml", "--optim.lr", "1e-3"]}
+    (begun / "environment.json").write_text(json.dumps(command))
+    goes_on = "at iteration 40 of 40, and `python recipes/train.py tiny.yaml --optim.lr 1e-3` continues it"
+    nearest = "the runs here are runs/carded, runs/"
+    for script, words, said in (
+        ("report", "runs/cardet", ("runs/cardet is no run directory, nothing is there", nearest)),
+        ("report", f"{run}/models/iter-000040 --status", ("that is a model; it belongs to the run runs/carded,",)),
+        ("report", f"{run}/models --curve", ("without one; it belongs to the run runs/carded, which would work",)),
+        ("report", "runs/begun", ("runs/begun has no finished model yet", goes_on)),
+        ("publish", "tiny.yaml", ("tiny.yaml is no run directory, that is a file; the runs here are ",)),
+        ("publish", "runs/begun --repo-id a/b", (goes_on,)),
+        ("sample", "carded", ("carded is no model, nothing is there", nearest)),
+        ("sample", "runs/cardet/models/iter-000040", ("nothing is there", nearest)),
+        ("eval", f"{run}/models/iter-000050", (f"; {run}/models/iter-000040 would work\n",)),
+        ("eval", "runs/begun/models/iter-000040", ("runs/begun has no finished model yet", goes_on)),
+        ("eval", f"{run} --against {run}", (f"`--against {run}` is a run; {run}/models/iter-000040 would work",)),
+    ):
+        monkeypatch.setattr(sys, "argv", [script, *words.split()])
+        assert runpy.run_path(str(root / "recipes" / f"{script}.py"))["main"]() == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and all(each in told for each in said), (words, told)
 
 
 def test_the_nights_card_has_what_was_claimed_beside_what_was_expected_and_reached(root):

@@ -8,15 +8,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from overnight.core.files import errno_of
 from overnight.data.encoder import json_fingerprint
-from overnight.errors import InputError, Unreachable, first_line
-from overnight.recipe.text import refuse_missing_folder
+from overnight.errors import InputError, Unreachable, first_line, network_away
+from overnight.recipe.text import is_path
 
 END_OF_TEXT = "<|endoftext|>"
 FILES = ["tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json"]
@@ -99,11 +99,15 @@ def fetched(name_or_dir: str) -> str:
     """The folder of a tokenizer's files; those of a Hub name are fetched, and asked for once."""
     if os.path.isdir(name_or_dir):
         return name_or_dir
-    refuse_missing_folder(name_or_dir, "`data.tokenizer`: ")
+    if os.path.isfile(name_or_dir) or is_path(name_or_dir):
+        raise InputError(
+            f"`data.tokenizer` is {name_or_dir}, which is no folder; one with a tokenizer.json, a name on the Hub, or"
+            " `trained` would work"
+        )
     try:
         return snapshot_download(name_or_dir, allow_patterns=FILES)
     except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
+        if not network_away(error):
             raise
         raise Unreachable(
             f"`data.tokenizer` is {name_or_dir}, and the Hub cannot be reached ({first_line(error)}); the same command"

@@ -12,10 +12,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from overnight.core.console import plain
 from overnight.core.sums import damage
-from overnight.errors import DamagedData, InputError
+from overnight.errors import DamagedData
 from overnight.model.load import load_model
 from overnight.model.unannealed import write_model
-from overnight.run_dir.layout import RECIPE, finished, folder_name, recipe_of
+from overnight.run_dir.layout import model_at, recipe_of, run_around
 
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 NO_LIMIT = 2048  # tokens, for a model that has none (ALiBi, a state-space model): lm-eval's
@@ -33,14 +33,11 @@ def context_of(model: Any, tokenizer: Any) -> int:
 def model_of(name: str, scratch: Path) -> str:
     """The model folder or Hub name that is meant: of a run its newest finished model, of its checkpoint the weights.
 
-    A checkpoint's are written into `scratch`. Raises `InputError` for a run that has finished none, and `DamagedData`.
+    A checkpoint's are written into `scratch`. Raises as `model_at` does, and `DamagedData`.
     """
+    name = model_at(name)
     folder = Path(os.path.abspath(name))
-    run = next((place for place in (folder, *folder.parents[:3]) if (place / RECIPE).is_file()), None)
-    if run == folder and not (folder / "config.json").is_file():
-        if not (there := finished(folder)):
-            raise InputError(f"{name} has no finished model yet; {name}/checkpoints/iter-... would work")
-        return str(Path(name, "models", folder_name(max(there))))
+    run = run_around(folder)
     if run is None or not (folder / "state.json").is_file():
         return name
     if reason := damage(folder):

@@ -13,8 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from overnight.core.files import errno_of
 from overnight.errors import InputError, Unreachable, first_line, network_away
-from overnight.recipe.text import refuse_missing_folder
-from overnight.run_dir.layout import refuse_damaged_model
+from overnight.run_dir.layout import model_at, refuse_damaged_model
 
 BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # implementations for which nothing is fetched
 
@@ -25,7 +24,7 @@ def load_model(name: str, **how: Any) -> tuple[Any, dict[str, Any], Any]:
     Raises `InputError` for what is none or would need code or a pickle, `DamagedData` for a folder that is not as it
     was written, and OSError where the system refuses a file.
     """
-    refuse_missing_folder(name)
+    model_at(name)  # or raise
     try:
         if Path(name).is_dir():
             refuse_damaged_model(Path(name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -131,14 +130,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def refuse_missing_folder(name: str, key: str = "") -> None:
-    """Raise InputError for a path where nothing is, before anybody asks the Hub for a repository of that name.
-
-    `key` is the recipe's that names it, in words before it.
-    """
+def is_path(name: str) -> bool:
+    """Whether a name is a path: nobody asks the Hub for a repository of such a name."""
     try:
-        path = name != repository(name) or name.startswith("runs/")
+        return name != repository(name) or name.startswith("runs/")
     except ValueError:
-        path = True
-    if os.path.isfile(name) or (path and not os.path.exists(name)):
-        raise InputError(f"{key}{name} is no folder; one with a model or tokenizer, or a name on the Hub, would work")
+        return True

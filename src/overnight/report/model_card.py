@@ -22,7 +22,7 @@ from overnight.core.console import count, duration, plain
 from overnight.core.files import atomic_write, strict_json
 from overnight.core.published import allowed_files, copy_for_others, fenced, for_others, redacted, text
 from overnight.core.sums import SUMS, damage
-from overnight.errors import DamagedData, InputError, script_command
+from overnight.errors import DamagedData, script_command
 from overnight.planning import scaling_law
 from overnight.planning.gpus import facts as facts_of
 from overnight.planning.table import Prices, gpt2_loss
@@ -84,14 +84,6 @@ def copy_evaluation(run: Path, budget: int) -> dict[str, Path]:
     shutil.rmtree(folder, ignore_errors=True)  # of an evaluation that there was before
     scored = allowed_files(evaluation_of(run / "models" / name), EVALUATION_FILES)
     return {f"evaluation/{file}": copy_for_others(path, folder / file) for file, path in scored.items()}
-
-
-def reported(run: Path) -> list[int]:
-    """The budgets that a run has finished; `InputError` while there is none."""
-    budgets = [*finished(run)]
-    if not budgets:
-        raise InputError(f"{run} has no finished model yet; its first is written when a budget ends")
-    return budgets
 
 
 def unfinished_card(recipe: Recipe, iteration: int, repo_id: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from overnight.core.console import count, duration
 from overnight.core.lock import holder_of
 from overnight.recipe.schedule import branch_point, goals, towards
-from overnight.run_dir.layout import CHECKPOINTS, LOG, finished, folder_name, recipe_of, saved_iterations
+from overnight.run_dir.layout import CHECKPOINTS, LOG, continuing, finished, folder_name, recipe_of, saved_iterations
 from overnight.run_dir.metrics import Metrics, Record
 
 
@@ -49,7 +49,7 @@ def activity(run: Path, *, finished_all: bool) -> str:
         log = run / LOG
         silent = f", last line {duration(time.time() - log.stat().st_mtime)} ago" if log.exists() else ""
         return f"{holder} works on it{silent}"
-    return "finished" if finished_all else "stopped; the command that began it continues it"
+    return "finished" if finished_all else f"stopped; {continuing(run)}"
 
 
 def train_words(record: Record) -> str:

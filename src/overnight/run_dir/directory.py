@@ -23,8 +23,10 @@ from overnight.recipe.schema import Recipe, Schedule
 from overnight.run_dir.layout import (
     CHECKPOINTS,
     ENVIRONMENT,
+    MODELS,
     RECIPE,
     REWRITTEN,
+    RUNS,
     cooldown_name,
     cooldowns,
     folder_name,
@@ -32,8 +34,6 @@ from overnight.run_dir.layout import (
     saved_iterations,
 )
 from overnight.run_dir.metrics import Metrics
-
-RUNS = Path("runs")
 
 
 class RunDirectory:
@@ -43,7 +43,7 @@ class RunDirectory:
         self.path = runs / recipe.name
         self.recipe = recipe
         self.checkpoints = self.path / CHECKPOINTS
-        self.models = self.path / "models"
+        self.models = self.path / MODELS
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self.changes: list[dict[str, Any]] = []  # of the run's identity since it began: {"key", "before", "now"}
         self.run_id: str | None = None  # what its checkpoints call it, wherever the directory lies; None before `claim`

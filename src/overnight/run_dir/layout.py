@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
@@ -15,14 +16,17 @@ import yaml
 
 from overnight.core.files import entries, refuse_dangling, sha256
 from overnight.core.sums import SUMS, damage
-from overnight.errors import DamagedData, InputError, first_line
+from overnight.errors import DamagedData, InputError, first_line, script_command
 from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
+from overnight.recipe.text import is_path
 from overnight.run_dir.metrics import Metrics, Record
 
+RUNS, MODELS, REPORT = Path("runs"), "models", "report"
 LOG = "log.txt"  # what the session printed; of those before it log-1.txt and so on
 CHECKPOINTS, RECIPE, ENVIRONMENT, RESULTS = "checkpoints", "recipe.yaml", "environment.json", "results.json"
 REWRITTEN = "move it away, and the run's own training command writes it anew and continues from its checkpoints"
+LISTED = 5  # runs in a message
 T = TypeVar("T")
 _NAME, _COOLDOWN = re.compile(r"iter-(\d{6,})"), re.compile(r"cooldown-(\d{6,})")
 
@@ -98,7 +102,7 @@ def read_file(path: Path, make: Callable[[Any], T], otherwise: str) -> T:
 def finished(run: Path) -> dict[int, Record]:
     """The milestones that a run has finished, ascending: the last record of each whose verified model is there."""
     ends = finished_in(Metrics(run / "metrics.jsonl").records())
-    there = saved_iterations(run / "models")
+    there = saved_iterations(run / MODELS)
     return {target: ends[target] for target in sorted(ends) if target in there}
 
 
@@ -114,7 +118,7 @@ def refuse_damaged_model(folder: Path) -> None:
     """
     folder = Path(os.path.abspath(folder))
     match, metrics = _NAME.fullmatch(folder.name), Metrics(folder.parent.parent / "metrics.jsonl")
-    record = finished_in(metrics.records()).get(int(match[1])) if match and folder.parent.name == "models" else None
+    record = finished_in(metrics.records()).get(int(match[1])) if match and folder.parent.name == MODELS else None
     recorded = record.get("sums") if record else None
     if recorded is None and not (folder / SUMS).exists():
         return
@@ -126,12 +130,89 @@ def refuse_damaged_model(folder: Path) -> None:
         raise DamagedData(f"{folder} is damaged: {reason}{way_on}")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory; a report and a model that was fetched have a recipe.yaml too."""
+    elsewhere = folder.absolute().parent.name == REPORT or (folder / "config.json").is_file()
+    return (folder / RECIPE).is_file() and not elsewhere
+
+
+def run_around(path: Path) -> Path | None:
+    """The run directory in which a path lies, whether anything is there or not."""
+    return next((place for place in path.parents[:3] if is_run(place)), None)
+
+
+def existing_runs(path: Path) -> str:
+    """The runs that there are, beside a mistyped path and in runs/, in words; those with the nearest names first."""
+    folders = [each.parent for place in (path.parent, RUNS) for each in place.glob(f"*/{RECIPE}")]
+
+    def likeness(run: Path) -> float:
+        return max(difflib.SequenceMatcher(None, part, run.name).ratio() for part in path.parts or ("",))
+
+    once = {os.path.abspath(run): run for run in folders if is_run(run)}
+    found = sorted(once.values(), key=lambda run: (-likeness(run), run))
+    if not found:
+        return f"there are no runs here; `{script_command('train.py', 'RECIPE')}` begins one"
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return f"the runs here are {', '.join(map(str, found[:LISTED]))}{more}"
+
+
+def what_is_at(path: Path) -> str:
+    """What was found at a path where something else was expected."""
+    for file, kind in (("config.json", "a model"), ("state.json", "a checkpoint")):
+        if (path / file).exists():
+            return f"that is {kind}"
+    kind = "a folder without one" if path.is_dir() else "a file"
+    return f"that is {kind}" if path.exists() else "nothing is there"
+
+
 def recipe_of(run: Path) -> Recipe:
     """The recipe of a run directory; `InputError` where it is none."""
+    if not is_run(run):
+        around = run_around(run)
+        way_on = f"it belongs to the run {around}, which would work" if around else existing_runs(run)
+        raise InputError(f"{run} is no run directory, {what_is_at(run)}; {way_on}")
+    return read_file(run / RECIPE, lambda found: stored_recipe(found["recipe"]), REWRITTEN)
+
+
+def continuing(run: Path) -> str:
+    """The command that began a run, or continued it last, and continues it."""
     try:
-        return read_file(run / RECIPE, lambda found: stored_recipe(found["recipe"]), REWRITTEN)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{run} is no run directory: it has no {RECIPE}; runs/NAME would work") from None
+        words = read_file(run / ENVIRONMENT, lambda found: found["command"][1:], REWRITTEN)
+    except FileNotFoundError:
+        words = ["RECIPE"]
+    return f"`{script_command('train.py', *words)}` continues it"
+
+
+def unfinished(run: Path) -> str:
+    """How far a run is, and what continues it; nothing where it is at its end."""
+    last = recipe_of(run).schedule.max_iters
+    at = max((record["iteration"] for record in Metrics(run / "metrics.jsonl").records()), default=0)
+    return "" if last in finished(run) else f"; it is at iteration {at:,} of {last:,}, and {continuing(run)}"
+
+
+def reported(run: Path) -> dict[int, Record]:
+    """What a run has `finished`; `InputError` while that is nothing."""
+    if ends := finished(run):
+        return ends
+    raise InputError(f"{run} has no finished model yet{unfinished(run)}; sample.py takes its checkpoints too")
+
+
+def model_at(name: str) -> str:
+    """The model folder, checkpoint or Hub name that is meant: of a run its newest finished model.
+
+    Raises `InputError` for a path where none is, before anybody asks the Hub for a repository of that name.
+    """
+    path = Path(name)
+    if is_run(path):
+        return str(path / MODELS / folder_name(max(reported(path))))
+    there = any((path / file).is_file() for file in ("config.json", "state.json"))
+    if there or not (path.exists() or is_path(name) or is_run(RUNS / name)):
+        return name
+    if around := run_around(path):
+        way_on = f"{around / MODELS / folder_name(max(reported(around)))} would work{unfinished(around)}"
+    else:
+        way_on = f"{existing_runs(path)}; a folder with a model, or a name on the Hub, would work too"
+    raise InputError(f"{name} is no model, {what_is_at(path)}; {way_on}")
 
 
 MEASURED = {"against", "tasks", "texts", "limit"}
