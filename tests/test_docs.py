@@ -9,8 +9,7 @@ from command_lines import PAGES, ROOT, blocks, of_documents
 
 from overnight import errors
 from overnight.planning.model_size import parameter_count
-from overnight.recipe.load import load
-from overnight.recipe.schema import leaves
+from overnight.recipe.load import leaves, load
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL_RUNS = 4  # each takes seconds; every further command is checked in this process

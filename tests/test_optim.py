@@ -35,12 +35,24 @@ def test_every_parameter_that_is_trained_belongs_to_exactly_one_group(name, bias
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-def test_weight_decay_acts_on_matrices_alone():
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_each_kind_of_parameter_has_its_own_rate_and_weight_decay(name):
     model = LanguageModel(SHAPE, 0, compile=False)
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = optim.all_groups(optim.build(model, Optim(name="muon")))
-    decayed = {names[id(p)] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
-    assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "wpe" not in n}
+
+    def chosen(**keys):
+        groups = optim.all_groups(optim.build(model, Optim(name=name, lr=1e-3, weight_decay=0.2, **keys)))
+        return {names[id(p)]: (g["peak_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+    plain = chosen()
+    assert {n for n, (_, decay) in plain.items() if decay} == {
+        n for n, p in model.named_parameters() if p.ndim == 2 and "wpe" not in n
+    }
+    assert {rate for rate, _ in plain.values()} == {1e-3}
+    apart = chosen(embedding_lr=2e-3, embedding_weight_decay=0.0, vector_lr=4e-3, vector_weight_decay=0.01)
+    for parameter, found in apart.items():
+        kind = "embedding" if ".wte." in parameter else "matrix" if plain[parameter][1] else "vector"
+        assert found == {"embedding": (2e-3, 0.0), "matrix": (1e-3, 0.2), "vector": (4e-3, 0.01)}[kind]
 
 
 def test_newton_schulz_keeps_singular_vectors_and_levels_singular_values():

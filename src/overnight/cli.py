@@ -14,8 +14,8 @@ from overnight.core.files import errno_of
 from overnight.core.scripts import RECIPES, recipe_file
 from overnight.errors import InputError, first_line, refused_by_system
 from overnight.recipe.identity import flat
-from overnight.recipe.load import load
-from overnight.recipe.schema import Recipe, leaves
+from overnight.recipe.load import leaves, load
+from overnight.recipe.schema import Recipe
 
 
 def recipe_command(

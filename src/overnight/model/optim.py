@@ -80,29 +80,46 @@ class Muon(torch.optim.Optimizer):
                     block.add_(direction, alpha=-scale * group["lr"])
 
 
+def parameter_groups(model: nn.Module, optim: Optim) -> dict[str, dict]:
+    """What is trained of a GPT-2, by kind, each with its peak learning rate and weight decay, its parameters by name.
+
+    `matrices` of the blocks; the token `embedding`, which is also the head; `vectors`: norms, biases and positions.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kinds = {name: "vectors" if p.ndim < 2 or ".wpe." in name else "matrices" for name, p in named.items()}
+    kinds |= {name: "embedding" for name in named if ".wte." in name}
+    embedding_decay = optim.weight_decay if optim.embedding_weight_decay is None else optim.embedding_weight_decay
+    chosen = {
+        "matrices": {"lr": optim.lr, "weight_decay": optim.weight_decay},
+        "embedding": {"lr": optim.embedding_lr or optim.lr, "weight_decay": embedding_decay},
+        "vectors": {"lr": optim.vector_lr or optim.lr, "weight_decay": optim.vector_weight_decay},
+    }
+    return {kind: {"params": {n: p for n, p in named.items() if kinds[n] == kind}, **of} for kind, of in chosen.items()}
+
+
 def build(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     """The optimizers of a recipe over the parameters of a GPT-2; each group remembers its `peak_lr`.
 
-    Under `muon` the matrices of the blocks go to Muon and everything else to AdamW. Weight decay acts on matrices: on
-    the blocks' own and on the token embedding, which is also the head; not on positions, norms and biases. The state
-    is made here, not by the first update: an update changes everything or nothing, so it takes no memory halfway.
+    Under `muon` the matrices of the blocks go to Muon and everything else to AdamW. The state is made here, not by the
+    first update: an update changes everything or nothing, so it takes no memory halfway.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = {name: p for name, p in named if ".h." in name and p.ndim == 2}
-    others = [(name, p) for name, p in named if optim.name == "adamw" or name not in hidden]
-    decayed = [p for name, p in others if p.ndim == 2 and ".wpe." not in name]
-    plain = [p for name, p in others if p.ndim < 2 or ".wpe." in name]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
+    groups = parameter_groups(model, optim)
+    matrices = groups.pop("matrices")
+    named = matrices.pop("params")
+    optimizers: list[torch.optim.Optimizer] = []
+    of_adamw = [{**group, "params": list(group["params"].values())} for group in groups.values()]
+    if optim.name == "muon":
+        fused_qkv = [p for name, p in named.items() if ".c_attn." in name]
+        single = [p for name, p in named.items() if ".c_attn." not in name]
+        halves = [{"params": fused_qkv, "blocks": 3}, {"params": single}]
+        optimizers.append(Muon(halves, momentum=optim.momentum, **matrices))
+    else:
+        of_adamw.append({**matrices, "params": list(named.values())})
+    adamw = torch.optim.AdamW(of_adamw, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
     for param in (param for group in adamw.param_groups for param in group["params"]):
         adamw.state[param] = {"step": torch.zeros((), device=param.device)}
         adamw.state[param] |= {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-    optimizers: list[torch.optim.Optimizer] = [adamw]
-    if optim.name == "muon":
-        fused_qkv = [p for name, p in hidden.items() if ".c_attn." in name]
-        single = [p for name, p in hidden.items() if ".c_attn." not in name]
-        groups = [{"params": fused_qkv, "blocks": 3}, {"params": single}]
-        optimizers.append(Muon(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay))
+    optimizers.insert(0, adamw)
     for group in all_groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from overnight.errors import InputError
 from overnight.recipe.identity import flat, nested
 from overnight.recipe.schedule import decay_iters, fits
-from overnight.recipe.schema import Recipe, leaves
+from overnight.recipe.schema import Recipe, Section
 from overnight.recipe.text import objections, pairs, read_yaml, shown
 
 # What other tools call the same thing, by the key, or the habit, that takes its place here.
@@ -186,3 +188,12 @@ def _works(field: Any, value: Any, wanted: str) -> str:
 
 def _quoted(value: Any) -> str:
     return shown(repr(value))
+
+
+def leaves(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a recipe with its pydantic FieldInfo, dotted, in the order of the file."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, Section):
+            yield from leaves(type(field.default), f"{prefix}{name}.")
+        else:
+            yield prefix + name, field

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -104,13 +103,21 @@ class Optim(Section):
     name: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon on the hidden matrices, AdamW on the rest; `adamw`: AdamW on everything."""
     lr: PositiveFloat = 3e-3
-    """Peak learning rate of AdamW, and of Muon, whose update is scaled to the size of AdamW's."""
+    """Peak learning rate of the matrices; Muon's update is scaled to the size of AdamW's."""
+    embedding_lr: PositiveFloat | None = None
+    """Peak learning rate of the token embedding, which is also the head; empty: `lr`."""
+    vector_lr: PositiveFloat | None = None
+    """Peak learning rate of norms, biases and positions; empty: `lr`."""
     betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's decay rates of the first and second moment."""
     momentum: Below1 = 0.95
     """Muon's Nesterov momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay of the matrices; norms, biases and positions have none."""
+    """Decoupled weight decay of the matrices."""
+    embedding_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """That of the token embedding; empty: `weight_decay`."""
+    vector_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """That of norms, biases and positions."""
     grad_clip: PositiveFloat = 1.0
     """The gradient's global norm is cut to this."""
 
@@ -282,12 +289,3 @@ class Recipe(Section):
     def command(self, script: str) -> str:
         """The command of a script with this recipe as it was given, overrides included, quoted for a shell."""
         return script_command(script, self._file, *self._overrides)
-
-
-def leaves(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a recipe with its pydantic FieldInfo, dotted, in the order of the file."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.default, Section):
-            yield from leaves(type(field.default), f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
