@@ -202,7 +202,7 @@ def test_a_link_to_another_disk_is_filled_and_one_to_a_disk_that_is_not_there_re
 def test_text_without_a_text_is_said_to_be_that_and_not_a_small_vocabulary(data, tmp_path, row):
     for path in (tmp_path / "text").iterdir():
         path.write_text(f"{row}\n" * 200)
-    with pytest.raises(InputError, match=r"no row has a text: (400 times|no row)"):
+    with pytest.raises(InputError, match=r"no row has a text: (400 times|no row)|200 of 200 rows .* row 0: no JSON"):
         prepare(data, VOCAB, **SILENT)
 
 
@@ -321,7 +321,7 @@ def test_a_tokenizer_of_the_hub_is_asked_for_once_and_a_path_never(tmp_path, mon
         raise LocalEntryNotFoundError("no answer")
 
     monkeypatch.setattr(tokenizer_module, "snapshot_download", away)
-    monkeypatch.setattr(tokenizer_module.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with pytest.raises(Unreachable, match="the Hub cannot be reached"):
         load_tokenizer("someone/tokenizer")
     (tmp_path / "file").write_text("")
@@ -337,6 +337,17 @@ def test_a_source_with_many_unreadable_rows_is_damaged_and_a_first_file_that_is_
     with pytest.raises(DamagedData, match=r"a\.jsonl: 50 of 650 rows cannot be used, first row 600: no UTF-8 text"):
         prepare(data, VOCAB, **SILENT)
     assert not Path(data.dir + ".partial").exists()
+
+
+def test_text_in_another_encoding_is_refused_with_the_command_that_converts_it_by_whichever_pass_reads_it(
+    data, tmp_path
+):
+    train_tokenizer(texts_of(1, 600), VOCAB).save_pretrained(tmp_path / "own")
+    text = tmp_path / "text" / "b.txt"
+    text.write_bytes("Über die Straße gehen.\n\n".encode("latin-1") * 2_000)
+    for tokenizer in ("trained", str(tmp_path / "own")):
+        with pytest.raises(InputError, match=r"`iconv -f WINDOWS-1252 -t UTF-8 .*/b\.txt > utf8\.txt` makes that"):
+            prepare(data.model_copy(update={"tokenizer": tokenizer}), VOCAB, **SILENT)
 
 
 def test_a_literal_end_of_text_is_plain_text(tmp_path):

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from overnight.cli import key_help
+from overnight.core.scripts import recipe_file
 from overnight.errors import InputError
-from overnight.recipe.load import load
+from overnight.recipe.load import OPTIONS, load
 
 ROOT = Path(__file__).parents[1]
 
 
-def recipe_file(tmp_path: Path, text: str) -> Path:
+def written(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     return path
@@ -41,7 +42,7 @@ def test_a_home_folder_is_known_in_every_path_of_a_recipe(monkeypatch):
 
 
 def test_three_problems_make_one_message_with_the_three(tmp_path):
-    path = recipe_file(tmp_path, "speed: fast\noptim: {lr: high}\nbatch: {tokens_per_iter: 1000}\n")
+    path = written(tmp_path, "speed: fast\noptim: {lr: high}\nbatch: {tokens_per_iter: 1000}\n")
     found = problems(path)
     assert len(found) == 3
     assert any("`speed` is not a key" in problem for problem in found)
@@ -51,7 +52,7 @@ def test_three_problems_make_one_message_with_the_three(tmp_path):
 
 
 def test_a_number_may_be_written_with_an_exponent_and_a_date_is_text(tmp_path):
-    recipe = load(recipe_file(tmp_path, "name: 2024-06-01\noptim: {lr: 1e-3}"), ["--optim.weight_decay=2E-1"])
+    recipe = load(written(tmp_path, "name: 2024-06-01\noptim: {lr: 1e-3}"), ["--optim.weight_decay=2E-1"])
     assert (recipe.name, recipe.optim.lr, recipe.optim.weight_decay) == ("2024-06-01", 1e-3, 0.2)
 
 
@@ -94,19 +95,19 @@ def test_what_is_typed_may_still_be_null_a_list_or_quoted():
     ],
 )
 def test_whatever_yaml_makes_of_a_recipe_is_refused_with_its_key_or_line(tmp_path, text, said):
-    (found,) = problems(recipe_file(tmp_path, text))
+    (found,) = problems(written(tmp_path, text))
     assert re.search(said, found), found
 
 
 def test_a_suggested_command_has_the_overrides_and_is_quoted_for_a_shell(tmp_path):
-    path = recipe_file(tmp_path, "seed: 1")
+    path = written(tmp_path, "seed: 1")
     said = load(path, ["--data.dir", "$(touch x)"]).command("prepare.py")
     assert shlex.split(said) == ["python", "recipes/prepare.py", str(path), "--data.dir", "$(touch x)"]
     assert "'$(touch x)'" in said
 
 
 def test_the_help_of_a_recipe_has_its_values_by_section():
-    lines = key_help(ROOT / "recipes" / "quickstart.yaml").splitlines()
+    lines = key_help("quickstart").splitlines()
     assert lines.index("model:") < lines.index("  --model.n_positions  (256)") < lines.index("batch:")
 
 
@@ -137,9 +138,39 @@ def test_e6_a_name_that_could_leave_the_runs_folder_is_refused(name):
     assert "`name`" in found
 
 
-def test_a_missing_recipe_is_answered_with_the_ones_that_are_there():
-    (found,) = problems(ROOT / "recipes" / "quikstart.yaml")
-    assert "recipes/quickstart.yaml" in found
+def test_a_missing_recipe_is_answered_with_the_ones_that_are_there_the_nearest_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match=r"^quikstart: .* such recipe; there are recipes/quickstart\.yaml, re"):
+        recipe_file("quikstart")
+    (tmp_path / "romanes.yaml").touch()
+    with pytest.raises(InputError, match=rf"there are {tmp_path}/romanes\.yaml, .*recipes/quickstart\.yaml"):
+        recipe_file(str(tmp_path / "romance.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "works"),
+    [
+        ("--optim.lr=high", "0.004, as the file has it, would work"),
+        ("--data.val_tokens=none", "30000, as the file has it"),
+        ("--checkpoint.keep=1", "2 would work"),
+    ],
+)
+def test_a_value_that_is_suggested_is_this_recipes_own(tmp_path, override, works):
+    path = written(tmp_path, "optim: {lr: 4e-3}\ndata: {val_tokens: 30000}\ncheckpoint: {keep: 0}")
+    assert any(works in problem for problem in problems(path, override))
+
+
+def test_an_option_of_another_script_is_answered_with_that_script():
+    for given, said in (
+        ("--adopt", "`--adopt` is an option of prepare.py"),
+        ("--adpot", "`--adopt` is"),
+        ("--gpus", "plan.py"),
+    ):
+        (found,) = problems(ROOT / "recipes" / "quickstart.yaml", f"{given}=x")
+        assert said in found and "dropout" not in found
+    for script, options in OPTIONS.items():
+        source = (ROOT / "recipes" / script).read_text()
+        assert all(f'"--{option}"' in source for option in options)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +209,7 @@ def test_settings_that_do_not_fit_are_refused_with_a_way_out(override, said):
 
 
 def test_a_tokenizer_of_its_own_is_measured_without_english_tasks_unless_the_recipe_says_otherwise(tmp_path):
-    path = recipe_file(tmp_path, "data: {source: files, path: x.txt, tokenizer: trained}")
+    path = written(tmp_path, "data: {source: files, path: x.txt, tokenizer: trained}")
     own = load(path).evaluation
     assert (own.against, own.tasks, own.texts) == (["untrained", "unigram"], [], [])
     assert load(path, ["--evaluation.tasks", "[blimp]"]).evaluation.tasks == ["blimp"]

@@ -39,7 +39,7 @@ def recipe_command(
         usage="%(prog)s " + ("[RECIPE]" if default else "RECIPE") + " [options] [--section.key VALUE ...]",
         description=description,
         epilog=f"keys of {named[0] if named else 'a recipe'} and their values, which `--section.key VALUE` overrides:\n"
-        + (key_help(recipe_file(named[0]) if named else None) if {"-h", "--help"} & set(arguments) else ""),
+        + (key_help(named[0] if named else None) if {"-h", "--help"} & set(arguments) else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -119,10 +119,10 @@ def default_recipe() -> Path:
     return path
 
 
-def key_help(path: Path | None) -> str:
+def key_help(name: str | None) -> str:
     """Every key with its docstring, by section, and its value in the recipe that was named, or else its default."""
     try:
-        recipe = load(path) if path else Recipe()
+        recipe = load(recipe_file(name)) if name else Recipe()
     except (InputError, OSError):  # which is told when the recipe is loaded for more than its help
         recipe = Recipe()
     values, lines, before = flat(recipe.model_dump()), [], None

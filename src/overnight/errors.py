@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from pathlib import Path
 
 IN_WHEEL = Path(__file__).with_name("recipes").is_dir()  # where setup.py puts them; a checkout has them beside src/
@@ -67,3 +69,8 @@ def script_command(script: str, *arguments: object) -> str:
 def first_line(error: Exception) -> str:
     """The first line of what another library's error says, or its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def nearest_first(meant: str, names: Iterable[object]) -> list[str]:
+    """The names of what there is, those most like the one that was `meant` first."""
+    return sorted(map(str, names), key=lambda name: (-SequenceMatcher(None, meant, name).ratio(), name))

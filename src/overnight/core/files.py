@@ -144,10 +144,10 @@ def file_name(name: str) -> str:
     return safe if safe == name or known else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def within(folder: Path, name: str) -> Path:
-    """The path of a `name` that stands in a file of `folder`; `DamagedData` where it leads out of the folder."""
+def within(folder: Path, name: str, file: str) -> Path:
+    """The path of a `name` that stands in a `file` of `folder`; `DamagedData` where it leads out of the folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
-        raise DamagedData(f"{folder} names {name!r}, which is not in it")
+        raise DamagedData(f"{folder / file} names {name!r}, which is not in it")
     return folder / name
 
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from overnight.core import files
-from overnight.data.manifest import DType, FileRecord, little_endian
+from overnight.data.manifest import DType, FileRecord, little_endian, named_file
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Batch
 
@@ -41,7 +40,7 @@ class Split:
     def __init__(self, folder: Path, records: list[FileRecord], dtype: DType):
         self.files, self.tokens = records, sum(record.tokens for record in records)
         self.dtype = little_endian(dtype)
-        self._paths = [files.within(folder, record.path) for record in records]
+        self._paths = [named_file(folder, record.path) for record in records]
         self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
 
     def read(self, file_index: int, start: int, count: int) -> np.ndarray:

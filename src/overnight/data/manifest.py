@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from overnight.core.files import sha256, sync
+from overnight.core.files import sha256, sync, within
 from overnight.core.published import redacted
 from overnight.errors import DamagedData, InputError
 from overnight.recipe.schema import Data, Recipe
@@ -161,6 +161,11 @@ def narrowed(ids: np.ndarray, vocab_size: int, name: object) -> np.ndarray:
     return ids.astype(little_endian(dtype_for(vocab_size)), copy=False)
 
 
+def named_file(folder: Path, name: str) -> Path:
+    """A file of a prepared folder by its name in the manifest; `DamagedData` where that leads out of the folder."""
+    return within(folder, name, MANIFEST)
+
+
 def is_prepared(folder: Path) -> bool:
     """Whether the folder's shards are all there: the manifest is written last."""
     return (folder / MANIFEST).exists()
@@ -208,7 +213,7 @@ def require_same_request(folder: Path, data: Data, vocab_size: int) -> Manifest:
         held |= {f"data.{key}": said[key] for key in said}
         asked |= {f"data.{key}": wanted[key] for key in said}
     problems = [
-        f"`{key}` is {asked[key]}, but {folder} was prepared with {held[key]}"
+        f"`{key}` is {asked[key]}, but {folder / MANIFEST} names {held[key]}"
         for key in asked
         if asked[key] != held[key]
     ]

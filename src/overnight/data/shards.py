@@ -18,7 +18,7 @@ import numpy as np
 from overnight.core import files
 from overnight.data.batches import Split
 from overnight.data.encoder import json_fingerprint
-from overnight.data.manifest import FileRecord, Manifest, narrowed, read_manifest
+from overnight.data.manifest import MANIFEST, FileRecord, Manifest, named_file, narrowed, read_manifest
 from overnight.errors import DamagedData
 
 TOKENS_PER_FILE = 100_000_000
@@ -117,28 +117,29 @@ class Shards:
     val: Split
 
 
-def open_shards(folder: str | Path, *, verify: bool = True) -> Shards:
+def open_shards(folder: str | Path, *, verify: bool = True, manifest: Manifest | None = None) -> Shards:
     """Open a prepared folder, hashing every file unless `verify` is False (then only sizes are compared).
+
+    Its `manifest` is read where it was not before.
 
     Raises InputError when the folder or its manifest is missing, and DamagedData naming each file that differs.
     """
     folder = Path(folder)
-    manifest = _checked(folder, hashed=verify)
+    manifest = _checked(folder, manifest or read_manifest(folder), hashed=verify)
     train, val = (Split(folder, records, manifest.dtype) for records in (manifest.train, manifest.val))
     return Shards(folder, manifest, train, val)
 
 
 def verify(folder: str | Path) -> Manifest:
     """Hash every file of a prepared folder against its manifest, which is returned. Raises as `open_shards` does."""
-    return _checked(Path(folder), hashed=True)
+    return _checked(Path(folder), read_manifest(Path(folder)), hashed=True)
 
 
-def _checked(folder: Path, *, hashed: bool) -> Manifest:
+def _checked(folder: Path, manifest: Manifest, *, hashed: bool) -> Manifest:
     """The manifest of a folder whose files have its sizes, and its checksums where they are to be `hashed`."""
-    manifest = read_manifest(folder)
     problems = []
     for record in (*manifest.val, *manifest.train):
-        path, index = files.within(folder, record.path), files.within(folder, f"{record.path}.index")
+        path, index = (named_file(folder, record.path + end) for end in ("", ".index"))
         problems += _differences(path, record.bytes, record.sha256 if hashed else None)
         problems += _differences(index, record.documents * 8, record.index_sha256 if hashed else None)
     problems += tokenizer_problems(folder, manifest)
@@ -151,21 +152,27 @@ def tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
     """What of the tokenizer in a prepared folder is not what it was written as."""
     tokenizer, sums = folder / "tokenizer", manifest.tokenizer.files
     if sums is not None:
-        return [each for name in sums for each in _differences(files.within(tokenizer, name), None, sums[name])]
+        return [
+            each for name in sums for each in _differences(named_file(folder, f"tokenizer/{name}"), None, sums[name])
+        ]
     try:  # an older version kept what defines the ids alone
         found = json_fingerprint((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return [f"{tokenizer}/tokenizer.json: cannot be read ({error})"]
     expected = manifest.tokenizer.sha256
-    return [] if found == expected else [f"{tokenizer}/tokenizer.json: SHA-256 {expected} expected, {found} found"]
+    return (
+        []
+        if found == expected
+        else [f"{MANIFEST} names another tokenizer than {tokenizer}: SHA-256 {expected}, not {found}"]
+    )
 
 
 def _differences(path: Path, size: int | None, sha256: str | None) -> list[str]:
     if not path.is_file():
-        return [f"{path}: no file found"]
+        return [f"{MANIFEST} names {path}: no file found there"]
     if size is not None and path.stat().st_size != size:
-        return [f"{path}: {size} bytes expected, {path.stat().st_size} found"]
+        return [f"{MANIFEST} names {size} bytes for {path}, which has {path.stat().st_size}"]
     if sha256 is None:
         return []
     found = files.sha256(path)
-    return [] if found == sha256 else [f"{path}: SHA-256 {sha256} expected, {found} found"]
+    return [] if found == sha256 else [f"{MANIFEST} names SHA-256 {sha256} for {path}, which has {found}"]

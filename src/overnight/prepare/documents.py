@@ -34,6 +34,8 @@ NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG = (
     f"over {LONGEST_ROW >> 20} MiB",
 )
 EMPTY, DUPLICATE = "empty", "duplicate"
+REASONS = (NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG, EMPTY, DUPLICATE)
+"""Why a row is not used."""
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 LONG_RUN = 64
 """Combining characters in a row that are put in order before Python normalises them."""

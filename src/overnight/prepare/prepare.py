@@ -31,7 +31,6 @@ from overnight.data.manifest import (
     Manifest,
     dtype_for,
     is_prepared,
-    read_manifest,
     require_same_request,
 )
 from overnight.data.shards import verify
@@ -40,10 +39,10 @@ from overnight.errors import InputError
 from overnight.prepare import sources
 from overnight.prepare.build_shards import build_shards
 from overnight.prepare.cost import require_room, require_same_text
-from overnight.prepare.documents import FORMATS, is_reserved, keyed, rows
+from overnight.prepare.documents import FORMATS, REASONS, is_reserved, keyed, rows
 from overnight.prepare.progress import watched
 from overnight.prepare.sources import SourceFile
-from overnight.prepare.tokenize_files import Job, stage_file
+from overnight.prepare.tokenize_files import Job, Tally, stage_file
 from overnight.prepare.workers import Task, raise_left, run_local, run_ray, submit_slurm
 from overnight.recipe.schema import Data
 
@@ -71,8 +70,7 @@ def prepare(
     """
     folder = Path(data.dir)
     if is_prepared(folder):
-        require_same_request(folder, data, vocab_size)
-        require_same_text(data, read_manifest(folder).inputs)
+        require_same_text(data, require_same_request(folder, data, vocab_size).inputs)
         report(f"{folder}: already prepared; verifying it")
         if _partial(folder).exists():  # killed after the folder had its name
             with _claimed(folder) as partial:
@@ -173,15 +171,18 @@ def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Itera
     left = TOKENIZER_CHARACTERS
     for file in files:
         path, _ = sources.fetch(file, inputs)
-        for row in keyed(rows(path, file.form, data.text_column, file.name), seen):
-            found[row.rejected] += 1
-            if not row.rejected and not is_reserved(row.key, data.reserved_fraction):
+        tally = Tally(file, path)
+        for row in tally.counted(keyed(rows(path, file.form, data.text_column, file.name), seen)):
+            if not is_reserved(row.key, data.reserved_fraction):
                 yield row.text
                 left -= len(row.text)
                 if left <= 0:
+                    tally.refuse_unreadable()
                     return
-    if not found[""]:
-        why = ", ".join(f"{number:,} times {reason}" for reason, number in found.items() if number) or "no row at all"
+        found += tally.counts
+    rejected = {reason: found[reason] for reason in REASONS if found[reason]}
+    if found["rows"] == sum(rejected.values()):
+        why = ", ".join(f"{number:,} times {reason}" for reason, number in rejected.items()) or "no row at all"
         raise InputError(f"`data.path` is {data.path}, where no row has a text: {why}; {FORMATS} files with one work")
 
 

@@ -153,9 +153,9 @@ def _write(folder: Path, job: Job, rank: int) -> None:
 
 
 class Tally:
-    """Counts the documents of one file on their way, and says every half second how far it is."""
+    """Counts the documents of one file on their way, and says every half second in `report` how far it is."""
 
-    def __init__(self, file: SourceFile, path: Path, report: Path):
+    def __init__(self, file: SourceFile, path: Path, report: Path | None = None):
         self.file, self.path, self.report = file, path, report
         self.counts: Counter[str] = Counter()
         self.rejected: list[str] = []
@@ -163,7 +163,7 @@ class Tally:
         self._last = 0.0
 
     def counted(self, found: Iterable[SourceRow]) -> Iterator[SourceRow]:
-        """Yield what is to be written. Raises `_unreadable` at the end when it is too many rows that cannot be read.
+        """Yield what is to be written, and `refuse_unreadable` at the end.
 
         A row without a text, or with one that is too long, is what it was: it is counted, and no sign of damage.
         """
@@ -179,25 +179,26 @@ class Tally:
             if not row.rejected:
                 yield row
             self._report(row.share)
-        bad = self.counts[NOT_UTF8] + self.counts[NOT_JSON]
-        if bad > MOST_REJECTED * self.counts["rows"]:
-            raise self._unreadable(bad)
+        self.refuse_unreadable()
 
-    def _unreadable(self, bad: int) -> InputError:
-        """DamagedData, or InputError where another encoding explains it."""
+    def refuse_unreadable(self) -> None:
+        """Raise DamagedData where too many of the rows so far cannot be read, InputError where it is their encoding."""
+        bad = self.counts[NOT_UTF8] + self.counts[NOT_JSON]
+        if bad <= MOST_REJECTED * self.counts["rows"]:
+            return
         first = next(each for each in self.rejected if each.endswith((NOT_UTF8, NOT_JSON)))
         said = f"`data.path`: {self.file.name}: {bad:,} of {self.counts['rows']:,} rows cannot be used, first {first}"
         encoding = looks_like(self.path, self.file.form) if self.counts[NOT_UTF8] == bad else None
         if encoding is None:
-            return DamagedData(f"{said}; fetch or write it again")
+            raise DamagedData(f"{said}; fetch or write it again")
         name = shlex.quote(self.file.name)
-        return InputError(
+        raise InputError(
             f"{said}: it looks like {encoding}, and text has to be UTF-8; "
             f"`iconv -f {encoding} -t UTF-8 {name} > utf8{self.file.form}` makes that of it"
         )
 
     def _report(self, share: float) -> None:
-        if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
+        if self.report and time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
             self._last = time.monotonic()
             about = {"share": share, "tokens": self.tokens, "pid": os.getpid(), "host": platform.node()} | self.counts
             files.atomic_write(self.report, json.dumps(about))

@@ -62,6 +62,22 @@ WORDS_OF_OTHERS = {
     "hub.private": "hub_private_repo",
     "hub.every_hours, and hub.push_state for the exact state": "hub_strategy",
 }
+OPTIONS = {
+    "train.py": ["allow-change", "cooldown", "until", "resume"],
+    "prepare.py": ["adopt", "verify", "workers", "executor", "executor-options"],
+    "plan.py": [
+        "gpu",
+        "probe",
+        "probe-file",
+        "throughput",
+        "calibrate",
+        "hours-per-night",
+        "price-kwh",
+        "json",
+        "plot",
+    ],
+}
+"""What the scripts that read a recipe take beside its keys: words that a user may have given to another of them."""
 DIALECTS = {word: ours for ours, words in WORDS_OF_OTHERS.items() for word in words.split()}
 CREDENTIALS = re.compile(r"://[^/\s@]*@")
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no file of UTF-8, and in no name of a file
@@ -80,10 +96,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f" `accelerate launch --config_file {shlex.quote(str(path))} recipes/train.py RECIPE` would work"
         )
     problems = [f"`{key}`: dots are for the command line; in a file its section holds it" for key in data if "." in key]
-    given = {"name": path.stem} | flat(data) | flat(dict(pairs(overrides, problems)))
+    file = {"name": path.stem} | flat(data)
+    given = file | flat(dict(pairs(overrides, problems)))
     for key, value in given.items():
         _refuse_unwritable(f"{path}: `{key}`", value)
-    refused = {key: problem for key, value in given.items() if (problem := _problem(key, value))}
+    refused = {key: problem for key, value in given.items() if (problem := _problem(key, value, file.get(key)))}
     recipe = Recipe.model_validate(nested({key: value for key, value in given.items() if key not in refused}))
     problems += refused.values()
     problems += [text for text in conflicts(recipe) if refused.keys().isdisjoint(re.findall(r"`([\w.]+)", text))]
@@ -107,17 +124,22 @@ def _refuse_unwritable(place: str, value: Any) -> None:
         )
 
 
-def _problem(key: str, value: Any) -> str | None:
-    """What is wrong with a dotted key or its value by itself, and what would work; None where nothing is."""
+def _problem(key: str, value: Any, written: Any) -> str | None:
+    """What is wrong with a dotted key or its value by itself, and what would work; None where nothing is.
+
+    `written` is what the recipe's file has in its place.
+    """
     known, items = dict(leaves()), objections(key, value)
     if not items:
         return None
     if items[0]["type"] == "extra_forbidden":
-        meant = _meant(key, list(known))
-        return f"`{key}` is not a key of a recipe; {f'here that is `{meant}`' if meant else '--help lists them'}"
+        meant = _option(key) or (
+            f"here that is `{ours}`" if (ours := _meant(key, list(known))) else "--help lists them"
+        )
+        return f"`{key}` is not a key of a recipe; {meant}"
     wanted = " or ".join(dict.fromkeys(item["msg"][0].lower() + item["msg"][1:] for item in items))
     found = items[0]["input"]  # the value, or what is wrong in a list
-    return f"`{key}` is {_quoted(found)}: {wanted}; {_works(known.get(key), found, wanted)}"
+    return f"`{key}` is {_quoted(found)}: {wanted}; {_works(known.get(key), key, found, written, wanted)}"
 
 
 def conflicts(recipe: Recipe) -> Iterator[str]:
@@ -170,20 +192,33 @@ def _meant(key: str, known: list[str]) -> str | None:
     """The key that somebody had in mind: another tool's, one that is spelled nearly so, one of another section."""
     last = key.split(".")[-1]
     close = difflib.get_close_matches(key, known, 1, cutoff=0.8) or [k for k in known if k.split(".")[-1] == last]
-    if not close and (names := difflib.get_close_matches(last, {k.split(".")[-1] for k in known}, 1)):
+    if not close and (names := difflib.get_close_matches(last, {k.split(".")[-1] for k in known}, 1, cutoff=0.8)):
         close = [k for k in known if k.split(".")[-1] == names[0]]
-    return DIALECTS.get(last) or (close[0] if close else None)
+    ours = [DIALECTS[last]] if last in DIALECTS else close
+    return f"here that is `{ours[0]}`" if ours else None
 
 
-def _works(field: Any, value: Any, wanted: str) -> str:
-    """What could stand in place of a value that was refused."""
+def _option(key: str) -> str | None:
+    """The option of a script that somebody had in mind."""
+    scripts = {option: script for script, options in OPTIONS.items() for option in options}
+    near = difflib.get_close_matches(key, scripts, 1, cutoff=0.75)
+    return f"`--{near[0]}` is an option of {scripts[near[0]]}" if near else None
+
+
+def _works(field: Any, key: str, value: Any, written: Any, wanted: str) -> str:
+    """What could stand in place of a value that was refused: the file's own where that is another, or a bound."""
     if field and isinstance(field.default, list) and isinstance(value, str):
         if value.startswith("["):
             return "quotes around the whole list would work"
         return f"`[{shown(value)}]` would work"
     if value is not None and "valid string" in wanted and not isinstance(value, dict):
         return "what looks like something else is text in quotes"
-    return f"{field.default!r} would work" if field else "key: value lines would work"
+    if not field:
+        return "key: value lines would work"
+    if written is not None and not objections(key, written):
+        return f"{written!r}, as the file has it, would work"
+    bound = re.search(r"(?:greater|less) than or equal to (\S+)", wanted)
+    return f"{bound[1] if bound else repr(field.default)} would work"
 
 
 def _quoted(value: Any) -> str:

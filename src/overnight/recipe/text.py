@@ -76,10 +76,7 @@ def read_yaml(path: Path) -> dict:
     try:
         with path.open(encoding="utf-8") as file:
             data = yaml.load(file, Loader=_Loader)
-    except FileNotFoundError:
-        known = sorted(str(other) for other in path.parent.glob("*.yaml")) or ["recipes/quickstart.yaml"]
-        raise InputError(f"{path}: there is no such recipe; there are {', '.join(known)}") from None
-    except (IsADirectoryError, NotADirectoryError, *UNREADABLE) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, *UNREADABLE) as error:
         raise InputError(f"{path}: not a readable YAML file: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds {type(data).__name__}, where a recipe is `key: value` lines")

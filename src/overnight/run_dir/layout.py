@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import json
 import os
@@ -16,7 +15,7 @@ import yaml
 
 from overnight.core.files import entries, refuse_dangling, sha256
 from overnight.core.sums import SUMS, damage
-from overnight.errors import DamagedData, InputError, first_line, script_command
+from overnight.errors import DamagedData, InputError, first_line, nearest_first, script_command
 from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schema import Recipe
 from overnight.recipe.text import is_path
@@ -144,16 +143,11 @@ def run_around(path: Path) -> Path | None:
 def existing_runs(path: Path) -> str:
     """The runs that there are, beside a mistyped path and in runs/, in words; those with the nearest names first."""
     folders = [each.parent for place in (path.parent, RUNS) for each in place.glob(f"*/{RECIPE}")]
-
-    def likeness(run: Path) -> float:
-        return max(difflib.SequenceMatcher(None, part, run.name).ratio() for part in path.parts or ("",))
-
-    once = {os.path.abspath(run): run for run in folders if is_run(run)}
-    found = sorted(once.values(), key=lambda run: (-likeness(run), run))
+    found = nearest_first(str(path), {os.path.abspath(run): run for run in folders if is_run(run)}.values())
     if not found:
         return f"there are no runs here; `{script_command('train.py', 'RECIPE')}` begins one"
     more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    return f"the runs here are {', '.join(map(str, found[:LISTED]))}{more}"
+    return f"the runs here are {', '.join(found[:LISTED])}{more}"
 
 
 def what_is_at(path: Path) -> str:

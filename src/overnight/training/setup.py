@@ -15,7 +15,7 @@ from overnight.core.console import Console, estimated_end
 from overnight.core.files import disk_full_error
 from overnight.core.published import redacted
 from overnight.data.batches import TrainingBatches
-from overnight.data.manifest import Manifest, is_prepared, read_manifest, require_same_request, with_prepared_data
+from overnight.data.manifest import Manifest, is_prepared, require_same_request, with_prepared_data
 from overnight.data.shards import Shards, open_shards
 from overnight.device.device import Device, allow_tf32
 from overnight.device.faults import until_memory_runs_out
@@ -55,9 +55,9 @@ def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Sha
     """The verified shards of the recipe; text that lies here is prepared on the way, any other must have been."""
     folder = Path(recipe.data.dir)
     on_main(accelerator, lambda: prepare_local(recipe, console))
-    require_same_request(folder, recipe.data, recipe.model.vocab_size)  # by each process, which may have another disk
-    on_main(accelerator, lambda: compare_text(recipe, console))
-    shards = open_shards(folder, verify=accelerator.is_local_main_process)
+    manifest = require_same_request(folder, recipe.data, recipe.model.vocab_size)  # each process may have another disk
+    on_main(accelerator, lambda: compare_text(recipe, manifest, console))
+    shards = open_shards(folder, verify=accelerator.is_local_main_process, manifest=manifest)
     if not any(file.tokens > 1 for file in shards.val.files):
         raise InputError(f"`data.dir`: the validation set in {folder} has no token after another: prepare more of it")
     return shards
@@ -73,11 +73,11 @@ def prepare_local(recipe: Recipe, console: Console) -> None:
     prepare(recipe.data, recipe.model.vocab_size, report=console.log)
 
 
-def compare_text(recipe: Recipe, console: Console) -> None:
+def compare_text(recipe: Recipe, manifest: Manifest, console: Console) -> None:
     """Refuse a new run on shards whose text has changed since; one that has begun says so, and continues with them."""
     folder = Path(recipe.data.dir)
     try:
-        require_same_text(recipe.data, read_manifest(folder).inputs)
+        require_same_text(recipe.data, manifest.inputs)
     except (InputError, OSError) as error:
         if not RunDirectory(recipe).resumable(recipe.schedule):
             raise
