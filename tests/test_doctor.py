@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from overnight.core.nvml import DetectedGpu, Driver
+from overnight.core.scripts import recipe_file
 from overnight.doctor import machine
 from overnight.doctor.checks import Check, checks
 from overnight.doctor.machine import Machine, Place, TorchBuild, filesystem_of, pins
+from overnight.recipe.load import load
 
 RTX_4070 = DetectedGpu("NVIDIA GeForce RTX 4070", free_gib=11, total_gib=12, capability=(8, 9))
 RUNS = Place("runs", Path("runs"), free=500 * 10**9, needed=10**9, filesystem="ext4", writable=True)
@@ -78,6 +80,7 @@ def test_a_good_machine_has_no_findings(changes):
         ({"python_header": False}, "compiler", "fail", "python3.12-dev"),
         ({"gcc": None}, "compiler", "fail", "torch.compile needs gcc"),
         ({"places": (FULL,)}, "data", "fail", "20.0 GB"),
+        ({"places": (dataclasses.replace(FULL, bounded=False),)}, "data", "fail", "their size is unknown"),
         ({"places": (FULL,)}, "data mount", "warn", "9p"),
         ({"places": (dataclasses.replace(FULL, writable=False),)}, "data", "fail", "cannot be written to"),
         ({"python": (3, 10)}, "python", "fail", "3.11 or newer"),
@@ -94,6 +97,12 @@ def test_no_cuda_device_is_a_warning_and_the_compiler_is_not_needed():
     found = findings(driver=None, torch=CPU_BUILD, gcc=None, python_header=False)
     assert {name: check.status for name, check in found.items()} == {"torch": "warn"}
     assert "no CUDA device: the quickstart runs on the CPU" in found["torch"].text
+
+
+@pytest.mark.parametrize(("recipe", "bounded"), [("own_text", False), ("quickstart", True), ("fineweb_edu_40m", True)])
+def test_text_of_unknown_size_is_told_from_text_whose_tokens_are_bounded(recipe, bounded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert machine.survey(load(recipe_file(recipe))).places[0].bounded is bounded
 
 
 def test_the_innermost_mount_decides_the_file_system():

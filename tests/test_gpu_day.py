@@ -1,5 +1,6 @@
 """The GPU day keeps what it finds, whatever happens to a task, and sets it beside what the plan expects."""
 
+import importlib
 import json
 import os
 import runpy
@@ -222,12 +223,21 @@ def test_all_of_the_day_runs_in_a_small_shape_and_fills_the_page(tmp_path):
     for said in (
         "invariants on this device | all passed |",
         "iterations made again after SIGKILL",
-        "nanogpt, a step of 2x64",
+        "nanogpt, a step of 1x32",
         "out of memory at 6: 4 to 2 rows",
         "evaluation in bfloat16",
     ):
         assert said in page.read_text(), said
     assert "| the run after that | finished | finished |" in page.read_text()
+
+
+def test_whatever_the_short_look_runs_is_a_task_of_the_day_too(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    steps = importlib.import_module("steps")
+    words = {
+        name: [task.words for task in make(steps.Settings("cpu", small=True))] for name, make in steps.STEPS.items()
+    }
+    assert all(any(task in words[step] for step in "123") for task in words["check"])
 
 
 def test_a_machine_without_nvml_has_that_noted_in_place_of_its_driver(monkeypatch):

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from runs import records, tiny
 
 from overnight.core.console import plain
-from overnight.core.published import fenced, text
+from overnight.core.published import fenced, text, yaml_text
 from overnight.errors import InputError
 from overnight.recipe.load import load
 from overnight.report.model_card import as_trained, budgets, claims, on_the_way, report
@@ -136,6 +136,14 @@ def test_the_recipe_beside_the_card_is_one_and_names_no_folder_of_this_machine(r
     assert {r["iteration"] for r in kept if r["kind"] == "train"} == set(range(1, 31))
     assert (folder / "evaluation" / "comparison.md").read_text() == "# compared\n"
     assert not (report(run, 30) / "evaluation").exists()
+
+
+def test_letters_of_every_language_stay_letters_in_yaml_which_one_function_writes(root):
+    assert yaml_text({"prompts": ["Über", "日本", "🌙"]}) == "prompts:\n- Über\n- 日本\n- 🌙\n"
+    hostile = {"name": "a\u202eb\x1b[2J", "prompt": "ü"}
+    assert "\u202e" not in yaml_text(hostile) and yaml.safe_load(yaml_text(hostile)) == hostile
+    sources = [path.name for path in (root / "src").rglob("*.py") if "yaml.safe_dump(" in path.read_text()]
+    assert sources == ["published.py"]
 
 
 def test_report_writes_a_folder_for_each_finished_model(run, root):

@@ -14,6 +14,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 DAY, BENCHMARKS, RECIPES = ROOT / "benchmarks" / "gpu_day", ROOT / "benchmarks", ROOT / "recipes"
 INVARIANTS = ("test_one_function.py", "test_one_loss.py", "test_one_graph.py", "test_night_shape.py")
+SMALL: dict[str, object] = {"compile": False, "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 32}
+SMALL |= {"model.n_positions": 64, "model.vocab_size": 512, "batch.sequence_length": 64, "batch.tokens_per_iter": 512}
+"""What the quickstart has otherwise where only the way is tried, not the device."""
 EMULATED_GIB = 11.5  # what a 12 GB card has free before a process opens it
 
 
@@ -22,7 +25,7 @@ class Settings:
     """What the command line decides."""
 
     device: str  # "cpu" or "cuda"
-    small: bool  # the quickstart's shape in place of the night's, and nothing of it compiled
+    small: bool  # the quickstart, made smaller, in place of the night, and nothing of it compiled
     text: tuple[Path, ...] = ()  # parquet files; without any the embedded corpus
     nanogpt: Path | None = None  # a folder with nanoGPT's model.py
     iterations: int | None = None  # of the long run
@@ -52,25 +55,26 @@ def here(settings: Settings) -> Task:
 
 
 def invariants(settings: Settings) -> Task:
-    files = [str(ROOT / "tests" / "invariants" / name) for name in INVARIANTS]
+    chosen = INVARIANTS[:1] if settings.small else INVARIANTS
+    files = [str(ROOT / "tests" / "invariants" / name) for name in chosen]
     return Task("invariants", ["-m", "pytest", "-q", *files, "--device", settings.device], 120)
 
 
 def probe(settings: Settings) -> Task:
     words = [str(RECIPES / "plan.py"), str(settings.recipe), "--probe", "--probe-file", "probe.json"]
-    words += overrides({"batch.micro_batch": 2, "compile": False}) if settings.small else []
+    words += overrides(SMALL | {"batch.micro_batch": 2}) if settings.small else []
     return Task("probe", words, 160, "probe.json")
 
 
 def memory(settings: Settings) -> Task:
     rows = ["2", "4"] if settings.small else ["8", "16", "32", "64"]
     words = [str(DAY / "rows.py"), str(settings.recipe), "--rows", ",".join(rows), "--json", "rows.json"]
-    words += overrides({"compile": False}) if settings.small else []
+    words += overrides(SMALL) if settings.small else []
     return Task("memory", words, 150, "rows.json")
 
 
 def parts(settings: Settings) -> Task:
-    shape = ["--rows", "1", "--layers", "1", "--length", "128", "--side", "256"] if settings.small else ["--rows", "32"]
+    shape = ["--rows", "1", "--layers", "1", "--length", "16", "--side", "64"] if settings.small else ["--rows", "32"]
     words = [str(DAY / "parts.py"), "--device", settings.device, *shape, "--json", "parts.json"]
     return Task("parts", words, 140, "parts.json")
 
@@ -82,7 +86,7 @@ def losses(settings: Settings) -> Task:
 
 
 def training_step(settings: Settings) -> Task:
-    shape = ["--pairs", "1", "--steps", "2", "--layers", "2", "--width", "64", "--shape", "2x64"]
+    shape = ["--pairs", "1", "--steps", "1", "--layers", "1", "--width", "32", "--shape", "1x32"]
     words = ["-W", "ignore", str(BENCHMARKS / "training_step.py"), "--device", settings.device]
     words += shape if settings.small else []
     words += ["--nanogpt", str(settings.nanogpt.resolve())] if settings.nanogpt else []
@@ -115,6 +119,7 @@ def text_at_hand(settings: Settings) -> list[str]:
 
 def prepare(settings: Settings) -> Task:
     words = [str(RECIPES / "prepare.py"), str(settings.recipe), *text_at_hand(settings)]
+    words += overrides(SMALL) if settings.small else []
     return Task("prepare", words, 100, "data/manifest.json")
 
 
@@ -130,8 +135,7 @@ def run_of(settings: Settings, name: str, iterations: int, every: int) -> list[s
         "logging.every": 1,
     }
     if settings.small:
-        changes |= {"compile": False, "batch.tokens_per_iter": 1024}
-        changes |= {"validation.ngram_baselines": False, "validation.sample_tokens": 4}
+        changes |= SMALL | {"validation.ngram_baselines": False, "validation.sample_tokens": 4}
     return [str(settings.recipe), *text_at_hand(settings), *overrides(changes)]
 
 

@@ -47,9 +47,9 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def estimated_end(seconds: float) -> str:
-    """`in 22h42m, on Tue 07:12`"""
-    return f"in {duration(seconds)}, on {datetime.now() + timedelta(seconds=seconds):%a %H:%M}"
+def estimated_end(seconds: float, at: datetime | None = None) -> str:
+    """`in 22h42m, on Tue 07:12`; the time follows from the seconds where it is not given."""
+    return f"in {duration(seconds)}, on {at or datetime.now() + timedelta(seconds=seconds):%a %H:%M}"
 
 
 def count(number: float) -> str:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from overnight.core.console import plain
 from overnight.core.files import atomic_write
 
@@ -31,6 +33,12 @@ def redacted(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [redacted(value) for value in content]
     return _LOGIN.sub(r"\1***@", _PARAMETER.sub(r"\1***", content)) if isinstance(content, str) else content
+
+
+def yaml_text(content: Any) -> str:
+    """YAML in the order of its keys, letters of every language as they are; escaped where a mark among them is none."""
+    shown = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return shown if plain(shown) == shown else yaml.safe_dump(content, sort_keys=False)
 
 
 def for_others(content: Any) -> Any:

@@ -151,6 +151,8 @@ def check_disk(place: Place) -> Check:
     text = f"{place.path}: {place.free / 1e9:.0f} GB free"
     if place.needed >= 10**8:
         text += f", the recipe needs about {place.needed / 1e9:.1f} GB"
+    if not place.bounded:
+        text += "; the shards of the text come on top, their size is unknown (`data.train_tokens` is empty)"
     if place.free < place.needed:
         return Check(place.name, "fail", text, f"free space there, or make {place.path} a link to a larger disk")
     return Check(place.name, "ok", text)

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class Place:
     filesystem: str
     writable: bool
     trouble: str | None = None  # with locks and syncing
+    bounded: bool = True  # what it needs; otherwise text of unknown size comes on top
 
 
 class TorchBuild(NamedTuple):
@@ -97,7 +98,7 @@ class Machine:
 
 def survey(recipe: Recipe | None = None) -> Machine:
     """This machine, for a run of the recipe."""
-    places = [_place_of("data", Path(recipe.data.dir), data_bytes(recipe))] if recipe else []
+    places = [_data_place(recipe)] if recipe else []
     places.append(_place_of("runs", Path("runs"), run_bytes(recipe) if recipe else 0))
     return Machine(_installed(recipe), recipe is None or recipe.compile is not False, tuple(places))
 
@@ -112,6 +113,13 @@ def _installed(recipe: Recipe | None) -> dict[str, str | None]:
     asked = [line for line in required if "extra ==" not in line or re.search(rf"extra == .({extras})\b", line)]
     names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in asked]
     return {canonical_name(name): _version(name) for name in names}
+
+
+def _data_place(recipe: Recipe) -> Place:
+    place = _place_of("data", Path(recipe.data.dir), data_bytes(recipe))
+    return replace(
+        place, bounded=not place.needed or recipe.data.source == "embedded" or bool(recipe.data.train_tokens)
+    )
 
 
 def _version(name: str) -> str | None:

@@ -11,16 +11,14 @@ import json
 import re
 import shlex
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from overnight.core.console import count, duration, plain
 from overnight.core.files import atomic_write, strict_json
-from overnight.core.published import allowed_files, copy_for_others, fenced, for_others, redacted, text
+from overnight.core.published import allowed_files, copy_for_others, fenced, for_others, redacted, text, yaml_text
 from overnight.core.sums import SUMS, damage
 from overnight.errors import DamagedData, script_command
 from overnight.planning import scaling_law
@@ -53,7 +51,7 @@ FUNCTIONS: dict[str, Any] = {  # of the template
     "count": count,
     "duration": duration,
     "thousands": "{:,}".format,
-    "yaml": partial(yaml.safe_dump, sort_keys=False),
+    "yaml": yaml_text,
 }
 ENGLISH = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb")
 
@@ -70,7 +68,7 @@ def report(run: Path, budget: int, repo_id: str | None = None) -> Path:
     folder = run / "report" / folder_name(budget)
     folder.mkdir(parents=True, exist_ok=True)
     draw_curve([run], folder / CURVE)
-    atomic_write(folder / RECIPE, yaml.safe_dump(shown(recipe), sort_keys=False))
+    atomic_write(folder / RECIPE, yaml_text(shown(recipe)))
     path_there = [r for r in records if r["iteration"] <= budget and r.get("cooldown", budget) == budget]
     atomic_write(folder / METRICS, "".join(strict_json(for_others(record)) + "\n" for record in path_there))
     copy_evaluation(run, budget)

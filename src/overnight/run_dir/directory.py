@@ -9,12 +9,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 
 from overnight.core.files import atomic_write, entries, remove, strict_json
 from overnight.core.lock import hold
-from overnight.core.published import redacted
+from overnight.core.published import redacted, yaml_text
 from overnight.core.sums import damage
 from overnight.errors import InputError
 from overnight.recipe.identity import difference_lines, differences, grown, immutable_keys, recipe_identity
@@ -150,7 +149,7 @@ class RunDirectory:
             "changes": self.changes,
             "recipe": self.recipe.model_dump(),
         }
-        atomic_write(self.path / RECIPE, yaml.safe_dump(redacted(now), sort_keys=False))
+        atomic_write(self.path / RECIPE, yaml_text(redacted(now)))
         atomic_write(self.path / ENVIRONMENT, strict_json(redacted(environment), indent=1))
 
     def checkpoint(self, iteration: int, schedule: Schedule) -> Path:

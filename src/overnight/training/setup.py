@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from overnight.core.console import Console, estimated_end
 from overnight.core.files import disk_full_error
-from overnight.core.published import redacted
+from overnight.core.published import redacted, yaml_text
 from overnight.data.batches import TrainingBatches
 from overnight.data.manifest import Manifest, is_prepared, require_same_request, with_prepared_data
 from overnight.data.shards import Shards, open_shards
@@ -48,7 +47,7 @@ def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> No
     recipe, unique_tokens = with_prepared_data(recipe)
     derived = derive(recipe, accelerator.device.type, accelerator.num_processes, unique_tokens)
     console.table("derived", derived_rows(recipe, derived))
-    console.log("\n" + yaml.safe_dump(redacted(recipe.model_dump()), sort_keys=False))
+    console.log("\n" + yaml_text(redacted(recipe.model_dump())))
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, console: Console) -> Shards:
@@ -110,9 +109,7 @@ def set_up(
         **text_facts(shards.manifest),
         "free disk": f"{free_gib(Path()):.0f} GiB",
         "estimated end": (
-            time_limit.kept.until
-            if time_limit
-            else f"{end}, from the time of one micro-batch; the lines below measure it"
+            time_limit.when() if time_limit else f"{end}, from the time of one micro-batch; the lines below measure it"
         ),
     }
     console.table("this machine", list(facts.items()))

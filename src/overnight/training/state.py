@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from overnight.core.console import Console
+from overnight.core.console import Console, estimated_end
 from overnight.core.processes import Helper
 from overnight.core.scripts import RECIPES
 from overnight.data.batches import TrainingBatches
@@ -216,6 +217,10 @@ class TimeLimit:
     def left(self) -> float:
         """Seconds."""
         return self.ends - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def when(self) -> str:
+        """`in 9h58m, on Tue 07:30`"""
+        return estimated_end(self.left(), datetime.fromisoformat(self.kept.until))
 
 
 @dataclass

@@ -107,7 +107,7 @@ def begin(run: Run) -> None:
             if limit.target_iters
             else "; the first iterations decide how many fit"
         )
-        run.console.log(f"the night ends at {limit.kept.until}, in {duration(limit.left())}{chosen}")
+        run.console.log(f"the night ends {limit.when()}{chosen}")
 
 
 def keep(run: Run, limit: TimeLimit) -> None:
