@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from overnight.cli import exit_code, starting, user_path
 from overnight.core.console import outlets
 from overnight.core.extras import require
 from overnight.core.files import file_name
-from overnight.errors import EXIT_INTERRUPTED, InputError
+from overnight.errors import EXIT_INTERRUPTED, InputError, all_of
 from overnight.recipe.schema import QUICK, Evaluation
 from overnight.run_dir.layout import model_at, origin_of
 
@@ -65,9 +66,8 @@ def run(options: argparse.Namespace) -> int:
     origin = origin_of(options.model)
     defaults = origin.recipe.evaluation if origin else Evaluation()
     config = config_of(options, defaults)
-    for name in {*config.against} - {"untrained", "unigram"}:
-        if name != (found := model_at(name)):
-            raise InputError(f"`--against {name}` is a run; {found} would work")
+    if options.dry_run or not options.tasks:  # else they are opened with these: all that is wrong is told at once
+        all_of(*(partial(model_at, name) for name in config.against if name not in ("untrained", "unigram")))
     out = options.out or folder_of(options, origin.folder if origin else Path(), config, defaults)
     if options.dry_run:
         print(f"{options.model} against {', '.join(config.against) or 'nothing'}, into {out}")

@@ -303,7 +303,8 @@ def test_f4_a_task_file_runs_no_code_unless_it_is_trusted(evaluate_here, said, t
     path = folder / "sly.yaml"
     plain = path.read_text()
     path.write_text(plain.replace("doc_to_text: '{{context}}'", "doc_to_text: !function code.text"))
-    words = said(*asked)
+    words = said(*asked, "--against", "./nowhere")
+    assert "./nowhere is no model, nothing is there" in words  # both problems at once
     assert "`!function code.text` is code" in words and "--trust-tasks" in words and not ran.exists()
     for line in (
         "class: !function code.Task",

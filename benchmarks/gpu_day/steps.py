@@ -86,7 +86,7 @@ def losses(settings: Settings) -> Task:
 
 
 def training_step(settings: Settings) -> Task:
-    shape = ["--pairs", "1", "--steps", "1", "--layers", "1", "--width", "32", "--shape", "1x32"]
+    shape = ["--pairs", "1", "--steps", "1", "--layers", "1", "--width", "64", "--shape", "1x32"]
     words = ["-W", "ignore", str(BENCHMARKS / "training_step.py"), "--device", settings.device]
     words += shape if settings.small else []
     words += ["--nanogpt", str(settings.nanogpt.resolve())] if settings.nanogpt else []

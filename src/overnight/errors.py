@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Any
 
 IN_WHEEL = Path(__file__).with_name("recipes").is_dir()  # where setup.py puts them; a checkout has them beside src/
 AWAY = {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError"}
@@ -24,6 +25,20 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+def all_of(*steps: Callable[[], Any]) -> list[Any]:
+    """What each step returns; where several raise `InputError`, one with all of their problems."""
+    found, errors = [], []
+    for step in steps:
+        try:
+            found.append(step())
+        except InputError as error:
+            errors.append(error)
+    if errors:
+        problems = [problem for error in errors for problem in error.problems]
+        raise errors[0] if len(errors) == 1 else InputError(problems)
+    return found
 
 
 class Unreachable(InputError):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from overnight.data.manifest import as_prepared
 from overnight.data.shards import Shards, open_shards
 from overnight.data.tokenizer import load_tokenizer
 from overnight.device.launch import cuda_wanted, refuse_lone_processes, set_threads, take_over_environment
-from overnight.errors import InputError
+from overnight.errors import InputError, all_of
 from overnight.evaluation import models, results
 from overnight.evaluation.cache import ResponseCache, cache_folder
 from overnight.evaluation.lm import SharedContextLM, answer_items
@@ -110,14 +111,13 @@ class Session:
 
     def run(self) -> None:
         """Measure every model, compare, write, and print the answer."""
-        # All are opened before any is measured: what cannot be loaded is found at once.
-        eval_models = [self.eval_model(name) for name in (self.plan.model, *self.plan.config.against)]
+        # All are opened before any is measured, so that all that cannot be used is told at once.
+        opened = [partial(self.eval_model, name) for name in (self.plan.model, *self.plan.config.against)]
+        *eval_models, self.texts, self.benchmarks = all_of(*opened, self._read_texts, self._load_benchmarks)
         self._refuse_other_tokens(eval_models)
         contexts = [each.context for each in eval_models]
         recipe_length = self.plan.origin.recipe.batch.sequence_length if self.plan.origin else max(contexts)
         self.length = min(recipe_length, *contexts)
-        self.texts = {spec: read_texts(spec) for spec in self.plan.config.texts}
-        self.benchmarks = self._load_benchmarks()
         measured = [self.measure(each) for each in eval_models]
         if self.accelerator.is_main_process:
             self.finalize(measured)
@@ -217,6 +217,9 @@ class Session:
                     f"{each.name}: its vocabulary is not that of {self.shards.folder}, so the losses on its tokens "
                     "do not compare; `--shards none` leaves the validation set out, and benchmarks compare any models"
                 )
+
+    def _read_texts(self) -> dict[str, list[str]]:
+        return {spec: read_texts(spec) for spec in self.plan.config.texts}
 
     def _load_benchmarks(self) -> list[Benchmark]:
         config = self.plan.config

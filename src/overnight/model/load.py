@@ -19,12 +19,12 @@ BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # implementation
 
 
 def load_model(name: str, **how: Any) -> tuple[Any, dict[str, Any], Any]:
-    """The model of a folder or a Hub name as transformers gives it, which weights did not fit it, and its tokenizer.
+    """The model of a run, folder or Hub name as transformers gives it, which weights did not fit, and its tokenizer.
 
     Raises `InputError` for what is none or would need code or a pickle, `DamagedData` for a folder that is not as it
     was written, and OSError where the system refuses a file.
     """
-    model_at(name)  # or raise
+    name = model_at(name)
     try:
         if Path(name).is_dir():
             refuse_damaged_model(Path(name))
