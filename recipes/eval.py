@@ -1,7 +1,7 @@
 """Measure a model and its opponents: python recipes/eval.py MODEL [--against OPPONENT ...]
 
 Losses on the validation set and on plain texts, lm-eval's benchmarks, and a paired verdict for each task. MODEL is
-runs/NAME/models/iter-..., any other model folder, or a Hub name; for a run's model the run's recipe says what is
+a run (its newest finished model), a model folder, or a Hub name; for a run's model the run's recipe says what is
 measured unless an option does. Answers are kept: the same command continues after an interruption, and GPT-2 is
 measured once.
 """
@@ -22,10 +22,12 @@ from overnight.errors import EXIT_INTERRUPTED, InputError, all_of
 from overnight.recipe.schema import QUICK, Evaluation
 from overnight.run_dir.layout import model_at, origin_of
 
+AGAINST = "opponents: Hub names, folders, `untrained`, `unigram` (a table of word-piece frequencies), or none"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model folder or a Hub name")
-    parser.add_argument("--against", nargs="+", help="opponents: Hub names, folders, `untrained`, `unigram`, or none")
+    parser.add_argument("model", help="a run, a model folder or a Hub name")
+    parser.add_argument("--against", nargs="+", help=AGAINST)
     parser.add_argument("--tasks", nargs="+", help="names of lm-eval's tasks and groups, or none")
     parser.add_argument("--limit", type=int, help="only the first N items of each task")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} items of each task")

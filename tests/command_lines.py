@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from overnight.__main__ import MODULES
-from overnight.core.scripts import recipe_file
+from overnight.core.scripts import RECIPES, recipe_file
 from overnight.errors import InputError
 from overnight.recipe.load import load
 
@@ -184,9 +184,9 @@ def take(words: list[str]) -> None:
 
 def take_recipe(given: list[str], overrides: list[str]) -> None:
     """Load the recipe that a command line begins with under its overrides."""
-    if given and (path := recipe_file(given[0])).suffix == ".yaml":
+    if given and (given[0].endswith(".yaml") or (RECIPES / f"{given[0]}.yaml").exists()):
         try:
-            load(path, overrides)
+            load(recipe_file(given[0]), overrides)
         except InputError as error:
             raise AssertionError(f"{' '.join(given)}: {error}") from None
     else:

@@ -158,11 +158,13 @@ class Validation(Section):
     every: PositiveInt = 500
     """Iterations between two validations; the last iteration is always validated."""
     prompts: list[str] = ["The mitochondria"]
-    """Continued at every validation, to see the model learn; may be empty."""
+    """Continued at every validation, to see the model learn: beginnings of sentences of your text's kind; may be empty.
+    """
     sample_tokens: PositiveInt = 48
     """Tokens that are sampled for each prompt."""
     ngram_baselines: bool = False
-    """Print what unigram and bigram models of the same training tokens reach on the validation set."""
+    """Print the validation loss of two tables: how often each word piece occurs in the training text (unigram), and how
+    often after each other one (bigram)."""
 
 
 class Checkpoint(Section):
@@ -195,7 +197,8 @@ class Evaluation(Section):
     """
 
     against: list[PathText] = ["openai-community/gpt2"]
-    """Opponents: Hub names or folders; `untrained` is the model before its first iteration, `unigram` its data's."""
+    """Opponents: Hub names or folders; `untrained`, the model before its first iteration; `unigram`, a table of the
+    frequencies of its training tokens (word pieces)."""
     tasks: list[str] = [
         "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "sciq", "lambada_openai", "blimp",
     ]  # fmt: skip
