@@ -355,7 +355,9 @@ def test_a_literal_end_of_text_is_plain_text(tmp_path):
 def test_the_cost_is_said_before_it_is_paid():
     data = Data(source="datasets", path="HuggingFaceFW/fineweb-edu", download_gb=12.5, train_tokens=3_680_000_000)
     assert "12.5 GB to download, 7.4 GB of shards" in expected_cost(data)
-    assert "nothing to download" in expected_cost(Data(source="embedded"))
+    assert "a download of unknown size" in expected_cost(Data(source="files", path="https://a.example/a.txt"))
+    for here in ({"source": "embedded"}, {"source": "files", "path": "a.txt"}, {"source": "adopted"}):
+        assert "nothing to download" in expected_cost(Data(**here, download_gb=12.5, train_tokens=1000))
 
 
 def test_the_cost_of_files_follows_from_their_sizes_and_a_wrong_path_is_refused(data):

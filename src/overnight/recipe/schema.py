@@ -60,6 +60,11 @@ class Data(Section):
     """Share of the documents, by the hash of their text, that never trains: validation is taken from these."""
 
     @property
+    def fetched_gb(self) -> float | None:
+        """GB to download: nothing for text that lies here, whatever a recipe says; None where it does not say."""
+        return 0.0 if self.local or self.source == "adopted" else self.download_gb
+
+    @property
     def local(self) -> bool:
         """Whether all of its text is on this machine, so that the trainer prepares it on the way."""
         named = [self.path] if isinstance(self.path, str) else self.path or []
@@ -155,7 +160,7 @@ class Validation(Section):
     sample_tokens: PositiveInt = 48
     """Tokens that are sampled for each prompt."""
     ngram_baselines: bool = False
-    """Print what unigram and bigram models of the same training tokens reach on the validation set."""
+    """Print what unigram and bigram models of each budget's training tokens reach on the validation set."""
 
 
 class Checkpoint(Section):

@@ -24,6 +24,7 @@ from overnight.recipe.schedule import branch_point
 from overnight.run_dir.layout import folder_name
 from overnight.training.log import (
     informs,
+    log_baselines,
     log_lost,
     log_results,
     log_saved,
@@ -165,10 +166,12 @@ def finalize(run: Run, folder: Path, export_seconds: float) -> None:
         best_val_loss=run.history.best_val,
         tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,
         seconds=time_used(run),
+        resumed_at=run.resumed_at,
         kwh=None if joules is None else joules / 3.6e6,
         mean_watts=mean_watts(run),
         export_seconds=export_seconds,
     )
+    log_baselines(run)  # of a budget that was chosen on the way
     log_results(run)
     if run.recipe.evaluation.at_milestones:
         begin_quick_eval(run, folder)
