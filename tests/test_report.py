@@ -172,7 +172,10 @@ def test_a_card_names_the_keys_that_were_changed_during_the_run_and_promises_no_
     event = {"kind": "event", "event": "changed", "iteration": 9, "tokens": 9, "key": "optim.lr"}
     metrics = changed / "metrics.jsonl"
     metrics.write_text(json.dumps(event | {"before": 0.1, "now": "<b>"}) + "\n" + metrics.read_text())
+    unlike = RESULTS | {"comparisons": [{"opponent": "other", "tasks": []}]}  # no loss, and no task that both could do
+    (changed / "evaluation" / "iter-000040" / "results.json").write_text(json.dumps(unlike))
     card = readme(changed)
+    assert "**Against other**: nothing was compared.\n" in card
     assert "- `optim.lr` was 0.1 and is &lt;b&gt; from iteration 9 on\n" in card and "The same again" not in card
 
 

@@ -3,6 +3,7 @@
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import final_sums, losses_by_decay, model_sums, records, start, tiny
@@ -13,6 +14,8 @@ from overnight.recipe.schema import Schedule
 from overnight.run_dir.layout import saved_iterations
 from overnight.training import finish
 from overnight.training import train as train_module
+from overnight.training.setup import seconds_left
+from overnight.training.state import Throughput
 
 LADDER = ("--schedule.milestones", "[20, 30]")
 
@@ -163,6 +166,18 @@ def test_what_is_left_is_of_the_budgets_that_the_command_makes_from_where_the_ru
     assert iterations_left(ladder, 0, goals(ladder)) == 26_200
     assert iterations_left(ladder, 8_000, [10_000]) == 2_000
     assert iterations_left(ladder, 9_000, [10_000, 20_000]) == 1_000 + 12_000
+
+
+def test_the_estimated_end_leaves_out_what_is_done_and_has_the_validations(workplace):
+    recipe, cut = tiny(workplace), {"micro_batch": 8, "grad_accum": 2, "targets": [30]}
+    parts = {
+        "directory": SimpleNamespace(resumable=lambda schedule: [Path("iter-000024")]),
+        "shards": SimpleNamespace(val=SimpleNamespace(tokens=40 * 64)),
+        "accelerator": SimpleNamespace(num_processes=1),
+    }
+    for measured, validation in ((0.0, 40 / 8 / 3), (10.0, 10.0)):  # a third of training where none was measured
+        run = SimpleNamespace(recipe=recipe, schedule=None, throughput=Throughput(measured), **cut, **parts)
+        assert seconds_left(run, 1.0) == pytest.approx(6 * (2 + validation / 20))
 
 
 def test_up_to_its_branch_point_a_budget_has_the_learning_rates_of_any_longer_one():

@@ -99,10 +99,10 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
         f"validation loss  {done['val_loss']:.4f} nats per token at the end, {done['best_val_loss']:.4f} at its best"
     ]
     if baselines:
-        lines.append(f"for scale        {baseline_line(baselines)}, from the same tokens")
+        lines.append(f"for scale        {baseline_line(baselines)}, from the same training tokens")
     lines += [
         f"speed            {f'{count(rate)} tokens a second over the warm iterations' if rate else 'not measured'}",
-        *([f"time             {time_words(done)}"] if done.get("seconds") else []),
+        *([f"time             {time_words(done)}"] if done.get("resumed_at") else []),
         f"energy           {'not measured' if kwh is None else f'{kwh:.2f} kWh'}",
         f"model            {model}",
     ]
@@ -117,7 +117,6 @@ def print_finished(directory: RunDirectory, console: Console, target: int) -> No
 
 
 def time_words(end: Record) -> str:
-    """How long a finished model took, and which part of it its last session did: speed and power are of that one."""
-    resumed = end.get("resumed_at")
-    last = f" in all sessions; the last went from iteration {resumed:,} to {end['iteration']:,}" if resumed else ""
-    return duration(end["seconds"]) + last
+    """How long a finished model took, and which part of it its last session did: the speed is of that one."""
+    last = f"the last session: from iteration {end['resumed_at']:,} to {end['iteration']:,}"
+    return f"{duration(end['seconds'])} in all sessions; {last}"

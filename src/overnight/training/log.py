@@ -71,12 +71,6 @@ def watts(run: Run) -> float | None:
     return run.device.power.watts()
 
 
-@informs("energy")
-def mean_watts(run: Run) -> float | None:
-    """Mean board power of this session."""
-    return run.device.power.mean_watts()
-
-
 @informs("memory")
 def used_gib(run: Run) -> float:
     """Memory that this process holds on the device."""
