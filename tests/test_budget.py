@@ -157,7 +157,7 @@ def test_hours_that_are_given_have_a_row():
     assert column(short, "max_iters") == [6_000, 10_000, 15_000, 20_000]
     told = [each for each in short["caveats"] if each.startswith("`")]
     assert told[0].startswith("`schedule.hours` 0.01 is too short for any budget: the shortest, 312 iterations, takes")
-    assert told[1].startswith("`batch.micro_batch` 256 does not fit the 12 GiB of rtx-4070, by the formula: 32 does")
+    assert told[1].startswith("`batch.micro_batch` 256 does not fit the 12 GiB of rtx-4070: 32 does")
     few = ("--schedule.max_iters", "3", "--schedule.warmup_iters", "1")
     assert column(planned(*few), "max_iters") == [1, 2, 3]
 

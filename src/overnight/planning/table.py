@@ -185,7 +185,7 @@ def _caveats(recipe: Recipe, card: Card, memory: Memory | None, timing: Timing |
         )
     if gpu and memory and asked != "auto" and asked > memory.micro_batch:
         found.append(
-            f"`batch.micro_batch` {asked} does not fit the {gpu.vram_gib:g} GiB of {gpu.name}, by the formula:"
+            f"`batch.micro_batch` {asked} does not fit the {gpu.vram_gib:g} GiB of {gpu.name}:"
             f" {memory.micro_batch} does, and the plan is for it"
         )
     if card.speed and card.speed.at_most:

@@ -40,8 +40,8 @@ def standing(recipe: Recipe, records: list[Record], end: Record) -> str:
         if loss >= baselines["bigram"]:
             return f"It predicts better than the frequencies of tokens ({tokens}), not than those of pairs ({pairs})."
         return f"It predicts better than the frequencies of tokens ({tokens}) and of pairs ({pairs})."
-    among = f"a uniform guess among {recipe.model.vocab_size:,} tokens ({guess:.2f} nats)"
-    said = f"It predicts no better than {among}." if loss >= guess else f"It is {guess - loss:.2f} nats below {among}."
+    below = "no lower than" if loss >= guess else f"{guess - loss:.2f} nats below"
+    said = f"Its loss is {below} that of a uniform guess among {recipe.model.vocab_size:,} tokens ({guess:.2f} nats)."
     if dataset := gpt2_dataset(recipe):
         said += f" GPT-2 124M's published loss on {dataset}, of another validation split, is {gpt2_loss(dataset):.4f}."
     return said
@@ -69,7 +69,8 @@ def status_lines(run: Path) -> list[str]:
         val = last["val"]
         lines.append(f"  validation  {val['loss']:.4f} nats per token at iteration {val['iteration']:,}")
     folders = [run / CHECKPOINTS, *cooldowns(run / CHECKPOINTS).values()]
-    if saved := {path: path.stat().st_mtime for folder in folders for path in saved_iterations(folder).values()}:
+    last_of_each = [max(found.items())[1] for folder in folders if (found := saved_iterations(folder))]
+    if saved := {path: path.stat().st_mtime for path in last_of_each}:
         newest = max(saved, key=lambda path: saved[path])
         lines.append(f"  checkpoint  {newest.relative_to(run)}, {duration(time.time() - saved[newest])} ago")
     for target, end in done.items():

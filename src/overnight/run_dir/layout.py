@@ -256,5 +256,5 @@ def origin_of(model: str) -> Origin | None:
     if not Path(model).is_dir() or not (folder / RECIPE).is_file():
         return None
     fingerprint = read_file(folder / RECIPE, lambda found: found["meaning"]["data fingerprint"], REWRITTEN)
-    recipe, name = recipe_of(folder), _NAME.fullmatch(Path(model).resolve().name)
+    recipe, name = recipe_of(folder), _NAME.fullmatch(Path(os.path.abspath(model)).name)
     return Origin(folder, recipe, fingerprint, int(name[1]) if name else recipe.schedule.max_iters)
