@@ -137,8 +137,7 @@ def _build(entry: Entry, data_dir: Path | None) -> Task:
         )
     if config.get("dataset_path") in _PACKAGED_DATASETS_MODULES:
         files = config["dataset_kwargs"]["data_files"]  # they lie beside the task's file
-        folder, file = entry.yaml_path.parent, entry.yaml_path.name
-        beside = {split: str(within(folder, str(name), file)) for split, name in files.items()}
+        beside = {split: str(within(entry.yaml_path, str(name))) for split, name in files.items()}
         config["dataset_kwargs"] = {"data_files": beside}
     elif data_dir is not None:
         config |= local_data(entry.name, config, data_dir)
