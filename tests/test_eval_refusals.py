@@ -105,7 +105,7 @@ def test_a_mistake_in_a_task_of_ones_own_is_said_of_its_file_and_not_of_the_hub(
     ],
 )
 def test_whatever_a_task_file_lacks_is_a_refusal_that_names_the_task(tmp_path, changes):
-    with pytest.raises(InputError, match=r"own|which is not in it"):
+    with pytest.raises(InputError, match=r"own|which leads out of its folder"):
         own_task(tmp_path, **changes)
 
 

@@ -144,11 +144,11 @@ def file_name(name: str) -> str:
     return safe if safe == name or known else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def within(folder: Path, name: str, file: str) -> Path:
-    """The path of a `name` that stands in a `file` of `folder`; `DamagedData` where it leads out of the folder."""
+def within(file: Path, name: str) -> Path:
+    """The path of a `name` that stands in a `file` beside it; `DamagedData` where it leads out of that folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
-        raise DamagedData(f"{folder / file} names {name!r}, which is not in it")
-    return folder / name
+        raise DamagedData(f"{file} names {name!r}, which leads out of its folder")
+    return file.parent / name
 
 
 def errno_of(error: BaseException) -> int | None:

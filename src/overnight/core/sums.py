@@ -51,7 +51,7 @@ def damage(folder: Path, required: Collection[str] = ()) -> str | None:
         if missing := set(required) - sums.keys():
             return f"{SUMS} does not list {', '.join(sorted(missing))}"
         for name, digest in sums.items():
-            if sha256(within(folder, name, SUMS)) != digest:
+            if sha256(within(folder / SUMS, name)) != digest:
                 return f"{name} differs from its checksum"
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         return f"{name}: {error.strerror}"

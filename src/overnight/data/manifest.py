@@ -163,7 +163,7 @@ def narrowed(ids: np.ndarray, vocab_size: int, name: object) -> np.ndarray:
 
 def named_file(folder: Path, name: str) -> Path:
     """A file of a prepared folder by its name in the manifest; `DamagedData` where that leads out of the folder."""
-    return within(folder, name, MANIFEST)
+    return within(folder / MANIFEST, name)
 
 
 def is_prepared(folder: Path) -> bool:

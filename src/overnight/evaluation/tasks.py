@@ -127,7 +127,7 @@ def leaves_of(name: str, index: dict[str, Entry]) -> list[str]:
 def _build(entry: Entry, data_dir: Path | None) -> Task:
     if entry.yaml_path is None or entry.kind is not Kind.TASK:
         raise InputError(f"`--tasks`: {entry.name} is defined in Python; a task that a YAML file defines works")
-    file, config = entry.yaml_path, load_yaml(entry.yaml_path)
+    config = load_yaml(entry.yaml_path)
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
     if config.get("output_type") not in SCORED:
@@ -137,7 +137,7 @@ def _build(entry: Entry, data_dir: Path | None) -> Task:
         )
     if config.get("dataset_path") in _PACKAGED_DATASETS_MODULES:
         files = config["dataset_kwargs"]["data_files"]  # they lie beside the task's file
-        beside = {split: str(within(file.parent, str(name), file.name)) for split, name in files.items()}
+        beside = {split: str(within(entry.yaml_path, str(name))) for split, name in files.items()}
         config["dataset_kwargs"] = {"data_files": beside}
     elif data_dir is not None:
         config |= local_data(entry.name, config, data_dir)
