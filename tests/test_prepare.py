@@ -149,7 +149,7 @@ def test_a_prepared_folder_is_reused_and_never_overwritten(data):
     said: list[str] = []
     assert prepare(data, VOCAB, report=said.append) == manifest
     assert "already prepared" in said[0]
-    with pytest.raises(InputError, match=r"`data\.val_tokens` is 900, but .* prepared with 1,000"):
+    with pytest.raises(InputError, match=r"`data\.val_tokens` is 900, but .*manifest.json names 1,000"):
         prepare(data.model_copy(update={"val_tokens": 900}), VOCAB, **SILENT)
     assert digests(data.dir) == before
     Path(data.dir, "train", "00000.ds").write_bytes(b"")
