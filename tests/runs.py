@@ -18,6 +18,7 @@ from started import Started
 from overnight.device.launch import launch
 from overnight.prepare.prepare import prepare
 from overnight.recipe.load import load
+from overnight.recipe.schedule import goals
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
 from overnight.training import setup
@@ -152,4 +153,4 @@ def set_up(recipe: Recipe) -> Run:
     """A run as the trainer sets it up, in this process, before its first iteration."""
     accelerator, console = launch(recipe)
     shards = setup.open_data(recipe, accelerator, console)
-    return setup.set_up(recipe, accelerator, console, RunDirectory(recipe), shards)
+    return setup.set_up(recipe, accelerator, console, RunDirectory(recipe), shards, goals(recipe.schedule))

@@ -38,13 +38,21 @@ def night() -> dict:
 def test_a_run_with_milestones_has_a_line_of_its_own_and_one_budget_is_no_sweet_spot():
     ladder = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "fineweb_edu_40m_ladder.yaml")).stdout
     assert re.search(r"all of its milestones in one run: 26,200 iterations, 3\d\.\d hours, \d\.\d kWh, money", ladder)
-    alone = plan("--gpu", "rtx-4070", "--milestones", "8000").stdout
+    alone = plan("--gpu", "rtx-4070", "--milestones", "8000", WORLD_SIZE="2").stdout
+    assert "WARNING   the plan is for one card, and here are 2" in alone and "one card" not in ladder
     assert "No budget here is expected to pass" in alone and "sweet spot" not in alone
+    scarce = plan("--gpu", "rtx-4070", "--data.train_tokens", "200000000").stdout
+    assert "The sweet spot of those with a prediction is 10,000: " in scarce and "The best of those with" in scarce
+    assert "No budget here of those with a prediction is expected" in scarce and "\nbatch " not in scarce
 
 
 def test_the_disk_of_a_text_without_a_limit_is_said_to_be_at_least(night):
     assert night["data_bounded"]
-    assert "at least 28.5 GB more" in plan(recipe=str(ROOT / "recipes" / "gpt2_124m.yaml")).stdout
+    unlimited = plan(recipe=str(ROOT / "recipes" / "gpt2_124m.yaml")).stdout
+    assert "at least 28.5 GB more" in unlimited and "WARNING   how many tokens the text has is not known" in unlimited
+    own = plan(recipe=str(ROOT / "recipes" / "own_text.yaml")).stdout
+    assert "for the run; what the data takes is not known before `prepare.py --dry-run`" in own
+    assert "tokens; how many there are to train on is not known until the data is prepared\n" in own
 
 
 def column(found: dict, key: str) -> list:
@@ -113,6 +121,7 @@ def test_nothing_is_expected_of_what_the_law_does_not_know():
     quickstart = plan("--gpu", "rtx-4070", recipe=str(ROOT / "recipes" / "quickstart.yaml")).stdout
     assert "loss      nothing is expected: the scaling law covers FineWeb-Edu and FineWeb alone" in quickstart
     assert "GPT-2 124M" not in quickstart and "sweet spot" not in quickstart and "0.00 s" not in quickstart
+    assert "WARNING   the hours are a lower bound: so small a model waits" in quickstart
     assert next(line.split() for line in quickstart.splitlines() if re.match(r" +320 ", line))[:7] == [
         "320", "1.31M", "-", "-", "-", "-", "-",
     ]  # fmt: skip
@@ -124,7 +133,9 @@ def test_nothing_is_expected_of_what_the_law_does_not_know():
 def test_repeated_text_is_warned_of_from_four_epochs_and_nothing_is_expected_beyond_forty():
     few = plan("--gpu", "rtx-4070", "--data.train_tokens", "2000000000").stdout
     assert "WARNING   20,000 iterations are 5.2 epochs: from 4 on" in few
+    assert "a lower bound" not in few and "does not fit" not in few
     many = planned("--data.train_tokens", "100000000")
+    assert many["sweet_spot"] is None
     assert [loss is None for loss in column(many, "loss")] == [False, True, True, True]
     assert "nothing beyond 40 epochs" in many["losses"]
 
@@ -133,13 +144,22 @@ def test_a_machine_without_a_gpu_is_planned_as_no_card_unless_one_is_named():
     here = json.loads(plan("--json").stdout)
     assert here["gpu"] is None and here["memory"] is None
     assert not any(row[key] for row in here["rows"] for key in ("hours", "kwh", "cost"))
-    assert "`--gpu rtx-4070` plans for the card" in plan().stdout
+    said = plan().stdout
+    assert "`--gpu rtx-4070` plans for the card" in said and "the start measures" not in said
 
 
 def test_hours_that_are_given_have_a_row():
     rows = planned("--schedule.hours", "10")["rows"]
     (row,) = [row for row in rows if row["max_iters"] not in (6_000, 10_000, 15_000, 20_000)]
     assert 9.99 < row["hours"] <= 10
+    assert column(planned("--schedule.hours", "40"), "max_iters")[-2:] == [15_000, 20_000]
+    short = planned("--schedule.hours", "0.01", "--batch.micro_batch", "256")
+    assert column(short, "max_iters") == [6_000, 10_000, 15_000, 20_000]
+    told = [each for each in short["caveats"] if each.startswith("`")]
+    assert told[0].startswith("`schedule.hours` 0.01 is too short for any budget: the shortest, 312 iterations, takes")
+    assert told[1].startswith("`batch.micro_batch` 256 does not fit the 12 GiB of rtx-4070, by the formula: 32 does")
+    few = ("--schedule.max_iters", "3", "--schedule.warmup_iters", "1")
+    assert column(planned(*few), "max_iters") == [1, 2, 3]
 
 
 COLUMNS = "dataset,params_nonembedding_millions,unique_tokens_billions,annealed,tokens_billions,val_loss\n"
@@ -170,7 +190,7 @@ BAD_TABLES = {
         ("--throughput -1", "119500 would work"),
         ("--hours-per-night 0", "`--hours-per-night 0`"),
         ("--price-kwh nan", "`--price-kwh nan`"),
-        ("--gpu rtx-9999", "`--gpu rtx-9999` is not known; there are rtx-3060-12gb, rtx-3060-8gb"),
+        ("--gpu rtx-9999", "`--gpu rtx-9999` is not known; a plan is for one of rtx-3060-12gb, rtx-3060-8gb"),
         ("--gpu all --plot x.png", "`--plot` draws the losses of one card"),
         ("--milestones 6k,10k", "iterations with commas between would work"),
         ("--milestones 0", "iterations with commas between would work"),
@@ -197,7 +217,7 @@ def test_milestones_a_throughput_of_your_own_and_a_figure(tmp_path):
     assert found["rows"][0]["cost"] == pytest.approx(found["rows"][0]["kwh"] * 0.5)
     words = set(re.findall("<!-- (.*) -->", file.read_text()))  # what matplotlib writes beside the shapes of a text
     assert {"hours", "2,000 iterations", "4.19B tokens", "90 % interval"} <= words
-    assert "GPT-2 124M, fineweb-edu: 3.2924" in words
+    assert "GPT-2 124M's published loss on fineweb-edu: 3.2924" in words
 
 
 PROBE = {"device": "NVIDIA GeForce RTX 4070", "tokens_per_second": 1e5, "micro_batch": 16, "peak_gib": 3.94}

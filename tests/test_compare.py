@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from overnight.evaluation.results import implausible, published_scores
+from overnight.evaluation.results import implausible, page, published_scores
 from overnight.evaluation.statistics import (
     ALPHA,
     Paired,
@@ -119,3 +119,18 @@ def test_a_measurement_of_gpt2_far_from_the_published_one_is_warned_about():
     assert implausible("openai-community/gpt2", measured(0.315)) is None
     assert "3.4 standard errors" in str(implausible("openai-community/gpt2", measured(0.2955)))  # the other protocol
     assert implausible("someone/else", measured(0.5)) is None
+
+
+def test_the_page_says_for_what_reason_nothing_is_compared():
+    """A task whose metric is not right or wrong was asked for all the same, and a run's model may be read without."""
+    ours = {"facts": {"name": "ours", "parameters": 1, "context": 8}, "validation": None, "texts": {}, "tasks": {}}
+    none = {"opponent": "theirs", "tasks": [], "validation": None, "warnings": [], "wins minus losses": 0}
+
+    def said(comparisons: list, tasks: list[str]) -> str:
+        settings = {"dtype": "float32", "tasks": tasks}
+        return page().render(models=[ours], comparisons=comparisons, settings=settings, notes=[], shown=str)
+
+    assert "No verdict: it needs items that are right or wrong, and wikitext has none.\n" in said([none], ["wikitext"])
+    assert "No benchmark was asked for.\n" in said([none], []) and "belongs to no run" not in said([none], [])
+    assert "No loss is compared: there was no prepared data (`--shards`)" in said([none], [])
+    assert "same items.\nNo opponent was asked for, so nothing is compared.\n" in said([], [])

@@ -31,7 +31,7 @@ def night_of(seconds: float, recipe, pace, monkeypatch, *, warmup: int = 5) -> t
     now = 0.0
     monkeypatch.setattr(time_limit.time, "monotonic", lambda: now)
     monkeypatch.setattr(time_limit.time, "clock_gettime", lambda clock: now)
-    limit = TimeLimit(KeptLimit("", "", seconds), ends=seconds, validation_seconds=0.0, export_seconds=20.0)
+    limit = TimeLimit(KeptLimit("", "", seconds), ends=seconds, export_seconds=20.0)
     told, spent = SimpleNamespace(all_validations=0.0, validation_seconds=0.0), []
     run = SimpleNamespace(recipe=recipe, iteration=0, throughput=told)
     while run.iteration < (limit.target_iters or recipe.schedule.max_iters):

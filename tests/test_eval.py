@@ -30,6 +30,7 @@ from overnight.evaluation.loss import TokenLoss, bytes_of_tokens, windows_of
 from overnight.evaluation.scoring import Request, Scorer, batches_of
 from overnight.prepare.prepare import prepare
 from overnight.recipe.schema import Data
+from overnight.run_dir.layout import origin_of
 
 EVAL = str(ROOT / "recipes" / "eval.py")
 MODEL = "runs/tiny/models/iter-000040"
@@ -79,6 +80,9 @@ def test_the_unigram_opponent_has_the_loss_of_the_unigrams(workplace: Path, meas
     rows = seen_tokens(TrainingBatches(shards.train, recipe.batch, recipe.seed), recipe.schedule.max_iters)
     expected = ngram_losses(rows, shards.val.read_all())["unigram"]
     assert measured[0]["models"][2]["validation"]["loss"] == pytest.approx(expected, abs=1e-3)  # over tokens seen alone
+    (shorter := workplace / "runs/tiny/models/iter-000010").mkdir()
+    assert [origin_of(str(each)).iterations for each in (shorter, workplace / MODEL)] == [10, 40]
+    shorter.rmdir()
 
 
 def test_the_page_can_be_read_on_its_own(measured: tuple[dict, Path]):

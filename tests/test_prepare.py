@@ -149,7 +149,7 @@ def test_a_prepared_folder_is_reused_and_never_overwritten(data):
     said: list[str] = []
     assert prepare(data, VOCAB, report=said.append) == manifest
     assert "already prepared" in said[0]
-    with pytest.raises(InputError, match=r"`data\.val_tokens` is 900, but .* prepared with 1000"):
+    with pytest.raises(InputError, match=r"`data\.val_tokens` is 900, but .* prepared with 1,000"):
         prepare(data.model_copy(update={"val_tokens": 900}), VOCAB, **SILENT)
     assert digests(data.dir) == before
     Path(data.dir, "train", "00000.ds").write_bytes(b"")
@@ -366,7 +366,9 @@ def test_a_literal_end_of_text_is_plain_text(tmp_path):
 def test_the_cost_is_said_before_it_is_paid():
     data = Data(source="datasets", path="HuggingFaceFW/fineweb-edu", download_gb=12.5, train_tokens=3_680_000_000)
     assert "12.5 GB to download, 7.4 GB of shards" in expected_cost(data)
-    assert "nothing to download" in expected_cost(Data(source="embedded"))
+    assert "a download of unknown size" in expected_cost(Data(source="files", path="https://a.example/a.txt"))
+    for here in ({"source": "embedded"}, {"source": "files", "path": "a.txt"}, {"source": "adopted"}):
+        assert "nothing to download" in expected_cost(Data(**here, download_gb=12.5, train_tokens=1000))
 
 
 def test_the_cost_of_files_follows_from_their_sizes_and_a_wrong_path_is_refused(data):

@@ -181,6 +181,7 @@ def test_an_option_of_another_script_is_answered_with_that_script():
         ("--batch.micro_batch=3", "does not divide an iteration of 16 rows"),
         ("--schedule.warmup_iters=400", "do not fit into `schedule.max_iters`"),
         ("--data.path=x.txt", "no use with `data.source: embedded`"),
+        ("--data.path=[x.txt,y.txt,z.txt]", "`data.path` is x.txt, y.txt and z.txt: it has no use"),
         ("--checkpoint.keep=1", "greater than or equal to 2"),
         ("--data.val_tokens=1", "greater than or equal to 2"),
         ("--model.n_positions=1", "greater than or equal to 2"),

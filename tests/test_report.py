@@ -16,6 +16,9 @@ from runs import records, tiny
 
 from overnight.core.console import plain
 from overnight.core.published import fenced, text, yaml_text
+from overnight.data.batches import TrainingBatches
+from overnight.data.ngrams import ngram_losses, seen_tokens
+from overnight.data.shards import open_shards
 from overnight.errors import InputError
 from overnight.recipe.load import load
 from overnight.report.model_card import as_trained, budgets, claims, on_the_way, report
@@ -37,6 +40,7 @@ def run(in_process, made):
     folder = Path("runs/carded")
     if not made:
         options = ("--name", "carded", "--schedule.milestones", "[30]", "--validation.every", "4")
+        options += ("--validation.ngram_baselines", "true")
         options += ("--validation.prompts", json.dumps([HOSTILE]), "--data.license", json.dumps(HOSTILE))
         assert train_module.train(tiny(in_process, *options)) == 0
         scored = folder / "evaluation" / "iter-000040"
@@ -93,6 +97,11 @@ def test_the_card_has_the_values_of_the_files(run, in_process):
     assert results[0]["metrics"] == [{"type": "loss", "value": round(end["val_loss"], 4)}]
     assert results[1]["metrics"] == [{"type": "acc", "value": 0.41}] and results[1]["dataset"]["name"] == "sciq"
     assert f"**{end['val_loss']:.4f}** nats per token" in card
+    batches = TrainingBatches((shards := open_shards(in_process / "data")).train, tiny(in_process).batch, 1337)
+    for budget in (30, 40):
+        of_its_tokens = ngram_losses(seen_tokens(batches, budget), shards.val.read_all())
+        pairs = "than the frequencies of tokens ({unigram:.2f} nats), not than those of pairs ({bigram:.2f} nats)."
+        assert pairs.format(**of_its_tokens) in readme(run, budget)
     rows = re.findall(r"^\| `iter-0000(30|40)` \| .*? \| - \| (.*?) \| (.*?) \|$", card, re.MULTILINE)
     assert [row[0] for row in rows] == ["30", "40"] and rows[1][2] == f"{end['val_loss']:.3f}"
     assert re.fullmatch(r"\d\.\d{3} to \d\.\d{3} at iteration \d+", rows[1][1])
@@ -194,7 +203,10 @@ def test_a_card_names_the_keys_that_were_changed_during_the_run_and_promises_no_
     event = {"kind": "event", "event": "changed", "iteration": 9, "tokens": 9, "key": "optim.lr"}
     metrics = changed / "metrics.jsonl"
     metrics.write_text(json.dumps(event | {"before": 0.1, "now": "<b>"}) + "\n" + metrics.read_text())
+    unlike = RESULTS | {"comparisons": [{"opponent": "other", "tasks": []}]}  # no loss, and no task that both could do
+    (changed / "evaluation" / "iter-000040" / "results.json").write_text(json.dumps(unlike))
     card = readme(changed)
+    assert "**Against other**: nothing was compared.\n" in card
     assert "- `optim.lr` was 0.1 and is &lt;b&gt; from iteration 9 on\n" in card and "The same again" not in card
 
 

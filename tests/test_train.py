@@ -88,8 +88,15 @@ def test_all_that_is_printed_is_kept_and_the_status_is_told_from_elsewhere(in_pr
     assert train_module.train(tiny(in_process, *short)) == 0
     said = capsys.readouterr().out
     assert Path("runs/kept/log.txt").read_text().splitlines()[:20] == said.splitlines()[:20]
-    assert " | eta " in said and ", of all " in said and "budget 10 of 10, 20 is finished" in said
-    assert "It predicts " in said
+    assert " | eta " in said and "budget 10 of 10 and 20 is finished" in said
+    assert ", of all " in said and ", of all " not in said[said.index("iter 11/20") :]  # the last of all is its own eta
+    assert (
+        " in all sessions" not in said
+        and said.count("It predicts ") == 2
+        and said.count("report.py runs/kept   # its card and curve") == 2
+    )
+    first, second = (record for record in records(in_process, "kept", "event") if record["event"] == "ngram baselines")
+    assert first["max_iters"] == 10 and second["max_iters"] == 20 and first["bigram"] > second["bigram"]
     command = [sys.executable, str(root / "recipes" / "report.py"), "runs/kept", "--status"]
     status = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     assert status.startswith("runs/kept: finished\n") and status.count("finished    runs/kept/models/iter-0000") == 2
@@ -97,6 +104,11 @@ def test_all_that_is_printed_is_kept_and_the_status_is_told_from_elsewhere(in_pr
         assert f"process {os.getpid()} on " in "\n".join(status_lines(Path("runs/kept")))
     longer = ("--name", "kept", "--schedule.max_iters", "30")
     assert train_module.train(tiny(in_process, *longer)) == 0
+    said_later = Path("runs/kept/log.txt").read_text()
+    assert "in all sessions; the last session: from iteration 16 to 30" in said_later
+    assert "It is " in said_later and " nats below a uniform guess among 500 tokens (6.21 nats)." in said_later
+    newest = "\n".join(status_lines(Path("runs/kept")))
+    assert "checkpoint  checkpoints/cooldown-000030/iter-000030, " in newest
     assert Path("runs/kept/log-1.txt").read_text().splitlines()[0] == said.splitlines()[0]
     assert "resumes at iteration" in Path("runs/kept/log.txt").read_text()
 

@@ -3,16 +3,19 @@
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import final_sums, losses_by_decay, model_sums, records, start, tiny
 
 from overnight.errors import EXIT_INTERRUPTED, InputError
-from overnight.recipe.schedule import branch_points, goals, lr_at, towards
+from overnight.recipe.schedule import branch_points, goals, iterations_left, lr_at, towards
 from overnight.recipe.schema import Schedule
 from overnight.run_dir.layout import saved_iterations
 from overnight.training import finish
 from overnight.training import train as train_module
+from overnight.training.setup import seconds_left
+from overnight.training.state import Throughput
 
 LADDER = ("--schedule.milestones", "[20, 30]")
 
@@ -80,15 +83,17 @@ def test_a_cooldown_later_is_the_one_in_line(in_process, ladder, capsys):
     shutil.rmtree("runs/later", ignore_errors=True)
     assert run(in_process, "later", "--schedule.branches", "[30]") == 0
     before = losses_of(in_process, "later"), losses_of(in_process, "later", 40)
+    capsys.readouterr()
     assert run(in_process, "later", cooldown=30) == 0
-    assert "resumes at iteration 24 from" in capsys.readouterr().out
+    assert "resumes at iteration 24 from" in (said := capsys.readouterr().out)
+    assert " | eta " in said and ", of all " not in said
     assert model_sums("later", 30) == model_sums(ladder, 30)
     assert losses_of(in_process, "later", 30) == losses_of(in_process, ladder, 30)
     assert (losses_of(in_process, "later"), losses_of(in_process, "later", 40)) == before
     assert run(in_process, "later", cooldown=30) == 0
     assert "runs/later is finished" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match=r"35 iterations cannot be finished: .* of iteration 28, .* 25, 30, 38, 40 can"
+        InputError, match=r"35 iterations cannot be finished: .* of iteration 28, .* 25, 30, 38 and 40 can"
     ):
         run(in_process, "later", cooldown=35)
     with pytest.raises(InputError, match="20 iterations cannot be finished"):
@@ -154,6 +159,25 @@ def test_milestones_that_cannot_be_are_refused(workplace, overrides, said):
 def test_a_cosine_has_no_trunk(in_process):
     with pytest.raises(InputError, match=r"`--cooldown 20` needs `schedule\.kind: wsd`"):
         run(in_process, "cosine", "--schedule.kind", "cosine", cooldown=20)
+
+
+def test_what_is_left_is_of_the_budgets_that_the_command_makes_from_where_the_run_stands():
+    ladder = Schedule(max_iters=20_000, milestones=[6_000, 10_000, 15_000])
+    assert iterations_left(ladder, 0, goals(ladder)) == 26_200
+    assert iterations_left(ladder, 8_000, [10_000]) == 2_000
+    assert iterations_left(ladder, 9_000, [10_000, 20_000]) == 1_000 + 12_000
+
+
+def test_the_estimated_end_leaves_out_what_is_done_and_has_the_validations(workplace):
+    recipe, cut = tiny(workplace), {"micro_batch": 8, "grad_accum": 2, "targets": [30]}
+    parts = {
+        "directory": SimpleNamespace(resumable=lambda schedule: [Path("iter-000024")]),
+        "shards": SimpleNamespace(val=SimpleNamespace(tokens=40 * 64)),
+        "accelerator": SimpleNamespace(num_processes=1),
+    }
+    for measured, validation in ((0.0, 40 / 8 / 3), (10.0, 10.0)):  # a third of training where none was measured
+        run = SimpleNamespace(recipe=recipe, schedule=None, throughput=Throughput(measured), **cut, **parts)
+        assert seconds_left(run, 1.0) == pytest.approx(6 * (2 + validation / 20))
 
 
 def test_up_to_its_branch_point_a_budget_has_the_learning_rates_of_any_longer_one():

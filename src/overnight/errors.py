@@ -81,6 +81,13 @@ def script_command(script: str, *arguments: object) -> str:
     return shlex.join([*started, *map(str, arguments)])
 
 
+def listed(values: object) -> str:
+    """A value, or several, as a sentence has them: `6,000, 10,000 and 15,000`, and never a list as Python writes it."""
+    several = values if isinstance(values, list | tuple) else [values]
+    *most, last = [f"{value:,}" if type(value) is int else str(value) for value in several] or ["none"]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def first_line(error: Exception) -> str:
     """The first line of what another library's error says, or its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

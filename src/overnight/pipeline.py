@@ -95,7 +95,7 @@ def steps(recipe: Recipe, time: str | None = None) -> list[str]:
     elif recipe.data.local:
         prepare = "skipped: the trainer makes the shards of text that lies on this machine itself"
     else:
-        size = f", {recipe.data.download_gb:g} GB to download" if recipe.data.download_gb else ""
+        size = f", {recipe.data.fetched_gb:g} GB to download" if recipe.data.fetched_gb else ""
         prepare = f"recipes/prepare.py, into {recipe.data.dir}{size}"
     done = max(map(iteration_of, RunDirectory(recipe).resumable(recipe.schedule)), default=None)
     finished = target_model(recipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +71,7 @@ class PowerMeter:
 
     def __init__(self, uuid: str | None):
         self._nvml: Any = nvml() if uuid else None
-        self._card, self._before, self._since = None, None, time.monotonic()
+        self._card, self._before = None, None
         if self._nvml:
             with suppress(self._nvml.NVMLError):
                 self._card = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
@@ -89,8 +88,3 @@ class PowerMeter:
     def joules(self) -> float | None:
         """Energy since this object was made."""
         return None if self._before is None else self._counter() - self._before
-
-    def mean_watts(self) -> float | None:
-        """Mean board power since this object was made."""
-        joules = self.joules()
-        return None if joules is None else joules / (time.monotonic() - self._since)

@@ -11,6 +11,7 @@ import yaml
 
 from overnight.core.console import plain
 from overnight.core.files import atomic_write
+from overnight.errors import listed
 
 # Names of parameters, in URLs that are signed or carry a token: those of AWS, Google and Azure among them.
 _SECRET = (
@@ -70,7 +71,7 @@ def copy_for_others(path: Path, there: Path) -> Path:
 
 def text(value: object) -> str:
     """Foreign text as Markdown that shows it: no HTML, no links, no tables, no control characters, one line."""
-    line = " ".join(plain(redacted(str(value))).split())
+    line = " ".join(plain(redacted(listed(value))).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")  # they would become links
     return re.sub(r"([\\`*_{}\[\]|~$!])", r"\\\1", line)

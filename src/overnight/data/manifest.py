@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from overnight.core.files import sha256, sync, within
 from overnight.core.published import redacted
-from overnight.errors import DamagedData, InputError
+from overnight.errors import DamagedData, InputError, listed
 from overnight.recipe.schema import Data, Recipe
 
 MANIFEST, OWN_SUM = "manifest.json", "sha256"
@@ -213,7 +213,7 @@ def require_same_request(folder: Path, data: Data, vocab_size: int) -> Manifest:
         held |= {f"data.{key}": said[key] for key in said}
         asked |= {f"data.{key}": wanted[key] for key in said}
     problems = [
-        f"`{key}` is {asked[key]}, but {folder / MANIFEST} names {held[key]}"
+        f"`{key}` is {listed(asked[key])}, but {folder / MANIFEST} names {listed(held[key])}"
         for key in asked
         if asked[key] != held[key]
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -130,9 +129,10 @@ class Session:
             return models.load_model(name, device, dtype)
         if self.plan.origin is None or self.shards is None:
             raise InputError(f"`--against {name}` needs a model of a run, as runs/NAME/models/iter-...")
-        make: Callable = models.untrained if name == UNTRAINED else models.unigram_model
-        tokenizer = load_tokenizer(str(self.shards.folder / "tokenizer"))
-        return models.eval_model(name, make(self.plan.origin.recipe, self.shards), tokenizer, device, dtype)
+        origin, shards = self.plan.origin, self.shards
+        make = partial(models.unigram_model, iterations=origin.iterations) if name == UNIGRAM else models.untrained
+        tokenizer = load_tokenizer(str(shards.folder / "tokenizer"))
+        return models.eval_model(name, make(origin.recipe, shards), tokenizer, device, dtype)
 
     def measure(self, eval_model: EvalModel) -> Measured:
         """One model on every text and task: scores, the rows' losses, and the items by benchmark."""

@@ -101,13 +101,13 @@ def untrained(recipe: Recipe, shards: Shards) -> GPT2LMHeadModel:
     return published(LanguageModel(recipe.model, shards.manifest.eos_id, compile=False), recipe.model)
 
 
-def unigram_model(recipe: Recipe, shards: Shards) -> GPT2LMHeadModel:
-    """The unigram distribution of a run's training tokens, with add-one smoothing, as a GPT-2.
+def unigram_model(recipe: Recipe, shards: Shards, iterations: int) -> GPT2LMHeadModel:
+    """The unigram distribution of the tokens of a run's first iterations, with add-one smoothing, as a GPT-2.
 
     One embedding column holds the log-probabilities; the last norm turns every hidden state into the unit vector of
     that column.
     """
-    rows = seen_tokens(TrainingBatches(shards.train, recipe.batch, recipe.seed), recipe.schedule.max_iters)
+    rows = seen_tokens(TrainingBatches(shards.train, recipe.batch, recipe.seed), iterations)
     shares = unigram(rows, recipe.model.vocab_size)
     eos = shards.manifest.eos_id
     config = GPT2Config(

@@ -34,9 +34,10 @@ def label_tokens(axes: Any, most: int, tokens_per_iter: set[int]) -> None:
         above.set_xlabel("iterations")
 
 
-def draw_gpt2(axes: Any, dataset: str, loss: float) -> None:
-    """A line at GPT-2 124M's published loss, with its name inside of the axes."""
+def draw_gpt2(axes: Any, dataset: str, loss: float, *, right: bool = False) -> None:
+    """A line at GPT-2 124M's published loss, with its name inside of the axes, at the end where no curve is near."""
     axes.axhline(loss, color="black", linestyle="--", linewidth=1)
-    words = f"GPT-2 124M, {dataset}: {loss:.4f}"
-    where = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
-    axes.annotate(words, (0, loss), xycoords=("axes fraction", "data"), **where)
+    words = f"GPT-2 124M's published loss on {dataset}: {loss:.4f}"
+    where = {"xytext": (-6 if right else 6, 4), "textcoords": "offset points", "fontsize": 8}
+    where["ha"] = "right" if right else "left"
+    axes.annotate(words, (int(right), loss), xycoords=("axes fraction", "data"), **where)

@@ -39,6 +39,7 @@ class Speed:
 
     tokens_per_second: float
     source: str
+    at_most: bool = False  # launches, which no estimate counts, may take longer than the work
 
 
 @cache
@@ -64,7 +65,9 @@ def gpu_named(name: str) -> Gpu:
     called = "-".join(word for word in re.split(r"[\s_-]+", name.lower()) if word not in ("nvidia", "geforce"))
     name = next((each for each in (called, f"rtx-{called}") if each in known), name)
     if name not in known:
-        raise InputError(f"`--gpu {name}` is not known; there are {', '.join(known)}, and --probe measures any other")
+        raise InputError(
+            f"`--gpu {name}` is not known; a plan is for one of {', '.join(known)}, and --probe measures any other"
+        )
     return known[name]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from overnight.errors import InputError
-from overnight.recipe.schedule import branch_points, decay_iters, goals, towards
+from overnight.errors import InputError, listed
+from overnight.recipe.schedule import branch_points, decay_iters, goals, iterations_left
 from overnight.recipe.schema import Model, Recipe, Schedule
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
@@ -176,14 +176,15 @@ def derive(recipe: Recipe, device: str, num_processes: int, unique_tokens: int |
 
 def iterations_in_all(schedule: Schedule) -> int:
     """The updates of a run: its own, and the decays of the budgets that it finishes on the way."""
-    return schedule.max_iters + sum(decay_iters(towards(schedule, m)) for m in goals(schedule)[:-1])
+    return iterations_left(schedule, 0, goals(schedule))
 
 
 def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
     """The derived facts as (what, value), for the table at the start and for `--dry-run`."""
     batch, schedule = recipe.batch, recipe.schedule
-    epochs = "unknown until the data is prepared" if derived.epochs is None else f"{derived.epochs:.2f} epochs"
-    unique = "" if derived.unique_tokens is None else f" of {derived.unique_tokens:,} unique tokens"
+    epochs = "; how many there are to train on is not known until the data is prepared"
+    if derived.unique_tokens:
+        epochs = f" = {derived.epochs:.2f} epochs of {derived.unique_tokens:,} unique tokens"
     first, rows = derived.first_micro_batch, derived.rows_per_process
     tokens, processes = f"{batch.sequence_length} tokens", f"{derived.num_processes} processes"
     cut = f"{first} rows x {tokens} x {rows // first} accumulated x {processes}"
@@ -191,9 +192,7 @@ def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
         cut = f"{rows} rows x {tokens} x {processes}; how many rows go at once, the start measures"
     ending = f"linear to zero over the last {decay_iters(schedule):,}" if schedule.kind == "wsd" else "cosine"
     on_the_way = goals(schedule)[:-1]
-    finished = [
-        ("finished on the way", f"{', '.join(f'{m:,}' for m in on_the_way)}: {iterations_in_all(schedule):,} in all")
-    ]
+    finished = [("finished on the way", f"{listed(on_the_way)}: {iterations_in_all(schedule):,} in all")]
     return [
         ("parameters", f"{derived.parameters:,} exported ({derived.parameters_padded:,} while padded)"),
         (
@@ -202,7 +201,7 @@ def derived_rows(recipe: Recipe, derived: Derived) -> list[tuple[str, str]]:
         ),
         (
             "the run",
-            f"{schedule.max_iters:,} iterations = {derived.tokens:,} tokens = {epochs}{unique}",
+            f"{schedule.max_iters:,} iterations = {derived.tokens:,} tokens{epochs}",
         ),
         *(finished if on_the_way else []),
         (
@@ -227,6 +226,14 @@ def run_bytes(recipe: Recipe) -> int:
     return checkpoints * state + budgets * 4 * parameters
 
 
+def data_known(recipe: Recipe) -> bool:
+    """Whether a recipe says anything of how much its data takes, or the data is there."""
+    from overnight.data.manifest import is_prepared  # with numpy, which may be missing
+
+    data = recipe.data
+    return bool(data.train_tokens or data.fetched_gb) or is_prepared(Path(data.dir))
+
+
 def data_bytes(recipe: Recipe) -> int:
     """What the data folder still needs: nothing once it is prepared, else its tokens twice, and the files fetched."""
     from overnight.data.manifest import dtype_for, is_prepared, little_endian  # with numpy, which may be missing
@@ -235,4 +242,4 @@ def data_bytes(recipe: Recipe) -> int:
         return 0
     tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
     token_bytes = little_endian(dtype_for(recipe.model.vocab_size)).itemsize
-    return 2 * tokens * token_bytes + int((recipe.data.download_gb or 0) * 1e9)
+    return 2 * tokens * token_bytes + int((recipe.data.fetched_gb or 0) * 1e9)

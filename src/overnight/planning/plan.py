@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -43,12 +44,14 @@ def plan(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe], d
     if chosen.plot and chosen.gpu == "all":
         raise InputError("`--plot` draws the losses of one card; `--gpu rtx-4070` would work")
     losses = partial(_losses, recipe, unique, chosen.calibrate)
-    budgets = [budget(recipe, card, milestones, unique, losses, prices) for card in _cards(recipe, chosen, probe)]
+    cards = [card._replace(at_hand=_at_hand(chosen)) for card in _cards(recipe, chosen, probe)]
+    budgets = [budget(recipe, card, milestones, unique, losses, prices) for card in cards]
     if chosen.json:
         found = [asdict(each) for each in budgets]
         print(strict_json(found[0] if len(found) == 1 else found, indent=1))
     else:
-        for name, value in derived_rows(recipe, derive(recipe, "cuda", 1, unique)):
+        device = "cuda" if any(each.gpu for each in budgets) else "cpu"
+        for name, value in derived_rows(recipe, derive(recipe, device, 1, unique)):
             print(f"{name:<22}{value}")
         for each in budgets:
             print(f"\n{each.recipe} on {each.gpu or 'this machine'}\n")
@@ -101,6 +104,12 @@ def _cards(recipe: Recipe, chosen: argparse.Namespace, probe: Callable[[Recipe],
         found = Probed.model_validate(measured)
         return [_measured(gpu, found, f"measured just now on {found.device}")]
     return [_estimated(recipe, gpu) if gpu else Card(None, None)]
+
+
+def _at_hand(chosen: argparse.Namespace) -> int:
+    """Cards of this machine, unless one was named, or processes that a launcher has started; at least 1."""
+    detected = None if chosen.gpu else driver()
+    return max(1, len(detected.gpus) if detected else 1, int(os.environ.get("WORLD_SIZE") or 1))
 
 
 def _estimated(recipe: Recipe, gpu: Gpu) -> Card:
@@ -174,7 +183,7 @@ def _sentences(budget: Budget) -> list[str]:
     rows = {row.max_iters: row for row in budget.rows}
     if budget.best is None:
         return []
-    out = []
+    out, of = [], " of those with a prediction" if any(row.loss is None for row in budget.rows) else ""
     if budget.cheapest_below_gpt2 is not None:
         cheapest = rows[budget.cheapest_below_gpt2]
         out.append(
@@ -183,19 +192,16 @@ def _sentences(budget: Budget) -> list[str]:
             f" {cheapest.chance_below_gpt2:.0%}."
         )
     elif budget.gpt2 is not None:
-        out.append(f"No budget here is expected to pass GPT-2 124M's published {budget.gpt2:.4f}.")
+        out.append(f"No budget here{of} is expected to pass GPT-2 124M's published {budget.gpt2:.4f}.")
     best = rows[budget.best]
-    if len(rows) == 1:
-        return [*out, ""]
-    after = "" if best.hours is None else f", after {duration(best.hours * 3600)}"
-    return [
-        *out,
-        f"The sweet spot is {budget.sweet_spot:,}: the last budget that gains {VISIBLE:.2f} nats or more on the one"
-        " before, the least that a validation can show.",
-        f"The best is {best.max_iters:,}, {best.loss:.3f} expected{after}.",
-        *_of_all(budget.in_one_run),
-        "",
-    ]
+    if budget.sweet_spot is not None:
+        after = "" if best.hours is None else f", after {duration(best.hours * 3600)}"
+        out += [
+            f"The sweet spot{of} is {budget.sweet_spot:,}: the last budget that gains {VISIBLE:.2f} nats or more on the"
+            " one before, two standard errors of a calibrated forecast.",
+            f"The best{of} is {best.max_iters:,}, {best.loss:.3f} expected{after}.",
+        ]
+    return [*out, *_of_all(budget.in_one_run), ""]
 
 
 def _of_all(whole: dict[str, float] | None) -> list[str]:
@@ -216,6 +222,7 @@ def _basis(budget: Budget, prices: Prices) -> list[str]:
         out.append(f"memory    {memory.peak_gib:.1f} GiB with {memory.micro_batch} rows at once, {memory.source}")
     bound = "at most" if budget.data_bounded else "at least"
     data = f", and {bound} {byte_count(1e9 * budget.data_gb)} more while the data is prepared" if budget.data_gb else ""
+    data = "; what the data takes is not known before `prepare.py --dry-run`" if budget.data_gb is None else data
     out.append(f"disk      {byte_count(1e9 * budget.disk_gb)} for the run{data}")
     out.append(f"loss      {budget.losses}")
     if (gain := budget.gain_of_smaller_batch) is not None:
@@ -250,18 +257,18 @@ def draw_plan(plan: Budget, file: Path) -> None:
     axes = new_axes(f"{plan.recipe}{where}: what each budget is expected to reach", "`--plot`")
     x = np.array([row.hours if timed else row.max_iters for row in rows], dtype=float)
     loss, low, high = np.array([(row.loss, row.loss_low, row.loss_high) for row in rows], dtype=float).T
-    axes.plot(x, loss, marker="o", label="expected validation loss")
+    axes.plot(x, loss, marker="o", label="predicted last validation loss")
     axes.fill_between(x, low, high, alpha=0.15, linewidth=0, label="90 % interval")
     for at, row in zip(x, rows, strict=True):
         words = f"{row.max_iters:,} iterations\n{count(row.tokens)} tokens\n{row.loss:.3f}"
-        below = {"xytext": (0, -10), "textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
-        axes.annotate(words, (at, row.loss), **below)
+        below = {"xytext": (-4, -6), "textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 8}
+        axes.annotate(words, (at, row.loss), **below)  # on this side of a curve that falls less and less
     if plan.gpt2 is not None and plan.dataset:
-        draw_gpt2(axes, plan.dataset, plan.gpt2)
+        draw_gpt2(axes, plan.dataset, plan.gpt2, right=True)
     axes.set_xlabel("hours" if timed else "iterations")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_ylabel("validation loss, nats per token")
-    axes.margins(x=0.08)
+    axes.margins(x=0.16)  # room for the words beside the first
     axes.legend(loc="upper right", fontsize=9)
     write_figure(file, axes.figure)
 

@@ -31,6 +31,9 @@ BANDWIDTH_SHARE = 0.90
 ATTENTION_INSTRUCTIONS = (10, 20)
 ATTENTION_FLOPS = (4, 10)  # for a query, a key and an element of a head: two products forward, five backward
 ATTENTION_TILE = 128  # queries, and keys: along the diagonal half of a tile is masked, but computed
+# Seconds of a micro-batch below which the host may not launch kernels as fast as the card ends them: about a thousand
+# kernels at 10 to 20 microseconds each. Assumed, not measured.
+LAUNCHES = 0.02
 
 
 class Work(NamedTuple):
@@ -179,7 +182,8 @@ def speed_of(recipe: Recipe, gpu: Gpu, rows: int, measured: list[PublicRun] | No
     source = (
         f"an estimate from the parts, at most {off:.0%} off {len(alike)} public runs of compiled code on cards {limit}"
     )
-    return Speed(training(work, gpu).tokens_per_second, source)
+    rate = training(work, gpu).tokens_per_second
+    return Speed(rate, source, at_most=rows * work.length / rate < LAUNCHES)
 
 
 def same_shape(one: Work, other: Work) -> bool:

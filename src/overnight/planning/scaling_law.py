@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from overnight.errors import InputError
+from overnight.errors import InputError, listed
 from overnight.planning.gpus import rows_of
 from overnight.recipe.schema import Model, Recipe
 
@@ -163,7 +163,7 @@ def unknown(recipe: Recipe) -> str | None:
     parameters, (low, high) = block_parameters(recipe.model), constants()["valid_range"]["N"]
     if str(recipe.data.path) not in DATASETS:
         where = recipe.data.path or f"the {recipe.data.source} text"
-        return f"the scaling law covers FineWeb-Edu and FineWeb alone, not {where}"
+        return f"the scaling law covers FineWeb-Edu and FineWeb alone, not {listed(where)}"
     if recipe.model.vocab_size != GPT2_VOCABULARY:
         return f"its nats are per GPT-2 token; a vocabulary of {recipe.model.vocab_size:,} cuts text differently"
     if not low <= parameters <= high:
@@ -188,6 +188,8 @@ def caveats(recipe: Recipe, iterations: list[int], unique: int | None = None) ->
     least, longest = (iteration * recipe.batch.tokens_per_iter for iteration in (min(iterations), max(iterations)))
     muon, cosine = recipe.optim.name == "muon", recipe.schedule.kind == "cosine"
     holds = {
+        "how many tokens the text has is not known until it is prepared: the losses are of text that no run reads"
+        " twice": known and unique is None,
         f"{max(iterations):,} iterations are {most:,.1f} epochs: {REPEATED}": most >= MANY_EPOCHS,
         f"the law was fitted to {low:.0e} to {high:.1e} tokens; here are {least:.1e} to {longest:.1e}": known
         and not low <= least <= longest <= high,

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from overnight.core.console import duration
 from overnight.planning import scaling_law
 from overnight.planning.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.planning.memory import Memory, by_formula
-from overnight.planning.model_size import data_bytes, derive, iterations_in_all, run_bytes
+from overnight.planning.model_size import data_bytes, data_known, derive, iterations_in_all, run_bytes
 from overnight.planning.roofline import validation_share
-from overnight.recipe.schema import Recipe
+from overnight.recipe.schedule import ending_now
+from overnight.recipe.schema import Recipe, Schedule
 
 MILESTONES = (6_000, 10_000, 15_000, 20_000)
 SHORTEST_STEP = 0.1  # hours between two budgets from which a gain is carried over to a night
@@ -25,6 +27,7 @@ class Card(NamedTuple):
     gpu: Gpu | None
     speed: Speed | None
     memory: Memory | None = None  # by the formula, unless it was measured
+    at_hand: int = 1  # cards, or processes, of which the plan is for one
 
 
 class Timing(NamedTuple):
@@ -91,7 +94,7 @@ class Budget:
     validation_hours: float | None  # of the longest run
     memory: Memory | None
     disk_gb: float  # of the run folder
-    data_gb: float  # while the data is prepared; 0 once it is
+    data_gb: float | None  # while the data is prepared; 0 once it is, None where a recipe says nothing of its size
     data_bounded: bool  # whether that is the most; without a limit of tokens it is the least
     gpt2: float | None  # GPT-2 124M's published loss on the data set; None on any other text
     dataset: str | None
@@ -101,7 +104,7 @@ class Budget:
     losses: str  # what they stand on
     caveats: list[str]
     cheapest_below_gpt2: int | None  # the fewest iterations whose expected loss is below GPT-2 124M's
-    sweet_spot: int | None  # the last that is expected to gain on the one before what a validation could tell apart
+    sweet_spot: int | None  # the last that is expected to gain VISIBLE on the one before; None where no gain is known
     best: int | None  # of the lowest expected loss
 
 
@@ -116,7 +119,7 @@ def default_milestones(recipe: Recipe) -> list[int]:
     """6k, 10k, 15k and 20k up to the recipe's own length; of a shorter recipe the quarters."""
     longest = recipe.schedule.max_iters
     below = [milestone for milestone in MILESTONES if milestone < longest]
-    return [*(below or (longest * part // 4 for part in (1, 2, 3))), longest]
+    return [*(below or {longest * part // 4 for part in (1, 2, 3)} - {0}), longest]
 
 
 def budget(
@@ -128,12 +131,11 @@ def budget(
     prices: Prices,
 ) -> Budget:
     """The table. `unique` are the training tokens there are. With `schedule.hours` the budget that fits has a row."""
-    gpu, speed, memory = card
-    memory = memory or (by_formula(recipe, gpu) if gpu else None)
+    gpu, speed = card.gpu, card.speed
+    memory = card.memory or (by_formula(recipe, gpu) if gpu else None)
     timing = _timing(recipe, gpu, speed, memory) if speed else None
-    hours = recipe.schedule.hours
-    fits = [bisect.bisect_right(range(1, 2**48), hours, key=timing.hours)] if hours and timing else []
-    milestones = sorted({*milestones, *fits})
+    fits = _fitting(recipe.schedule, timing) if timing else None
+    milestones = sorted({*milestones, *([fits] if fits else [])})
     expected, dataset = losses(milestones), scaling_law.gpt2_dataset(recipe)
     gpt2 = gpt2_loss(dataset) if dataset else None
     rows: list[Row] = []
@@ -149,17 +151,52 @@ def budget(
         validation_hours=timing.validation_hours(rows[-1].max_iters) if timing else None,
         memory=memory,
         disk_gb=run_bytes(recipe) / 1e9,
-        data_gb=data_bytes(recipe) / 1e9,
+        data_gb=data_bytes(recipe) / 1e9 if data_known(recipe) else None,
         data_bounded=recipe.data.train_tokens is not None,
         gpt2=gpt2,
         dataset=dataset,
         rows=rows,
         in_one_run=_in_one_run(recipe, timing, gpu, prices),
-        gain_of_smaller_batch=scaling_law.gain_of_smaller_batch(recipe, milestones[-1], unique),
+        gain_of_smaller_batch=(
+            scaling_law.gain_of_smaller_batch(recipe, milestones[-1], unique) if rows[-1].loss is not None else None
+        ),
         losses=expected.source,
-        caveats=expected.caveats,
+        caveats=[*expected.caveats, *_caveats(recipe, card, memory, timing)],
         **_answers(rows, gpt2),
     )
+
+
+def _fitting(schedule: Schedule, timing: Timing) -> int | None:
+    """The longest budget of the run that fits its `hours`; None without these, and where the shortest is too long."""
+    shortest = ending_now(schedule, schedule.warmup_iters) or 1
+    if schedule.hours is None or timing.hours(shortest) > schedule.hours:
+        return None
+    return bisect.bisect_right(range(1, schedule.max_iters + 1), schedule.hours, key=timing.hours)
+
+
+def _caveats(recipe: Recipe, card: Card, memory: Memory | None, timing: Timing | None) -> list[str]:
+    """What to mind of the hours and the memory of a plan."""
+    schedule, asked, gpu, found = recipe.schedule, recipe.batch.micro_batch, card.gpu, []
+    if timing and schedule.hours and _fitting(schedule, timing) is None:
+        shortest = ending_now(schedule, schedule.warmup_iters) or 1
+        found.append(
+            f"`schedule.hours` {schedule.hours:g} is too short for any budget: the shortest, {shortest:,} iterations,"
+            f" takes {duration(3600 * timing.hours(shortest))}"
+        )
+    if gpu and memory and asked != "auto" and asked > memory.micro_batch:
+        found.append(
+            f"`batch.micro_batch` {asked} does not fit the {gpu.vram_gib:g} GiB of {gpu.name}, by the formula:"
+            f" {memory.micro_batch} does, and the plan is for it"
+        )
+    if card.speed and card.speed.at_most:
+        found.append(
+            "the hours are a lower bound: so small a model waits for the launch of its kernels; --probe measures"
+        )
+    if card.at_hand > 1:
+        found.append(
+            f"the plan is for one card, and here are {card.at_hand}: how much faster these are was not measured"
+        )
+    return found
 
 
 def _timing(recipe: Recipe, gpu: Gpu | None, speed: Speed, memory: Memory | None) -> Timing:
@@ -214,9 +251,10 @@ def _answers(rows: list[Row], gpt2: float | None) -> dict[str, int | None]:
     """What the rows say together; the fields of a `Budget`."""
     loss_of = {row.max_iters: row.loss for row in rows if row.loss is not None}
     gaining = [row.max_iters for row in rows if row.loss is not None and (row.gain is None or row.gain >= VISIBLE)]
+    compared = any(row.gain is not None for row in rows)
     return {
         "cheapest_below_gpt2": next((m for m, loss in loss_of.items() if gpt2 is not None and loss < gpt2), None),
-        "sweet_spot": max(gaining, default=None),
+        "sweet_spot": max(gaining) if compared else None,
         "best": min(loss_of, key=lambda max_iters: loss_of[max_iters], default=None),
     }
 

@@ -20,7 +20,7 @@ from overnight.data.manifest import (
     ordered_path,
 )
 from overnight.data.shards import TOKENS_AT_ONCE, SplitWriter
-from overnight.errors import InputError
+from overnight.errors import InputError, listed
 from overnight.prepare.dedup_split import Allotment, Stage, allot, read_stage
 from overnight.prepare.documents import DUPLICATE, EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG
 from overnight.prepare.tokenize_files import Job
@@ -98,7 +98,7 @@ def _copy_one_by_one(stage: Stage, held: np.ndarray, job: Job, writer: SplitWrit
 
 
 def _require_enough(data: Data, val_tokens: int, train_tokens: int) -> None:
-    problems = [] if val_tokens or train_tokens else [f"`data.path` is {data.path}, where no row has a text"]
+    problems = [] if val_tokens or train_tokens else [f"`data.path` is {listed(data.path)}, where no row has a text"]
     if val_tokens < data.val_tokens:
         problems.append(
             f"`data.val_tokens` is {data.val_tokens:,}, but the reserved documents hold {val_tokens:,} tokens, "

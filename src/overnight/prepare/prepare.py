@@ -35,7 +35,7 @@ from overnight.data.manifest import (
 )
 from overnight.data.shards import verify
 from overnight.data.tokenizer import fingerprint, load_tokenizer, load_tokenizer_of, train_tokenizer
-from overnight.errors import InputError
+from overnight.errors import InputError, listed
 from overnight.prepare import sources
 from overnight.prepare.build_shards import build_shards
 from overnight.prepare.cost import require_room, require_same_text
@@ -183,7 +183,9 @@ def _tokenizer_texts(inputs: Path, data: Data, files: list[SourceFile]) -> Itera
     rejected = {reason: found[reason] for reason in REASONS if found[reason]}
     if found["rows"] == sum(rejected.values()):
         why = ", ".join(f"{number:,} times {reason}" for reason, number in rejected.items()) or "no row at all"
-        raise InputError(f"`data.path` is {data.path}, where no row has a text: {why}; {FORMATS} files with one work")
+        raise InputError(
+            f"`data.path` is {listed(data.path)}, where no row has a text: {why}; {FORMATS} files with one work"
+        )
 
 
 def _stage_all(job: Job, workers: Workers) -> None:

@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from overnight.core import files
-from overnight.errors import DamagedData, InputError, Unreachable
+from overnight.errors import DamagedData, InputError, Unreachable, listed
 from overnight.prepare.docstrings import embedded_documents, embedded_version
 from overnight.prepare.documents import FORMATS, format_of
 from overnight.recipe.schema import Data
@@ -95,7 +95,7 @@ def pinned_commit(data: Data) -> str | None:
 
     name = data.path
     if not isinstance(name, str) or name.count("/") != 1:
-        raise InputError(f"`data.path` is {name}; the name of one dataset, owner/name, would work")
+        raise InputError(f"`data.path` is {listed(name)}; the name of one dataset, owner/name, would work")
     place = f"{name} at {data.revision or 'its main branch'}"
     return with_retries(lambda: HfApi().dataset_info(name, revision=data.revision), place).sha
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from overnight.errors import listed
 from overnight.recipe.schema import Recipe
 
 MIGRATIONS: dict[str, str | None] = {
@@ -89,9 +90,16 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[dict[str, A
     ]
 
 
+def quoted(value: Any) -> str:
+    """A value as a message has it."""
+    return listed(value) if isinstance(value, list) else repr(value)
+
+
 def difference_lines(differing: list[dict[str, Any]]) -> str:
     """Each difference on a line of its own."""
-    return "\n".join(f"  `{change['key']}` was {change['before']!r}, now {change['now']!r}" for change in differing)
+    return "\n".join(
+        f"  `{change['key']}` was {quoted(change['before'])}, now {quoted(change['now'])}" for change in differing
+    )
 
 
 def grown(differing: list[dict[str, Any]]) -> bool:

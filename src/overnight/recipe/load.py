@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from overnight.errors import InputError
+from overnight.errors import InputError, listed
 from overnight.recipe.identity import flat, nested
 from overnight.recipe.schedule import decay_iters, fits
 from overnight.recipe.schema import Recipe, Section
@@ -167,7 +167,8 @@ def conflicts(recipe: Recipe) -> Iterator[str]:
         yield f"`hub.license` is {recipe.hub.license!r}: an identifier such as apache-2.0 would work"
     source, path = recipe.data.source, recipe.data.path
     if source != "adopted" and (source == "embedded") == bool(path):
-        yield f"`data.path` is {path!r}: it {'has no use' if path else 'is needed'} with `data.source: {source}`"
+        needed = "has no use" if path else "is needed"
+        yield f"`data.path` is {listed(path or 'empty')}: it {needed} with `data.source: {source}`"
 
 
 def _conflicts_of_schedule(recipe: Recipe) -> Iterator[str]:

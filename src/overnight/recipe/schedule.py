@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from overnight.recipe.schema import Schedule
 
@@ -63,11 +64,10 @@ def goals(schedule: Schedule) -> list[int]:
     return sorted({*schedule.milestones, schedule.max_iters})
 
 
-def iterations_left(schedule: Schedule, iteration: int, target: int) -> int:
-    """Updates from here to the end of the whole run, on the way to `target` now: the decays of later budgets too."""
-    ahead = [target, *(goal for goal in goals(schedule) if goal > target)]
-    back = (later - branch_point(towards(schedule, before)) for before, later in itertools.pairwise(ahead))
-    return target - iteration + sum(back)
+def iterations_left(schedule: Schedule, iteration: int, targets: Sequence[int]) -> int:
+    """Updates from here to the last of `targets`, ascending: after each the run goes back to where its decay began."""
+    back = (later - branch_point(towards(schedule, before)) for before, later in itertools.pairwise(targets))
+    return targets[0] - iteration + sum(back)
 
 
 def ending_now(schedule: Schedule, iteration: int) -> int | None:

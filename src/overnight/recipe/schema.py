@@ -59,6 +59,11 @@ class Data(Section):
     """Share of the documents, by the hash of their text, that never trains: validation is taken from these."""
 
     @property
+    def fetched_gb(self) -> float | None:
+        """GB to download: nothing for text that lies here, whatever a recipe says; None where it does not say."""
+        return 0.0 if self.local or self.source == "adopted" else self.download_gb
+
+    @property
     def local(self) -> bool:
         """Whether all of its text is on this machine, so that the trainer prepares it on the way."""
         named = [self.path] if isinstance(self.path, str) else self.path or []
@@ -163,8 +168,8 @@ class Validation(Section):
     sample_tokens: PositiveInt = 48
     """Tokens that are sampled for each prompt."""
     ngram_baselines: bool = False
-    """Print the validation loss of two tables: how often each word piece occurs in the training text (unigram), and how
-    often after each other one (bigram)."""
+    """Print the validation loss of two tables of each budget's training tokens: how often each word piece occurs
+    (unigram), and how often after each other one (bigram)."""
 
 
 class Checkpoint(Section):

@@ -20,7 +20,7 @@ from overnight.core.console import count, duration, plain
 from overnight.core.files import atomic_write, strict_json
 from overnight.core.published import allowed_files, copy_for_others, fenced, for_others, redacted, text, yaml_text
 from overnight.core.sums import SUMS, damage
-from overnight.errors import DamagedData, script_command
+from overnight.errors import DamagedData, listed, script_command
 from overnight.planning import scaling_law
 from overnight.planning.gpus import facts as facts_of
 from overnight.planning.table import Prices, gpt2_loss
@@ -28,6 +28,7 @@ from overnight.recipe.identity import stored_recipe
 from overnight.recipe.schedule import branch_point, towards
 from overnight.recipe.schema import Recipe
 from overnight.report.curve import draw_curve
+from overnight.report.status import standing
 from overnight.run_dir.layout import (
     ENVIRONMENT,
     RESULTS,
@@ -38,7 +39,7 @@ from overnight.run_dir.layout import (
     read_file,
     read_run,
 )
-from overnight.run_dir.metrics import Record, standing
+from overnight.run_dir.metrics import Record
 
 CARD, RECIPE, METRICS, CURVE = "README.md", "recipe.yaml", "metrics.jsonl", "curve.png"
 REPORT_FILES = re.compile("|".join(map(re.escape, (CARD, RECIPE, METRICS, CURVE))))
@@ -47,7 +48,6 @@ TEMPLATE, UNFINISHED = (Path(__file__).with_name(name) for name in ("model_card.
 FUNCTIONS: dict[str, Any] = {  # of the template
     "text": text,
     "fenced": fenced,
-    "standing": standing,
     "count": count,
     "duration": duration,
     "thousands": "{:,}".format,
@@ -116,9 +116,9 @@ def corpus(recipe: Recipe) -> str:
     if recipe.data.source == "embedded":
         return "the documentation of Python, NumPy and PyTorch"
     if recipe.data.source == "adopted":
-        return "token files that were adopted" + (f", said to be of {recipe.data.path}" if recipe.data.path else "")
-    paths = paths_of(recipe)
-    return paths if isinstance(paths, str) else ", ".join(paths or [])
+        origin = f", said to be of {listed(recipe.data.path)}" if recipe.data.path else ""
+        return f"token files that were adopted{origin}"
+    return listed(paths_of(recipe))
 
 
 def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id: str | None) -> str:
@@ -146,7 +146,7 @@ def card(run: Path, recipe: Recipe, records: list[Record], end: Record, repo_id:
         "new_tokens": min(40, context // 2),
         "claimed": bool(claims(recipe)),
         "changes": [r for r in records if on_the_way(r, recipe, records, end)],
-        "baselines": next((r for r in records if r.get("event") == "ngram baselines"), None),
+        "standing": standing(recipe, records, end),
         "budgets": budgets(recipe, records, facts["unique_tokens"]),
         "unknown": scaling_law.unknown(stored_recipe(shown(recipe))),
         "shown": shown(recipe),

@@ -15,7 +15,7 @@ from overnight.core.files import atomic_write, entries, remove, strict_json
 from overnight.core.lock import hold
 from overnight.core.published import redacted, yaml_text
 from overnight.core.sums import damage
-from overnight.errors import InputError
+from overnight.errors import InputError, listed
 from overnight.recipe.identity import difference_lines, differences, grown, immutable_keys, recipe_identity
 from overnight.recipe.schedule import branch_point, branch_points, decaying, goals, towards
 from overnight.recipe.schema import Recipe, Schedule
@@ -65,10 +65,10 @@ class RunDirectory:
             return
         share = 1 - schedule.decay_fraction
         near = [round(i / share) for i in trunk if share]
-        can = [str(m) for m in near if branch_point(towards(schedule, m)) in trunk]
+        can = [m for m in near if branch_point(towards(schedule, m)) in trunk]
         raise InputError(
             f"{goal} iterations cannot be finished: {self.checkpoints} has no checkpoint of iteration {point}, where"
-            f" that decay begins; from those that are kept, {', '.join(can) or 'none'} can"
+            f" that decay begins; from those that are kept, {listed(can)} can"
         )
 
     def kept_for_ever(self, schedule: Schedule) -> set[int]:

@@ -244,6 +244,7 @@ class Origin:
     folder: Path
     recipe: Recipe
     data_fingerprint: str
+    iterations: int  # that the model was trained for, by its name; of any other name, the recipe's
 
 
 def origin_of(model: str) -> Origin | None:
@@ -255,4 +256,5 @@ def origin_of(model: str) -> Origin | None:
     if not Path(model).is_dir() or not (folder / RECIPE).is_file():
         return None
     fingerprint = read_file(folder / RECIPE, lambda found: found["meaning"]["data fingerprint"], REWRITTEN)
-    return Origin(folder, recipe_of(folder), fingerprint)
+    recipe, name = recipe_of(folder), _NAME.fullmatch(Path(model).resolve().name)
+    return Origin(folder, recipe, fingerprint, int(name[1]) if name else recipe.schedule.max_iters)

@@ -65,14 +65,10 @@ class Metrics:
         atomic_write(self.path, "".join(_line(record) for record in self.records() if wanted(record)))
 
 
-def standing(loss: float, baselines: Record) -> str:
-    """Where a validation loss stands beside models that count words of the same training tokens, in a sentence."""
-    tokens, pairs = (f"{baselines[name]:.2f} nats" for name in ("unigram", "bigram"))
-    if loss >= baselines["unigram"]:
-        return f"It predicts no better than the frequencies of single tokens ({tokens})."
-    if loss >= baselines["bigram"]:
-        return f"It predicts better than the frequencies of tokens ({tokens}), not yet than those of pairs ({pairs})."
-    return f"It predicts better than the frequencies of tokens ({tokens}) and of pairs ({pairs})."
+def baselines_of(records: list[Record], budget: int) -> Record | None:
+    """The losses of the n-gram models that saw the tokens of this budget, no others; None where none were made."""
+    made = [r for r in records if r.get("event") == "ngram baselines" and r.get("max_iters") == budget]
+    return made[-1] if made else None
 
 
 def whole(record: Any) -> bool:

@@ -24,10 +24,10 @@ from overnight.recipe.schedule import branch_point
 from overnight.run_dir.layout import folder_name
 from overnight.training.log import (
     informs,
+    log_baselines,
     log_lost,
     log_results,
     log_saved,
-    mean_watts,
     tell,
 )
 from overnight.training.resume import energy_used, finish_saving, time_used
@@ -155,7 +155,7 @@ def finish(run: Run) -> int:
 
 def finalize(run: Run, folder: Path, export_seconds: float) -> None:
     """Record the end of the way to this target, print its results, and begin to score the model if that is asked."""
-    joules, seconds = energy_used(run), run.throughput.per_iteration()
+    joules, took, seconds = energy_used(run), time_used(run), run.throughput.per_iteration()
     run.record(
         "event",
         event="finished",
@@ -164,11 +164,13 @@ def finalize(run: Run, folder: Path, export_seconds: float) -> None:
         val_loss=run.history.validations[-1][1],
         best_val_loss=run.history.best_val,
         tokens_per_second=run.recipe.batch.tokens_per_iter / seconds if seconds else None,
-        seconds=time_used(run),
+        seconds=took,
+        resumed_at=run.resumed_at,
         kwh=None if joules is None else joules / 3.6e6,
-        mean_watts=mean_watts(run),
+        mean_watts=None if joules is None else joules / took,
         export_seconds=export_seconds,
     )
+    log_baselines(run)  # of a budget that was chosen on the way
     log_results(run)
     if run.recipe.evaluation.at_milestones:
         begin_quick_eval(run, folder)

@@ -10,15 +10,15 @@ import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
-from overnight.core.console import Console, count, duration, step_line
+from overnight.core.console import duration, step_line
 from overnight.data.ngrams import ngram_losses, seen_tokens
 from overnight.device.faults import lost, with_room
-from overnight.errors import first_line, script_command
+from overnight.errors import first_line
 from overnight.model.checkpoint import Saved
-from overnight.recipe.schedule import goals, iterations_left, lr_at
-from overnight.run_dir.directory import RunDirectory
-from overnight.run_dir.layout import finished, folder_name, iteration_of
-from overnight.run_dir.metrics import standing
+from overnight.recipe.schedule import iterations_left, lr_at
+from overnight.report.status import baseline_line, print_finished
+from overnight.run_dir.layout import iteration_of
+from overnight.run_dir.metrics import baselines_of
 from overnight.training.state import RATE_WINDOW, RISING, QuickEval, Run
 
 P = ParamSpec("P")
@@ -71,12 +71,6 @@ def watts(run: Run) -> float | None:
     return run.device.power.watts()
 
 
-@informs("energy")
-def mean_watts(run: Run) -> float | None:
-    """Mean board power of this session."""
-    return run.device.power.mean_watts()
-
-
 @informs("memory")
 def used_gib(run: Run) -> float:
     """Memory that this process holds on the device."""
@@ -124,20 +118,21 @@ def log_slow(run: Run, fall: float) -> None:
 
 
 def time_left(run: Run, seconds_per_iteration: float | None) -> dict[str, float]:
-    """`eta_seconds` to the next finished model, and `whole_seconds` where others follow it; validations included.
+    """`eta_seconds` to the next finished model, `whole_seconds` where this command makes others after it.
 
-    While a run with a time limit has not chosen what it can finish, its end is that of the time.
+    Validations are included. While a run with a time limit has not chosen what it can finish, its end is the time's.
     """
     if run.time_limit and run.time_limit.target_iters is None:
         return {"eta_seconds": run.time_limit.left()}
     if not seconds_per_iteration:
         return {}
-    every, target, last = run.recipe.validation.every, run.target_iters, goals(run.recipe.schedule)[-1]
+    every, target = run.recipe.validation.every, run.target_iters
     looks = -(-target // every) - run.iteration // every
     validation = run.throughput.validation_seconds
     left = {"eta_seconds": (target - run.iteration) * seconds_per_iteration + looks * validation}
-    if last > target:
-        of_all = iterations_left(run.recipe.schedule, run.iteration, target)
+    if target in run.targets[:-1]:
+        ahead = run.targets[run.targets.index(target) :]
+        of_all = iterations_left(run.recipe.schedule, run.iteration, ahead)
         left["whole_seconds"] = of_all * (seconds_per_iteration + validation / every)
     return left
 
@@ -172,10 +167,15 @@ def log_not_finite(run: Run, loss: float) -> None:
 
 @informs("n-gram baselines")
 def log_baselines(run: Run) -> None:
-    """What unigram and bigram models of the same training tokens reach, to set the scale."""
-    losses = ngram_losses(seen_tokens(run.batches, run.recipe.schedule.max_iters), run.shards.val.read_all())
-    run.record_at(0, "event", event="ngram baselines", **losses)
-    run.console.log(f"for scale, models of the same training tokens: {baseline_line(losses)} nats per token")
+    """What unigram and bigram models reach of the tokens that this budget trains on, told once, to set the scale."""
+    budget = run.target_iters
+    if not (run.recipe.validation.ngram_baselines and run.accelerator.is_main_process):
+        return
+    if baselines_of(run.directory.records(), budget):
+        return
+    losses = ngram_losses(seen_tokens(run.batches, budget), run.shards.val.read_all())
+    run.record_at(0, "event", event="ngram baselines", max_iters=budget, **losses)
+    run.console.log(f"for scale, models of the tokens of {budget:,} iterations: {baseline_line(losses)} nats per token")
     track(run, {f"baseline/{name}": loss for name, loss in losses.items()})
 
 
@@ -254,41 +254,7 @@ def log_quick_eval(run: Run, quick_eval: QuickEval) -> None:
     track(run, {f"benchmark/{task}": score for task, score in scores.items()})
 
 
-def baseline_line(losses: dict[str, float]) -> str:
-    """The n-gram models' losses on the validation set, in words."""
-    return f"unigram {losses['unigram']:.4f}, smoothed (Witten-Bell) bigram {losses['bigram']:.4f}"
-
-
 @informs("the results")
 def log_results(run: Run) -> None:
     """The box at the end."""
     print_finished(run.directory, run.console, run.target_iters)
-
-
-def print_finished(directory: RunDirectory, console: Console, target: int) -> None:
-    """The box at the end, from metrics.jsonl alone: a finished run prints it again."""
-    events = {record["event"]: record for record in directory.records("event")}
-    done, baselines = finished(directory.path)[target], events.get("ngram baselines")
-    rate, kwh, model = done["tokens_per_second"], done["kwh"], directory.models / folder_name(target)
-    lines = [
-        f"validation loss  {done['val_loss']:.4f} nats per token at the end, {done['best_val_loss']:.4f} at its best"
-    ]
-    if baselines:
-        lines.append(f"for scale        {baseline_line(baselines)}, from the same training tokens")
-    lines += [
-        f"speed            {f'{count(rate)} tokens a second over the warm iterations' if rate else 'not measured'}",
-        f"energy           {'not measured' if kwh is None else f'{kwh:.2f} kWh'}",
-        f"model            {model}",
-    ]
-    budgets = goals(directory.recipe.schedule)
-    of = (
-        f": budget {target:,} of {', '.join(f'{budget:,}' for budget in budgets)}"
-        if len(budgets) > 1 and target in budgets
-        else ""
-    )
-    console.box(f"{directory.path}{of} is finished", lines)
-    if baselines:
-        console.log(standing(done["val_loss"], baselines))
-    prompts = directory.recipe.validation.prompts
-    console.log(f"next: {script_command('eval.py', model)}")
-    console.log(f"      {script_command('sample.py', model, *(f'--prompt={prompt}' for prompt in prompts[:1]))}")

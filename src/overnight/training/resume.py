@@ -12,7 +12,7 @@ from overnight.device.faults import with_room
 from overnight.device.launch import on_main
 from overnight.errors import DamagedData, InputError
 from overnight.model import checkpoint
-from overnight.recipe.identity import difference_lines, differences, recipe_identity
+from overnight.recipe.identity import difference_lines, differences, quoted, recipe_identity
 from overnight.recipe.schedule import branch_point, branch_points
 from overnight.run_dir.layout import refuse_misplaced
 from overnight.training.log import informs, log_saved
@@ -85,7 +85,7 @@ def resume(run: Run) -> None:
     checkpoint.load_checkpoint(found, run.model, run.optimizers)
     back = run.iteration > 0  # it is this session that goes back to its own trunk
     if not back:
-        run.joules, run.seconds = state["joules"], state.get("seconds", 0.0)
+        run.joules, run.seconds, run.resumed_at = state["joules"], state.get("seconds", 0.0), state["iteration"]
     run.iteration = state["iteration"]
     run.history = LossHistory.from_json(state["history"])
     forget_after(run, run.iteration)
@@ -94,7 +94,7 @@ def resume(run: Run) -> None:
         for change in run.directory.changes[len(state["changes"]) :]:
             run.record("event", event="changed", **change)
     for change in run.directory.changes[len(state["changes"]) :]:
-        run.console.log(f"`{change['key']}` was {change['before']!r} and is {change['now']!r} from here on")
+        run.console.log(f"`{change['key']}` was {quoted(change['before'])} and is {quoted(change['now'])} from here on")
     if state["threads"] != (threads := torch.get_num_threads()):
         run.console.log(
             f"this session computes with {threads} threads, the one before with {state['threads']}: losses agree to"

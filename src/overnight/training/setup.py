@@ -29,17 +29,18 @@ from overnight.planning.model_size import (
     LOSS_CHUNK,
     derive,
     derived_rows,
-    iterations_in_all,
     logit_bytes,
     padded_vocabulary,
 )
 from overnight.planning.scaling_law import MANY_EPOCHS, REPEATED
 from overnight.prepare.cost import require_data, require_same_text
+from overnight.recipe.schedule import iterations_left
 from overnight.recipe.schema import Recipe
 from overnight.run_dir.directory import RunDirectory
+from overnight.run_dir.layout import iteration_of
 from overnight.training import micro_batch
 from overnight.training.log import begin_tracking
-from overnight.training.state import Run, TimeLimit
+from overnight.training.state import Run, Throughput, TimeLimit
 
 
 def print_plan(recipe: Recipe, accelerator: Accelerator, console: Console) -> None:
@@ -94,16 +95,19 @@ def set_up(
     console: Console,
     directory: RunDirectory,
     shards: Shards,
+    targets: list[int],
     time_limit: TimeLimit | None = None,
 ) -> Run:
     """Model, optimizers and data on the device, the facts on the screen, and the run directory ours."""
     run = assemble(recipe, accelerator, console, directory, shards)
-    run.time_limit = time_limit
+    run.targets, run.target_iters, run.time_limit = targets, targets[0], time_limit
+    if validations := directory.records("val"):
+        run.throughput = Throughput(validations[-1].get("seconds", 0.0))
     console.table(f"{directory.path} on {run.device.name}", derived_rows(recipe, run.derived))
     if (run.derived.epochs or 0) >= MANY_EPOCHS:
         console.log(f"WARNING: {run.derived.epochs:.1f} epochs: {REPEATED}")
     facts, seconds = device_facts(run)
-    end = estimated_end(seconds * run.grad_accum * iterations_in_all(recipe.schedule))
+    end = estimated_end(seconds_left(run, seconds))
     facts |= {
         "data": f"{shards.folder}, {shards.train.tokens:,} training + {shards.val.tokens:,} validation tokens",
         **text_facts(shards.manifest),
@@ -117,6 +121,15 @@ def set_up(
     if recipe.logging.trackers:
         begin_tracking(run)
     return run
+
+
+def seconds_left(run: Run, micro_batch_seconds: float) -> float:
+    """Of all that this command has to do. A validation that was not measured takes a third of training: no backward."""
+    saved = run.directory.resumable(run.schedule)
+    left = iterations_left(run.recipe.schedule, iteration_of(saved[0]) if saved else 0, run.targets)
+    rows = run.shards.val.tokens / run.recipe.batch.sequence_length / run.accelerator.num_processes
+    validation = run.throughput.validation_seconds or micro_batch_seconds * rows / run.micro_batch / 3
+    return left * (micro_batch_seconds * run.grad_accum + validation / run.recipe.validation.every)
 
 
 def claim(run: Run, facts: dict[str, str]) -> None:

@@ -111,10 +111,10 @@ def spike(before: Sequence[float], loss: float) -> float | None:
 class Throughput:
     """Seconds of the iterations, without the cold ones at the start, and of the last validation."""
 
-    def __init__(self) -> None:
+    def __init__(self, validation_seconds: float = 0.0) -> None:
         self.cold = COLD_ITERATIONS
-        self.seconds = self.recent_seconds = 0.0
-        self.validation_seconds = self.all_validations = 0.0  # of the last one with all that goes with it; of all
+        self.seconds = self.recent_seconds = self.all_validations = 0.0
+        self.validation_seconds = validation_seconds  # of the last one with all that goes with it, an earlier one first
         self.iterations = self.recent_iterations = 0
         self.window: deque[float] = deque(maxlen=RATE_WINDOW)
         self.usual: float | None = None  # seconds of an iteration when the run had just become warm
@@ -205,7 +205,6 @@ class TimeLimit:
 
     kept: KeptLimit
     ends: float  # on the clock since the machine was started, which no one sets and which runs while it sleeps
-    validation_seconds: float  # of an earlier session, until this one has had its own
     export_seconds: float
     marks: list[tuple[float, int]] = field(default_factory=list)  # (seconds without validations, iteration), recent
 
@@ -242,6 +241,8 @@ class Run:
     micro_batch: int  # rows at once, now: it changes when memory runs out
     saver: Saver
     target_iters: int  # the milestone that is being trained to: the schedule in force ends with it
+    targets: list[int] = field(default_factory=list)  # that this command finishes, ascending
+    resumed_at: int = 0  # the iteration that this session began with
     iteration: int = 0  # updates done
     history: LossHistory = field(default_factory=LossHistory)
     throughput: Throughput = field(default_factory=Throughput)  # of this session on the way to this target

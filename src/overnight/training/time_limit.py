@@ -54,11 +54,10 @@ def tonight(recipe: Recipe, directory: RunDirectory, until: str | None) -> TimeL
         end = next_time(until, now) if until else began + timedelta(hours=hours or 0)
         kept = KeptLimit(asked, end.isoformat(timespec="seconds"), (end - began).total_seconds())
     left = (datetime.fromisoformat(kept.until) - now).total_seconds()
-    validations, ends = directory.records("val"), [*finished(directory.path).values()]
+    ends = [*finished(directory.path).values()]
     return TimeLimit(
         kept,
         ends=time.clock_gettime(time.CLOCK_BOOTTIME) + left,
-        validation_seconds=validations[-1].get("seconds", 0.0) if validations else 0.0,
         export_seconds=ends[-1]["export_seconds"] if ends else EXPORT_SECONDS,
     )
 
@@ -141,7 +140,7 @@ def longest_in_time(run: Run, limit: TimeLimit) -> int | None:
     if run.iteration == first:
         return None
     seconds = (now - began) / (run.iteration - first)
-    validation = run.throughput.validation_seconds or limit.validation_seconds
+    validation = run.throughput.validation_seconds
     seconds += validation / run.recipe.validation.every
     left = limit.left() - validation - limit.export_seconds
     shortest = ending_now(run.recipe.schedule, max(run.iteration, run.recipe.schedule.warmup_iters))

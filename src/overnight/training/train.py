@@ -29,6 +29,7 @@ from overnight.hub.download import fetch_state
 from overnight.model import optim
 from overnight.recipe.schedule import goals, lr_at
 from overnight.recipe.schema import Recipe
+from overnight.report.status import print_finished
 from overnight.run_dir.directory import RunDirectory
 from overnight.run_dir.layout import LOG, finished, folder_name, refuse_damaged_model
 from overnight.training import finish, micro_batch
@@ -39,7 +40,6 @@ from overnight.training.log import (
     log_skip,
     log_spike,
     log_step,
-    print_finished,
 )
 from overnight.training.resume import finish_saving, resume, save, save_due
 from overnight.training.setup import found_identity, open_data, print_plan, set_up
@@ -85,14 +85,14 @@ def train(
     on_main(accelerator, directory.lock)
     for target in done.keys() & set(targets):
         on_main(accelerator, partial(refuse_damaged_model, directory.models / folder_name(target)))
-    run = set_up(recipe, accelerator, console, directory, shards, time_limit) if unfinished else None
+    run = set_up(recipe, accelerator, console, directory, shards, unfinished, time_limit) if unfinished else None
     with contextlib.closing(Uploader(directory, console, active=accelerator.is_main_process)) as uploader:
         if run is None:
             print_finished(directory, console, targets[-1])
             code = 0
         else:
             uploader.first_word()
-            code = fit(run, unfinished, uploader)
+            code = fit(run, uploader)
         uploader.over = code == 0
     return code
 
@@ -104,12 +104,12 @@ def targets_of(directory: RunDirectory, time_limit: TimeLimit | None) -> list[in
     return [*(milestone for milestone in whole if milestone < last), last]
 
 
-def fit(run: Run, targets: list[int], uploader: Uploader) -> int:
+def fit(run: Run, uploader: Uploader) -> int:
     """Train to each target, ascending; between two, go back to the trunk. Returns the exit code."""
     try:
         with finish.stop_on_signal(run):
-            for target in targets:
-                run.target_iters, run.throughput = target, Throughput()
+            for target in run.targets:
+                run.target_iters, run.throughput = target, Throughput(run.throughput.validation_seconds)
                 with disk_full_error(run.directory.path, "name"):
                     resume(run)
                 run.console.keep(run.directory.path / LOG)
@@ -205,12 +205,9 @@ def loop(run: Run, uploader: Uploader) -> int:
     begin(run)
     gc.collect()
     gc.freeze()  # what set-up made stays: collecting it again and again only stalls the device
-    if run.iteration == 0:
+    if validation_due(run):  # before the first iteration, or the session before was asked to stop in the middle of it
         run.target_iters = validation_step(run) or run.target_iters
-        if run.recipe.validation.ngram_baselines and run.accelerator.is_main_process:
-            log_baselines(run)
-    elif validation_due(run):  # and not done: the session before was asked to stop in the middle of it
-        run.target_iters = validation_step(run) or run.target_iters
+    log_baselines(run)
     while run.iteration < run.target_iters and not run.stopping:
         started = time.monotonic()
         optim.set_lr(run.optimizers, lr_at(run.iteration, run.schedule))
