@@ -159,20 +159,16 @@ def tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
         found = json_fingerprint((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return [f"{tokenizer}/tokenizer.json: cannot be read ({error})"]
-    expected = manifest.tokenizer.sha256
-    return (
-        []
-        if found == expected
-        else [f"{MANIFEST} names another tokenizer than {tokenizer}: SHA-256 {expected}, not {found}"]
-    )
+    named = manifest.tokenizer.sha256
+    return [] if found == named else [f"{tokenizer}/tokenizer.json: SHA-256 {found}, but {MANIFEST} names {named}"]
 
 
 def _differences(path: Path, size: int | None, sha256: str | None) -> list[str]:
     if not path.is_file():
-        return [f"{MANIFEST} names {path}: no file found there"]
+        return [f"{path}: no file found, but {MANIFEST} names it"]
     if size is not None and path.stat().st_size != size:
-        return [f"{MANIFEST} names {size} bytes for {path}, which has {path.stat().st_size}"]
+        return [f"{path}: {path.stat().st_size} bytes, but {MANIFEST} names {size}"]
     if sha256 is None:
         return []
     found = files.sha256(path)
-    return [] if found == sha256 else [f"{MANIFEST} names SHA-256 {sha256} for {path}, which has {found}"]
+    return [] if found == sha256 else [f"{path}: SHA-256 {found}, but {MANIFEST} names {sha256}"]
