@@ -210,6 +210,14 @@ def test_a_card_names_the_keys_that_were_changed_during_the_run_and_promises_no_
     assert "- `optim.lr` was 0.1 and is &lt;b&gt; from iteration 9 on\n" in card and "The same again" not in card
 
 
+def test_a_run_of_fewer_iterations_than_its_log_has_between_two_lines_gets_its_curve_too(run):
+    short = Path(shutil.copytree(run, "runs/short"))
+    metrics = short / "metrics.jsonl"
+    lines = [line for line in metrics.read_text().splitlines(keepends=True) if '"kind": "train"' not in line]
+    metrics.write_text("".join(lines))
+    assert (report(short, 40) / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_the_code_of_the_card_runs(run):
     code = re.search(r"^(`{3,})python\n(.*?)\n\1$", readme(run), re.MULTILINE | re.DOTALL)

@@ -104,22 +104,19 @@ def build(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     first update: an update changes everything or nothing, so it takes no memory halfway.
     """
     groups = parameter_groups(model, optim)
-    matrices = groups.pop("matrices")
-    named = matrices.pop("params")
-    optimizers: list[torch.optim.Optimizer] = []
+    matrices = groups.pop("matrices") if optim.name == "muon" else None
     of_adamw = [{**group, "params": list(group["params"].values())} for group in groups.values()]
-    if optim.name == "muon":
-        fused_qkv = [p for name, p in named.items() if ".c_attn." in name]
-        single = [p for name, p in named.items() if ".c_attn." not in name]
-        halves = [{"params": fused_qkv, "blocks": 3}, {"params": single}]
-        optimizers.append(Muon(halves, momentum=optim.momentum, **matrices))
-    else:
-        of_adamw.append({**matrices, "params": list(named.values())})
     adamw = torch.optim.AdamW(of_adamw, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
     for param in (param for group in adamw.param_groups for param in group["params"]):
         adamw.state[param] = {"step": torch.zeros((), device=param.device)}
         adamw.state[param] |= {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-    optimizers.insert(0, adamw)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if matrices:
+        named = matrices.pop("params")
+        fused_qkv = [p for name, p in named.items() if ".c_attn." in name]
+        single = [p for name, p in named.items() if ".c_attn." not in name]
+        halves = [{"params": fused_qkv, "blocks": 3}, {"params": single}]
+        optimizers.append(Muon(halves, momentum=optim.momentum, **matrices))
     for group in all_groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers

@@ -72,6 +72,8 @@ def _draw_training(axes: Any, whose: str, recipe: Recipe, records: list[Record],
     label = f"{whose}training" + (f", mean of {window} lines" if window > 1 else "")
     for branch in _branches(recipe, training).values():
         tokens, losses = _series(branch)
+        if not len(losses):  # fewer iterations than `logging.every`
+            continue
         axes.plot(tokens, losses, color, alpha=0.2, linewidth=0.6)
         axes.plot(tokens, _moving_mean(losses, window), color, alpha=0.6, linewidth=1.2, label=label)
         label = "_"  # matplotlib's word for a curve that no legend names
