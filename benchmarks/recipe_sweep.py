@@ -79,7 +79,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "normuon": {"--muon": "normuon"},
     "batch-6": {"--batch": 6},
     "batch-6-lr-double": {"--batch": 6, "optim.lr": 16e-3},
-    "both": {"optim.vector_lr": 32e-3, "optim.embedding_weight_decay": 0.0, "schedule.decay_fraction": 0.4},
+    "together": {"optim.vector_lr": 32e-3, "optim.embedding_weight_decay": 0.0, "schedule.decay_fraction": 0.4},
 }
 
 
