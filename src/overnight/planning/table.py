@@ -168,17 +168,20 @@ def budget(
 
 def _fitting(schedule: Schedule, timing: Timing) -> int | None:
     """The longest budget of the run that fits its `hours`; None without these, and where the shortest is too long."""
-    shortest = ending_now(schedule, schedule.warmup_iters) or 1
-    if schedule.hours is None or timing.hours(shortest) > schedule.hours:
+    if schedule.hours is None or timing.hours(_shortest(schedule)) > schedule.hours:
         return None
     return bisect.bisect_right(range(1, schedule.max_iters + 1), schedule.hours, key=timing.hours)
+
+
+def _shortest(schedule: Schedule) -> int:
+    """The shortest budget that a run can finish: its decay begins when its warmup is over."""
+    return ending_now(schedule, schedule.warmup_iters) or 1
 
 
 def _caveats(recipe: Recipe, card: Card, memory: Memory | None, timing: Timing | None) -> list[str]:
     """What to mind of the hours and the memory of a plan."""
     schedule, asked, gpu, found = recipe.schedule, recipe.batch.micro_batch, card.gpu, []
-    if timing and schedule.hours and _fitting(schedule, timing) is None:
-        shortest = ending_now(schedule, schedule.warmup_iters) or 1
+    if timing and schedule.hours and timing.hours(shortest := _shortest(schedule)) > schedule.hours:
         found.append(
             f"`schedule.hours` {schedule.hours:g} is too short for any budget: the shortest, {shortest:,} iterations,"
             f" takes {duration(3600 * timing.hours(shortest))}"

@@ -49,8 +49,9 @@ def expected_cost(data: Data) -> str:
     """Say in one line what preparing `data` takes: download, disk, and minutes on this machine."""
     if data.source == "embedded":
         return "nothing to download, 10 MB of text, under a minute"
-    download = "a download of unknown size" if data.fetched_gb is None else f"{data.fetched_gb:,.1f} GB to download"
-    download = download if data.fetched_gb != 0 else "nothing to download"
+    download = "a download of unknown size"
+    if data.fetched_gb is not None:
+        download = f"{data.fetched_gb:,.1f} GB to download" if data.fetched_gb else "nothing to download"
     if data.train_tokens is None:
         return f"{download}; disk and time depend on the size of the text (data.train_tokens is empty)"
     tokens = data.train_tokens + data.val_tokens
