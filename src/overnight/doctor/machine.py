@@ -18,7 +18,7 @@ from huggingface_hub import get_token
 
 from overnight.core.lock import unsafe
 from overnight.core.nvml import Driver, driver
-from overnight.planning.model_size import data_bytes, run_bytes
+from overnight.planning.model_size import data_bounded, data_bytes, run_bytes
 from overnight.recipe.schema import Recipe
 
 CONSTRAINTS = Path(__file__).resolve().parents[3] / "constraints.txt"  # beside the source of an editable install
@@ -116,10 +116,7 @@ def _installed(recipe: Recipe | None) -> dict[str, str | None]:
 
 
 def _data_place(recipe: Recipe) -> Place:
-    place = _place_of("data", Path(recipe.data.dir), data_bytes(recipe))
-    return replace(
-        place, bounded=not place.needed or recipe.data.source == "embedded" or bool(recipe.data.train_tokens)
-    )
+    return replace(_place_of("data", Path(recipe.data.dir), data_bytes(recipe)), bounded=data_bounded(recipe))
 
 
 def _version(name: str) -> str | None:

@@ -75,11 +75,10 @@ class HubRepo:
             return {}
         return {e.rfilename: e.lfs.sha256 if e.lfs else e.blob_id or "" for e in info.siblings or []}
 
-    def push(self, commit: Commit) -> None:
-        """Send a commit; `NotAsSent` unless the listing then shows every byte of it."""
+    def push(self, commit: Commit, files: dict[str, Path]) -> None:
+        """Send these files of a commit; `NotAsSent` unless the listing then shows every byte of them."""
         if commit.branch != "main":
             self.api.create_branch(self.repo_id, branch=commit.branch, exist_ok=True)
-        files = commit.files | commit.report()
         operations: list = [CommitOperationAdd(name, path) for name, path in files.items()]
         if commit.replaces:
             gone = self.digests(commit.branch).keys() - files.keys()
@@ -107,7 +106,7 @@ def differing(files: dict[str, Path], digests: dict[str, str]) -> list[str]:
 def refusal(error: Exception) -> str | None:
     """Why another try would not help, in a line; None where it may."""
     if isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):
-        return f"the Hub does not take it: {first_line(error)}"  # of a card, which huggingface_hub has checked there
+        return f"the Hub does not take it: {first_line(error)}"  # of the card, which the Hub has checked
     code = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if code in (401, 403):
         return f"the Hub refuses ({code}): {first_line(error)}; a token with write access would work"
@@ -153,9 +152,9 @@ def publish(run: Path, recipe: Recipe, log: Log, *, checkpoints: bool = False) -
     repo = HubRepo(recipe.hub.repo_id or "", recipe.hub.private)
     attempt = partial(with_exponential_backoff, patience=60 * recipe.hub.patience_minutes, log=log)
     attempt(repo.open)
-    for commit in attempt(partial(commits, run, recipe, repo.repo_id, checkpoints=checkpoints)):
+    for commit in commits(run, recipe, repo.repo_id, checkpoints=checkpoints):
         if differing(commit.files, attempt(partial(repo.digests, commit.branch))):
-            attempt(partial(repo.push, commit))
+            attempt(partial(repo.push, commit, commit.files | commit.report()))
             log(f"hub: {repo.repo_id}, {commit.branch}: {commit.message}, verified")
         if commit.tag and differing(commit.files, attempt(partial(repo.digests, commit.tag))):
             attempt(partial(repo.mark, commit.tag, commit.branch))
@@ -174,7 +173,8 @@ def main() -> int:
     log: Log = partial(print, flush=True)
     try:
         publish(options.run, recipe_of(options.run), log, checkpoints=options.checkpoints)
-    except InputError as error:
+    except (InputError, OSError) as caught:
+        error = caught if isinstance(caught, InputError) else refused_by_system(caught)
         log(f"hub: {error}. What is still missing, this sends: {script_command('publish.py', options.run)}")
         return EXIT_INTERRUPTED if isinstance(error, Unreachable | DamagedData) else EXIT_INPUT
     return 0

@@ -12,6 +12,7 @@ from overnight.recipe.schema import Model, Recipe, Schedule
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
 # Rows of logits at once, by device and whether the loss is compiled: few for a CPU's cache, many for a GEMM's.
 LOSS_CHUNK = {("cpu", False): 384, ("cpu", True): 384, ("cuda", False): 2048, ("cuda", True): 8192}
+EMBEDDED_BYTES = 10_000_000  # of the embedded corpus, in which a token is at least one
 AUTO_MICRO_BATCH = {"cpu": 8, "cuda": 64}  # rows of 1,024 tokens: on a CPU taken as they are, on CUDA the most to try
 
 
@@ -226,12 +227,12 @@ def run_bytes(recipe: Recipe) -> int:
     return checkpoints * state + budgets * 4 * parameters
 
 
-def data_known(recipe: Recipe) -> bool:
-    """Whether a recipe says anything of how much its data takes, or the data is there."""
+def data_bounded(recipe: Recipe) -> bool:
+    """Whether `data_bytes` is the most that the data takes: its tokens have a limit, or it is there."""
     from overnight.data.manifest import is_prepared  # with numpy, which may be missing
 
     data = recipe.data
-    return bool(data.train_tokens or data.fetched_gb) or is_prepared(Path(data.dir))
+    return bool(data.train_tokens) or data.source == "embedded" or is_prepared(Path(data.dir))
 
 
 def data_bytes(recipe: Recipe) -> int:
@@ -240,6 +241,7 @@ def data_bytes(recipe: Recipe) -> int:
 
     if is_prepared(Path(recipe.data.dir)):
         return 0
-    tokens = (recipe.data.train_tokens or 0) + recipe.data.val_tokens
+    embedded = EMBEDDED_BYTES if recipe.data.source == "embedded" else 0
+    tokens = (recipe.data.train_tokens or embedded) + recipe.data.val_tokens
     token_bytes = little_endian(dtype_for(recipe.model.vocab_size)).itemsize
     return 2 * tokens * token_bytes + int((recipe.data.fetched_gb or 0) * 1e9)

@@ -11,7 +11,7 @@ from overnight.core.console import duration
 from overnight.planning import scaling_law
 from overnight.planning.gpus import USUAL, Gpu, Speed, facts, gpu_named
 from overnight.planning.memory import Memory, by_formula
-from overnight.planning.model_size import data_bytes, data_known, derive, iterations_in_all, run_bytes
+from overnight.planning.model_size import data_bounded, data_bytes, derive, iterations_in_all, run_bytes
 from overnight.planning.roofline import validation_share
 from overnight.recipe.schedule import ending_now
 from overnight.recipe.schema import Recipe, Schedule
@@ -151,8 +151,8 @@ def budget(
         validation_hours=timing.validation_hours(rows[-1].max_iters) if timing else None,
         memory=memory,
         disk_gb=run_bytes(recipe) / 1e9,
-        data_gb=data_bytes(recipe) / 1e9 if data_known(recipe) else None,
-        data_bounded=recipe.data.train_tokens is not None,
+        data_gb=data_bytes(recipe) / 1e9 if data_bounded(recipe) or recipe.data.fetched_gb else None,
+        data_bounded=data_bounded(recipe),
         gpt2=gpt2,
         dataset=dataset,
         rows=rows,
