@@ -104,6 +104,8 @@ def to_come(recipe: Recipe, aimed: Schedule, iteration: int) -> set[int]:
 def tell_forecast(run: Run, outlook: Outlook, flat: int | None, started: float) -> None:
     """A row for each budget on the screen, one record in metrics.jsonl, the losses to the trackers."""
     seconds, power = run.throughput.per_iteration(), watts(run)
+    if seconds:
+        seconds += run.throughput.validation_seconds / run.recipe.validation.every
     table: list[tuple[str, str]] = []
     record: list[dict[str, Any]] = []
     for at, budget in enumerate(outlook.budgets):
