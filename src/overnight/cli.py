@@ -12,7 +12,7 @@ from pathlib import Path
 from overnight.core.console import outlets
 from overnight.core.files import errno_of
 from overnight.core.scripts import RECIPES, recipe_file
-from overnight.errors import InputError, first_line, refused_by_system
+from overnight.errors import InputError, first_line, refused_by_system, script_command
 from overnight.recipe.identity import flat
 from overnight.recipe.load import leaves, load
 from overnight.recipe.schema import Recipe
@@ -53,7 +53,8 @@ def recipe_command(
         if (code := alone(chosen)) is not None:
             return code
         if not named and default is None:
-            raise InputError(f"no recipe was named; `{parser.prog} recipes/quickstart.yaml` would work")
+            example = script_command(Path(sys.argv[0]).name, "recipes/quickstart.yaml", *arguments)
+            raise InputError(f"no recipe was named; `{example}` would work")
         path = recipe_file(named[0]) if named else default()  # type: ignore[misc]  # one of the two is there
         chosen.arguments = [str(path), *overrides]
         return run(load(path, overrides), chosen)
