@@ -7,12 +7,11 @@ from pathlib import Path
 
 from overnight.errors import InputError, listed
 from overnight.recipe.schedule import branch_points, decay_iters, goals, iterations_left
-from overnight.recipe.schema import Model, Recipe, Schedule
+from overnight.recipe.schema import EMBEDDED_BYTES, Model, Recipe, Schedule
 
 VOCABULARY_MULTIPLE = 64  # tensor cores want matrix sides that are multiples of 64
 # Rows of logits at once, by device and whether the loss is compiled: few for a CPU's cache, many for a GEMM's.
 LOSS_CHUNK = {("cpu", False): 384, ("cpu", True): 384, ("cuda", False): 2048, ("cuda", True): 8192}
-EMBEDDED_BYTES = 10_000_000  # of the embedded corpus, in which a token is at least one
 AUTO_MICRO_BATCH = {"cpu": 8, "cuda": 64}  # rows of 1,024 tokens: on a CPU taken as they are, on CUDA the most to try
 
 

@@ -25,13 +25,12 @@ from overnight.core import files
 from overnight.errors import DamagedData, InputError, Unreachable, listed
 from overnight.prepare.docstrings import embedded_documents, embedded_version
 from overnight.prepare.documents import FORMATS, format_of
-from overnight.recipe.schema import Data
+from overnight.recipe.schema import EMBEDDED_BYTES, Data
 
 if TYPE_CHECKING:
     from fsspec.implementations.http import HTTPFileSystem  # whose packages only a URL needs
 
 EMBEDDED = "embedded.jsonl"
-EMBEDDED_BYTES = 11_000_000
 SHA256SUMS = "SHA256SUMS"
 MOST_NAMED = 8
 PARTIAL_CONTENT = 206

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from overnight.errors import script_command
 
+EMBEDDED_BYTES = 11_000_000  # of the embedded corpus, about; a token is at least one
 LARGEST = 2**48  # of a count: what is computed from one still fits 64 bits
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
