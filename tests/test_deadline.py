@@ -156,6 +156,7 @@ def test_killed_in_between_a_night_keeps_its_end(workplace):
     assert process.wait() == -signal.SIGKILL
     night = workplace / "runs" / "killed-night" / "night.json"
     chosen = json.loads(night.read_text())
+    assert chosen["budget"]
     again = train(workplace, *command)
     assert again.returncode == 0, again.stderr
     assert json.loads(night.read_text())["until"] == chosen["until"]

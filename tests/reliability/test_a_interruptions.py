@@ -162,7 +162,7 @@ def test_a5_a_second_signal_ends_the_process_at_once_and_leaves_no_torn_checkpoi
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     assert process.wait(20) == -signal.SIGINT
-    assert time.monotonic() - began < 50  # the writer would have waited for a minute
+    assert time.monotonic() - began < 10  # the writer would have waited for a minute
     checkpoints = in_process / "runs" / "twice" / "checkpoints"
     assert all(damage(path) is None for path in checkpoints.glob("iter-*"))
     goes_on_to_the_same_bits(in_process, "twice")

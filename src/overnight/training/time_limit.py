@@ -125,8 +125,8 @@ def target_in_time(run: Run) -> int | None:
         return None
     before, limit.kept = limit.target_iters, replace(limit.kept, budget=target)
     if run.accelerator.is_main_process:
-        tell_target(run, limit, before)
         keep(run, limit)
+        tell_target(run, limit, before)
     return target
 
 
